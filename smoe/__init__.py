@@ -1,0 +1,35 @@
+"""Sparse mixtures of experts as a training technique: SMoE-Dropout on torch alone."""
+
+from .control import get_top_k, record_routing, set_top_k, smoe_layers
+from .dropout import ConcreteDropout, DropBlock
+from .experts import Experts, merge, split
+from .layer import SMoE
+from .methods import METHODS, DenseMLP, Method, get_method
+from .router import HashRouter, LearnedRouter, RandomRouter, Router, Routing, UniformRouter
+from .schedule import k_at
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "ConcreteDropout",
+    "DenseMLP",
+    "DropBlock",
+    "Experts",
+    "HashRouter",
+    "LearnedRouter",
+    "Method",
+    "RandomRouter",
+    "Router",
+    "Routing",
+    "SMoE",
+    "UniformRouter",
+    "get_method",
+    "get_top_k",
+    "k_at",
+    "merge",
+    "record_routing",
+    "set_top_k",
+    "smoe_layers",
+    "split",
+]

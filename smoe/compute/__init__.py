@@ -1,0 +1,5 @@
+"""How the experts are computed: one signature, ``compute(x (T, d), experts, routing) -> y (T, d)``, one file a path."""
+
+from .choose import PATHS, check_compute, choose
+
+__all__ = ["PATHS", "check_compute", "choose"]

@@ -1,0 +1,30 @@
+"""The reference path: one expert after the other, plain autograd. Slow, short, and what all others must equal."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..experts import Experts
+from ..router import Routing
+
+
+def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
+    """``y[t] = sum_j weights[t, j] * E_indices[t, j](x[t])`` (the paper's Eq. 1); x (T, d) -> y (T, d)."""
+    y = torch.zeros_like(x)
+    for e in range(experts.num_experts):
+        token, choice = (routing.indices == e).nonzero(as_tuple=True)
+        # Experts without tokens stay in the graph (with zero gradients): nothing is "unused" under DDP.
+        rows = x[token]
+        hidden = F.linear(rows, experts.up[e], None if experts.up_bias is None else experts.up_bias[e])
+        if experts.gate is None:
+            hidden = experts.activation(hidden)
+        else:
+            gate_bias = None if experts.gate_bias is None else experts.gate_bias[e]
+            hidden = experts.activation(F.linear(rows, experts.gate[e], gate_bias)) * hidden
+        out = hidden @ experts.down[e]
+        if experts.down_bias is not None:
+            out = out + experts.down_bias[e]
+        y = y.index_add(0, token, (out * routing.weights[token, choice].unsqueeze(1)).to(y.dtype))
+    return y

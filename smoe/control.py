@@ -1,0 +1,61 @@
+"""What is done to a whole model: set k in every layer, read it, and watch how tokens are routed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from .layer import SMoE
+from .router import Routing, check_top_k
+
+
+def smoe_layers(model: nn.Module) -> list[tuple[str, SMoE]]:
+    """(name, layer) of every SMoE layer of ``model``, each once, in the model's own order."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, SMoE)]
+
+
+def _layers_or_error(model: nn.Module) -> list[tuple[str, SMoE]]:
+    layers = smoe_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no SMoE layer; there is no top_k to read or set")
+    return layers
+
+
+def set_top_k(model: nn.Module, k: int) -> None:
+    """Sets the number of activated experts of every SMoE layer. All layers take it, or none does.
+
+    Raises:
+        ValueError: the model has no SMoE layer, or k is not in 1..N of one of them.
+    """
+    layers = _layers_or_error(model)
+    for _, layer in layers:
+        check_top_k(k, layer.num_experts)
+    for _, layer in layers:
+        layer.top_k = k
+
+
+def get_top_k(model: nn.Module) -> int | list[int]:
+    """The number of activated experts: one number where all SMoE layers agree, else a list in layer order."""
+    ks = [layer.top_k for _, layer in _layers_or_error(model)]
+    return ks[0] if len(set(ks)) == 1 else ks
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
+    """Within the block, every forward pass appends one :class:`Routing` a layer to the list that it yields.
+
+    Balance losses, votes and load plots come from it: ``sum(r.balance_loss for r in routings)``. A model may be
+    wrapped (DDP) and may run several passes.
+    """
+    routings: list[Routing] = []
+    handles = [
+        layer.router.register_forward_hook(lambda module, args, routing: routings.append(routing))
+        for _, layer in smoe_layers(model)
+    ]
+    try:
+        yield routings
+    finally:
+        for handle in handles:
+            handle.remove()

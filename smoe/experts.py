@@ -1,0 +1,155 @@
+"""N small MLPs as stacked weights; cutting a dense MLP into experts, and back.
+
+Shapes: N experts, d model width, h hidden width of one expert, H = N * h hidden width of the whole MLP.
+
+Both projections are stored as ``(N, h, d)``, hidden units first. All experts together are then a dense MLP without
+moving a byte: ``up.view(H, d)`` is its first matrix and ``down.view(H, d)`` the transpose of its second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .activation import get_activation
+
+
+def check_divisible(d_hidden: int, num_experts: int) -> int:
+    """h = d_hidden / num_experts, or a ValueError that says what would be right."""
+    for name, value in (("num_experts", num_experts), ("d_hidden", d_hidden)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    if d_hidden % num_experts:
+        raise ValueError(
+            f"d_hidden is {d_hidden}, which num_experts = {num_experts} does not divide; "
+            f"the nearest widths that fit are {d_hidden // num_experts * num_experts or num_experts} "
+            f"and {-(-d_hidden // num_experts) * num_experts}"
+        )
+    return d_hidden // num_experts
+
+
+class Experts(nn.Module):
+    """N MLPs of hidden width h: ``E_e(x) = act(x @ up[e].T + up_bias[e]) @ down[e] + down_bias[e]``.
+
+    Gated experts (Llama's MLP and its kin) have ``act(x @ gate[e].T + gate_bias[e]) * (x @ up[e].T + up_bias[e])``
+    as hidden units.
+
+    Parameters: up, down and (gated) gate ``(N, h, d)``; up_bias and gate_bias ``(N, h)``; down_bias ``(N, d)``.
+    Initialised like the dense MLP they are cut from (``nn.Linear``'s default).
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        d_model: int,
+        d_expert: int,
+        *,
+        activation: str | Callable[[Tensor], Tensor] = "relu",
+        bias: bool = True,
+        gated: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.d_model, self.d_expert = num_experts, d_model, d_expert
+        self.activation = get_activation(activation)
+        shape = (num_experts, d_expert, d_model)
+        self.up = nn.Parameter(torch.empty(shape))
+        self.down = nn.Parameter(torch.empty(shape))
+        self.gate = nn.Parameter(torch.empty(shape)) if gated else None
+        self.up_bias = nn.Parameter(torch.empty(num_experts, d_expert)) if bias else None
+        self.gate_bias = nn.Parameter(torch.empty(num_experts, d_expert)) if bias and gated else None
+        self.down_bias = nn.Parameter(torch.empty(num_experts, d_model)) if bias else None
+        self.reset_parameters()
+
+    @property
+    def gated(self) -> bool:
+        return self.gate is not None
+
+    def reset_parameters(self, std: float | None = None) -> None:
+        """Draws the weights anew.
+
+        ``std=None``: as ``nn.Linear`` does for the dense MLP, U(-1/sqrt(fan_in), 1/sqrt(fan_in)) with fan-in d for
+        the first layer and H for the second, the second's bias shared evenly. A number: weights N(0, std), biases 0.
+        """
+        d_hidden = self.num_experts * self.d_expert
+        with torch.no_grad():
+            if std is not None:
+                for weight in (self.up, self.gate, self.down):
+                    if weight is not None:
+                        weight.normal_(0.0, std)
+                for bias in (self.up_bias, self.gate_bias, self.down_bias):
+                    if bias is not None:
+                        bias.zero_()
+                return
+            bound = 1 / math.sqrt(self.d_model)
+            for parameter in (self.up, self.gate, self.up_bias, self.gate_bias):
+                if parameter is not None:
+                    parameter.uniform_(-bound, bound)
+            bound = 1 / math.sqrt(d_hidden)
+            self.down.uniform_(-bound, bound)
+            if self.down_bias is not None:
+                whole = torch.empty(self.d_model, device=self.down_bias.device).uniform_(-bound, bound)
+                self.down_bias.copy_(split_output_bias(whole, self.num_experts))
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, d_model={self.d_model}, d_expert={self.d_expert}, "
+            f"activation={self.activation}, bias={self.up_bias is not None}, gated={self.gated}"
+        )
+
+
+def split_output_bias(bias: Tensor, num_experts: int) -> Tensor:
+    """(d,) -> (N, d), rows that add up to ``bias`` exactly (in float64, rounded once).
+
+    Every expert carries its share, so that k of N experts bring about k/N of the bias. N - 1 shares are bias / N as
+    rounded; the last takes what is left, which keeps the sum exact where N is no power of two.
+    """
+    share = (bias.double() / num_experts).to(bias.dtype)
+    rows = share.repeat(num_experts, 1)
+    rows[-1] = (bias.double() - (num_experts - 1) * share.double()).to(bias.dtype)
+    return rows
+
+
+@torch.no_grad()
+def split(experts: Experts, dense: dict[str, Tensor]) -> None:
+    """Cuts a dense MLP into ``experts``, in place: expert e gets hidden units e*h .. (e+1)*h - 1.
+
+    Args:
+        dense: ``up_weight (H, d)``, ``down_weight (d, H)`` as ``nn.Linear`` holds them; optionally
+            ``gate_weight (H, d)``, ``up_bias (H,)``, ``gate_bias (H,)``, ``down_bias (d,)``.
+    """
+    shape = experts.up.shape
+    experts.up.copy_(dense["up_weight"].reshape(shape))
+    experts.down.copy_(dense["down_weight"].t().reshape(shape))
+    if experts.gate is not None:
+        experts.gate.copy_(dense["gate_weight"].reshape(shape))
+    for name in ("up_bias", "gate_bias"):
+        parameter = getattr(experts, name)
+        if parameter is not None:
+            value = dense.get(name)
+            parameter.zero_() if value is None else parameter.copy_(value.reshape(shape[:2]))
+    if experts.down_bias is not None:
+        value = dense.get("down_bias")
+        experts.down_bias.zero_()
+        if value is not None:
+            experts.down_bias.copy_(split_output_bias(value, experts.num_experts))
+
+
+@torch.no_grad()
+def merge(experts: Experts) -> dict[str, Tensor]:
+    """The dense MLP that sums all experts: the exact inverse of :func:`split` (same keys, new tensors)."""
+    d_hidden = experts.num_experts * experts.d_expert
+    dense = {
+        "up_weight": experts.up.reshape(d_hidden, -1).clone(),
+        "down_weight": experts.down.reshape(d_hidden, -1).t().contiguous(),
+    }
+    if experts.gate is not None:
+        dense["gate_weight"] = experts.gate.reshape(d_hidden, -1).clone()
+    for name in ("up_bias", "gate_bias"):
+        if getattr(experts, name) is not None:
+            dense[name] = getattr(experts, name).reshape(d_hidden).clone()
+    if experts.down_bias is not None:
+        dense["down_bias"] = experts.down_bias.double().sum(0).to(experts.down_bias.dtype)
+    return dense

@@ -1,0 +1,194 @@
+"""The paper's methods by name: the MLP each one builds, its losses, its k schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .activation import get_activation
+from .control import record_routing
+from .dropout import ConcreteDropout, DropBlock
+from .layer import SMoE
+
+
+class DenseMLP(nn.Module):
+    """The transformer's MLP: Linear, activation, a dropout of some kind, Linear. (..., d) -> (..., d)."""
+
+    def __init__(
+        self, d_model: int, d_hidden: int, *, activation: str | Callable[[Tensor], Tensor] = "relu", dropout: nn.Module
+    ) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_model, d_hidden)
+        self.activation = get_activation(activation)
+        self.dropout = dropout
+        self.down = nn.Linear(d_hidden, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.dropout(self.activation(self.up(x))))
+
+
+class PassOutput(Protocol):
+    """What one forward pass of a model must give: a mean loss (scalar) and logits (..., classes)."""
+
+    loss: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class MethodLoss:
+    """total: what to minimise. task: the model's own loss (for BPC). parts: the auxiliary losses, by name.
+    output: of the (first) forward pass."""
+
+    total: Tensor
+    task: Tensor
+    parts: dict[str, Tensor]
+    output: Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of Table 1.
+
+    Attributes:
+        name, title: the key in ``METHODS`` and the paper's name.
+        router: the router of its SMoE layers, None for a dense method.
+        dropout: which dropout a dense method has inside its MLP: ``plain``, ``concrete`` or ``dropblock``.
+        schedule: the mode of its k schedule (``smoe.schedule.MODES``).
+        k_min, k_max: its k, given N.
+        balance_weight: coefficient of the load-balancing loss (0.01 as in Fedus et al. 2021).
+        consistency_weight: alpha of THOR's consistency loss (2, the paper's grid search); 0 means one forward pass.
+    """
+
+    name: str
+    title: str
+    router: str | None = None
+    dropout: str = "plain"
+    schedule: str = "constant"
+    k_min: Callable[[int], int] = lambda n: min(2, n)
+    k_max: Callable[[int], int] = lambda n: min(2, n)
+    balance_weight: float = 0.0
+    consistency_weight: float = 0.0
+
+    @property
+    def routed(self) -> bool:
+        """Whether its MLPs are SMoE layers."""
+        return self.router is not None
+
+    def make_mlp(
+        self,
+        d_model: int,
+        d_hidden: int,
+        *,
+        num_experts: int = 16,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = "relu",
+        router: str | None = None,
+        **layer_options: Any,
+    ) -> nn.Module:
+        """The MLP of one transformer layer, (..., d) -> (..., d).
+
+        Args:
+            dropout: the rate inside a dense MLP (an SMoE layer has none: leaving experts out is its dropout).
+            router: replaces the method's own router (the ablations of Figure 5 (c)).
+            layer_options: of :class:`SMoE`: top_k, score, output_scale, seed, vocab_size, ...
+        """
+        if self.routed:
+            layer_options.setdefault("top_k", self.k_max(num_experts))
+            return SMoE(
+                d_model, d_hidden, num_experts, activation=activation, router=router or self.router, **layer_options
+            )
+        if self.dropout == "concrete":
+            inner: nn.Module = ConcreteDropout(init_p=dropout or 0.1)
+        elif self.dropout == "dropblock":
+            inner = DropBlock(dropout)
+        else:
+            inner = nn.Dropout(dropout)
+        return DenseMLP(d_model, d_hidden, activation=activation, dropout=inner)
+
+    def loss(
+        self,
+        model: nn.Module,
+        forward: Callable[[], PassOutput],
+        *,
+        balance_weight: float | None = None,
+        consistency_weight: float | None = None,
+    ) -> MethodLoss:
+        """Everything this method minimises, in one place.
+
+        Args:
+            model: whose SMoE and ConcreteDropout layers are read.
+            forward: runs one forward pass of it on the current batch; called twice for THOR.
+            balance_weight, consistency_weight: replace the method's own.
+        """
+        balance_weight = self.balance_weight if balance_weight is None else balance_weight
+        consistency_weight = self.consistency_weight if consistency_weight is None else consistency_weight
+        parts: dict[str, Tensor] = {}
+        with record_routing(model) as routings:
+            output = forward()
+            task = output.loss
+            total = task
+            if consistency_weight:
+                second = forward()
+                task = (task + second.loss) / 2
+                parts["consistency"] = symmetric_kl(output.logits, second.logits)
+                total = task + consistency_weight * parts["consistency"]
+        balance = [routing.balance_loss for routing in routings if routing.balance_loss is not None]
+        if balance_weight and balance:
+            parts["balance"] = torch.stack(balance).sum()
+            total = total + balance_weight * parts["balance"]
+        if self.dropout == "concrete":
+            parts["concrete"] = concrete_regularization(model)
+            total = total + parts["concrete"]
+        return MethodLoss(total, task, parts, output)
+
+
+def symmetric_kl(logits_a: Tensor, logits_b: Tensor) -> Tensor:
+    """(KL(a || b) + KL(b || a)) / 2 of the two softmax distributions, mean over all positions (THOR's consistency).
+
+    Shapes: both (..., classes); a scalar comes back. Both sides get gradients.
+    """
+    log_a = torch.log_softmax(logits_a.float(), dim=-1)
+    log_b = torch.log_softmax(logits_b.float(), dim=-1)
+    # KL(a||b) + KL(b||a) = sum (a - b) (log a - log b)
+    return ((log_a.exp() - log_b.exp()) * (log_a - log_b)).sum(-1).mean() / 2
+
+
+def concrete_regularization(model: nn.Module) -> Tensor:
+    """Sum of the Concrete Dropout penalties of all MLPs of ``model`` (Algorithm 1), a scalar."""
+    penalties = [
+        mlp.dropout.regularization(mlp.down, mlp.down.in_features)
+        for mlp in model.modules()
+        if isinstance(mlp, DenseMLP) and isinstance(mlp.dropout, ConcreteDropout)
+    ]
+    return torch.stack(penalties).sum()
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("dense_dropout", "Dense w. Dropout"),
+        Method("dense_concrete_dropout", "Dense w. Concrete Dropout", dropout="concrete"),
+        Method("dense_dropblock", "Dense w. DropBlock", dropout="dropblock"),
+        Method("thor", "THOR", router="uniform", consistency_weight=2.0),
+        Method("smoe", "SMoE", router="learned", balance_weight=0.01),
+        Method(
+            "smoe_dropout",
+            "SMoE-Dropout",
+            router="random",
+            schedule="linear",
+            k_min=lambda n: max(n // 2, 1),
+            k_max=lambda n: n,
+        ),
+    )
+}
+
+
+def get_method(name: str) -> Method:
+    """``METHODS[name]``, or a ValueError that lists the names."""
+    if name not in METHODS:
+        raise ValueError(f"method is {name!r}; it must be one of {', '.join(METHODS)}")
+    return METHODS[name]

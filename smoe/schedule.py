@@ -1,0 +1,58 @@
+"""How many experts are activated at a step: the growing k of SMoE-Dropout, and the release's other schedules."""
+
+from __future__ import annotations
+
+import math
+import random
+
+MODES = (
+    "linear",
+    "linear_decrease",
+    "cosine",
+    "cosine_decrease",
+    "exponential",
+    "multistep",
+    "multistep_decrease",
+    "constant",
+    "random",
+)
+
+
+def k_at(
+    step: int, total_steps: int, k_min: int, k_max: int, mode: str = "linear", *, seed: int = 0, layer: int = 0
+) -> int:
+    """The number of activated experts at ``step``: a pure function, so a resumed run recomputes it.
+
+    Args:
+        step: 0 for the first step; from ``total_steps`` on the last value holds.
+        mode: ``linear``: round((k_max - k_min) * step / total_steps) + k_min, the paper's;
+            ``cosine``: half a cosine from k_min to k_max; ``exponential``: k_min * (k_max / k_min) ** (step / total);
+            ``multistep``: k_min, 2 k_min, 4 k_min, ... k_max in equal stretches; ``*_decrease``: the same, from k_max
+            down to k_min; ``constant``: k_max; ``random``: uniform in k_min..k_max, drawn from (seed, step, layer).
+
+    Raises:
+        ValueError: a mode that is not in ``MODES``, or k_min > k_max, k_min < 1, step < 0, total_steps < 1.
+    """
+    if mode not in MODES:
+        raise ValueError(f"k schedule mode is {mode!r}; it must be one of {', '.join(MODES)}")
+    if not 1 <= k_min <= k_max:
+        raise ValueError(f"k_min is {k_min} and k_max is {k_max}; it must be 1 <= k_min <= k_max")
+    if step < 0 or total_steps < 1:
+        raise ValueError(f"step is {step} of {total_steps}; steps count from 0 and total_steps from 1")
+    if mode == "constant":
+        return k_max
+    if mode == "random":
+        return random.Random(f"{seed}/{step}/{layer}").randint(k_min, k_max)
+    t = min(step / total_steps, 1.0)
+    if mode.endswith("_decrease"):
+        mode, t = mode.removesuffix("_decrease"), 1.0 - t
+    if mode == "linear":
+        return round((k_max - k_min) * t) + k_min
+    if mode == "cosine":
+        return round((k_max - k_min) * (1 - math.cos(math.pi * t)) / 2) + k_min
+    if mode == "exponential":
+        return round(k_min * (k_max / k_min) ** t)
+    stages = [k_min]
+    while stages[-1] < k_max:
+        stages.append(min(2 * stages[-1], k_max))
+    return stages[min(int(t * len(stages)), len(stages) - 1)]
