@@ -1,0 +1,218 @@
+"""Transformer-XL language model (Dai et al. 2019) whose MLPs can be exchanged, batch first."""
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from transformer_xl.attention import RelativeAttention, relative_distances, sinusoids
+
+
+@dataclass(frozen=True)
+class TransformerXLConfig:
+    """Sizes of a Transformer-XL; the defaults are the 4-layer enwik8 model of the paper (released scripts).
+
+    `d_hidden` is the width of the whole MLP, all experts together.
+    Raises ValueError, naming the field, for a value that can't be used.
+    """
+
+    vocab_size: int = 256
+    num_layers: int = 4
+    d_model: int = 256
+    num_heads: int = 8
+    d_head: int = 64
+    d_hidden: int = 8192
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "num_layers",
+            "d_model",
+            "num_heads",
+            "d_head",
+            "d_hidden",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}, but must be a whole number of at least 1")
+        if self.d_model % 2:
+            raise ValueError(f"d_model is {self.d_model}, but must be even: positions are pairs of sine and cosine")
+        for name in ("dropout", "attention_dropout"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value < 1:
+                raise ValueError(f"{name} is {value!r}, but must be at least 0 and below 1")
+        if not _is_number(self.init_std) or not 0 < self.init_std < math.inf:
+            raise ValueError(f"init_std is {self.init_std!r}, but must be above 0")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+class TransformerXLOutput(NamedTuple):
+    """`loss`: mean nats per token, float32, None without targets; `logits (B, T, V)` float32; `memory (L, B, M, d)`."""
+
+    loss: Tensor | None
+    logits: Tensor
+    memory: Tensor
+
+
+class TransformerXLLayer(nn.Module):
+    """Attention, then MLP, each followed by dropout, residual sum and layer norm (post-norm)."""
+
+    def __init__(self, config: TransformerXLConfig, mlp: nn.Module) -> None:
+        super().__init__()
+        self.attention = RelativeAttention(
+            config.d_model,
+            config.num_heads,
+            config.d_head,
+            dropout=config.attention_dropout,
+        )
+        self.attention_norm = nn.LayerNorm(config.d_model)
+        self.mlp = mlp
+        self.mlp_norm = nn.LayerNorm(config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        positions: Tensor,
+        content_bias: Tensor,
+        position_bias: Tensor,
+        token_ids: Tensor,
+    ) -> Tensor:
+        """`x (B, T, d)` -> `(B, T, d)`; the other arguments as in `RelativeAttention.forward`, `token_ids (B, T)`."""
+        attended = self.attention(x, context, positions, content_bias, position_bias)
+        x = self.attention_norm(x + self.dropout(attended))
+        y = self.mlp(x, token_ids=token_ids) if getattr(self.mlp, "needs_token_ids", False) else self.mlp(x)
+        return self.mlp_norm(x + self.dropout(y))
+
+
+class TransformerXL(nn.Module):
+    """Transformer-XL with segment memory, relative positions and a tied embedding.
+
+    `make_mlp(layer_index)` builds the module that maps `(B, T, d) -> (B, T, d)` in each layer, any dropout inside it
+    included; None builds the dense MLP. A module whose attribute `needs_token_ids` is true is called with
+    `token_ids=input_ids (B, T)` as well.
+    """
+
+    def __init__(
+        self,
+        config: TransformerXLConfig,
+        make_mlp: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        if make_mlp is None:
+            make_mlp = self._make_dense_mlp
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.content_bias = nn.Parameter(torch.empty(config.num_heads, config.d_head))
+        self.position_bias = nn.Parameter(torch.empty(config.num_heads, config.d_head))
+        self.layers = nn.ModuleList(TransformerXLLayer(config, make_mlp(i)) for i in range(config.num_layers))
+        self.output_bias = nn.Parameter(torch.empty(config.vocab_size))
+        self.dropout = nn.Dropout(config.dropout)
+        self.reset_parameters()
+
+    def _make_dense_mlp(self, layer_index: int) -> nn.Module:
+        c = self.config
+        return nn.Sequential(
+            nn.Linear(c.d_model, c.d_hidden),
+            nn.ReLU(),
+            nn.Dropout(c.dropout),
+            nn.Linear(c.d_hidden, c.d_model),
+        )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, as the reference implementation does.
+
+        Linear and embedding weights and the attention biases N(0, init_std), layer norm weights N(1, init_std),
+        other biases 0. A module with its own `reset_parameters(std)`, such as an SMoE layer, draws its own.
+        """
+        std = self.config.init_std
+        for parameter in (self.embedding.weight, self.content_bias, self.position_bias):
+            nn.init.normal_(parameter, 0.0, std)
+        nn.init.zeros_(self.output_bias)
+        for layer in self.layers:
+            _initialise(layer, std)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        memory: Tensor | None = None,
+        memory_length: int = 0,
+    ) -> TransformerXLOutput:
+        """Predict the token after each of `input_ids (B, T)`, given what `memory` remembers of those before.
+
+        `targets (B, T)` holds the tokens to predict; where it is -100 a token doesn't count. `memory (L, B, M, d)` is
+        what the call for the previous segment returned, with any M (None at the start). The memory returned is
+        the inputs of each layer at the last `memory_length` positions seen (fewer if there were fewer), detached.
+        Raises ValueError if a shape or `memory_length` doesn't fit.
+        """
+        self._check(input_ids, targets, memory, memory_length)
+        batch, t = input_ids.shape
+        m = 0 if memory is None else memory.shape[2]
+
+        x = self.dropout(self.embedding(input_ids) * self.config.d_model**0.5)
+        positions = sinusoids(relative_distances(t, m + t, x.device), self.config.d_model).to(x.dtype)
+        positions = self.dropout(positions)
+
+        remembered = []
+        for i, layer in enumerate(self.layers):
+            context = x if m == 0 else torch.cat([memory[i].to(x.dtype), x], dim=1)
+            if memory_length > 0:
+                remembered.append(context[:, -memory_length:].detach())
+            x = layer(x, context, positions, self.content_bias, self.position_bias, input_ids)
+
+        logits = F.linear(self.dropout(x), self.embedding.weight, self.output_bias).float()
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        new_memory = torch.stack(remembered) if remembered else x.new_empty(len(self.layers), batch, 0, x.shape[-1])
+        return TransformerXLOutput(loss, logits, new_memory)
+
+    def _check(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None,
+        memory: Tensor | None,
+        memory_length: int,
+    ) -> None:
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, but must be (batch, at least one token)")
+        if targets is not None and targets.shape != input_ids.shape:
+            raise ValueError(f"targets has shape {tuple(targets.shape)}, but must be {tuple(input_ids.shape)}")
+        if memory_length < 0:
+            raise ValueError(f"memory_length is {memory_length}, but must be at least 0")
+        if memory is not None:
+            layers, batch, d = len(self.layers), input_ids.shape[0], self.config.d_model
+            if memory.dim() != 4 or (
+                memory.shape[0],
+                memory.shape[1],
+                memory.shape[3],
+            ) != (layers, batch, d):
+                raise ValueError(f"memory has shape {tuple(memory.shape)}, but must be ({layers}, {batch}, any, {d})")
+
+
+def _initialise(module: nn.Module, std: float) -> None:
+    """Initialise `module` and what it holds by the rules of `TransformerXL.reset_parameters`."""
+    own_reset = getattr(module, "reset_parameters", None)
+    if own_reset is not None and "std" in inspect.signature(own_reset).parameters:
+        own_reset(std=std)
+        return
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, 0.0, std)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.normal_(module.weight, 1.0, std)
+    if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    for child in module.children():
+        _initialise(child, std)
