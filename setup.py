@@ -1,0 +1,32 @@
+"""Packaging. Pure Python: nothing is compiled, and torch is not needed to build or install."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TRAIN = ["accelerate>=1.0", "jsonargparse[signatures]>=4.30", "pyyaml>=6", "safetensors>=0.4", "tensorboard", "tqdm"]
+HF = ["datasets>=3.0", "safetensors>=0.4", "tokenizers>=0.20", "transformers>=4.45"]
+REPORT = ["matplotlib>=3.7", "pyyaml>=6"]
+TEST = ["hypothesis", "pytest>=8", "ruff"]
+
+readme = Path(__file__).with_name("README.md")
+
+setup(
+    name="smoe",
+    version="0.1.0",
+    description="Sparse mixtures of experts with a fixed random router, and dropout by the number of activated experts",
+    long_description=readme.read_text(encoding="utf-8") if readme.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["smoe", "smoe.*", "transformer_xl", "transformer_xl.*", "bert", "bert.*"]),
+    package_data={"smoe": ["**/*.yaml"], "transformer_xl": ["configs/*.yaml"], "bert": ["configs/*.yaml"]},
+    install_requires=["torch>=2.6", "numpy"],
+    extras_require={
+        "train": TRAIN,
+        "hf": HF,
+        "report": REPORT,
+        "test": sorted({*TRAIN, *HF, *REPORT, *TEST}),
+    },
+    entry_points={"console_scripts": ["smoe=smoe.cli:main"]},
+)
