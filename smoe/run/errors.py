@@ -1,0 +1,92 @@
+"""How a command ends: one line for what a user or the machine did wrong, a traceback for a bug of ours."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
+
+_MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+_PATH_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EEXIST}
+
+
+class RunError(Exception):
+    """The run cannot go on, and neither input nor code is to blame (disk, device, damaged file). Exit code 1."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint could not be written, or none of those there can be read."""
+
+
+def one_line(error: BaseException | str) -> str:
+    """The message with line breaks and runs of blanks folded into single blanks."""
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def clean_exit(*our_packages: str) -> Iterator[None]:
+    """Turn known errors into one line `error: ...` on stderr and an exit code; let everything else show its traceback.
+
+    - `ValueError` raised by this project's own code is a user's mistake: exit 2. The same type raised inside another
+      library is taken for a bug and keeps its traceback. `our_packages` adds top-level packages to `smoe`
+      and `__main__`.
+    - a path that is missing or may not be used: exit 2.
+    - `RunError`, a full or failing disk, an accelerator out of memory: exit 1. Ctrl-C: exit 130.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # `... | head` closed our stdout; nobody is left to read a message
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(FAILURE) from None
+    except KeyboardInterrupt:
+        _stop("interrupted", INTERRUPTED)
+    except RunError as error:
+        _stop(one_line(error), FAILURE)
+    except ValueError as error:
+        if not _raised_by(error, {"smoe", "__main__", *our_packages}):
+            raise
+        _stop(one_line(error), BAD_INPUT)
+    except OSError as error:
+        if error.errno in _MACHINE_ERRNOS:
+            _stop(_describe(error), FAILURE)
+        if error.errno in _PATH_ERRNOS and error.filename is not None:
+            _stop(_describe(error), BAD_INPUT)
+        raise
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch.OutOfMemoryError, without importing torch here
+            raise
+        _stop(f"out of memory on the device; a smaller batch needs less: {one_line(error)}", FAILURE)
+
+
+def run_main(main: Callable[..., Any], *args: Any) -> None:
+    """Call `main(*args)` as a command and leave the process: `if __name__ == "__main__": run_main(main)`.
+
+    The exit code is what `main` returns (None is 0), or what `clean_exit` makes of its error.
+    """
+    package = (main.__globals__.get("__package__") or main.__module__).split(".")[0]
+    with clean_exit(package):
+        code = main(*args)
+        sys.stdout.flush()
+    raise SystemExit(code)
+
+
+def _describe(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return one_line(f"{where}{error.strerror}")
+
+
+def _raised_by(error: BaseException, packages: set[str]) -> bool:
+    """Whether the frame that raised belongs to one of these top-level packages."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals.get("__name__", "").split(".")[0] in packages
+
+
+def _stop(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)

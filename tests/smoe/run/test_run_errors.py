@@ -1,0 +1,47 @@
+"""How a command ends, without starting one."""
+
+from __future__ import annotations
+
+import errno
+import fractions
+
+import pytest
+
+from smoe.run.errors import CheckpointError, clean_exit, run_main
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (ValueError("n: 0,\n  expected 1 or more"), 2, "error: n: 0, expected 1 or more"),
+        (OSError(errno.ENOSPC, "No space left on device", "x.bin"), 1, "error: x.bin: No space left on device"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.txt"), 2, "error: a.txt: No such file"),
+        (CheckpointError("checkpoint step-3: broken"), 1, "error: checkpoint step-3: broken"),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), 1, "error: out of memory on the device"),
+    ],
+)
+def test_known_errors_are_one_line(capsys, error, code, line):
+    with pytest.raises(SystemExit) as caught, clean_exit(__name__):
+        raise error
+    shown = capsys.readouterr().err
+    assert caught.value.code == code
+    assert shown.startswith(line) and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [KeyError("bug"), RuntimeError("shape"), OSError(errno.EBADF, "Bad file descriptor")])
+def test_bugs_pass_through(error):
+    with pytest.raises(type(error)), clean_exit(__name__):
+        raise error
+
+
+def test_a_value_error_from_another_library_is_a_bug():
+    with pytest.raises(ValueError, match="Invalid literal"), clean_exit(__name__):
+        fractions.Fraction("one")
+
+
+@pytest.mark.parametrize("returned, code", [(None, None), (0, 0), (3, 3)])
+def test_run_main_exits_with_what_main_returns(returned, code):
+    with pytest.raises(SystemExit) as caught:
+        run_main(lambda value: value, returned)
+    assert caught.value.code == code
