@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Lint, format check and tests; arguments go to pytest: bash script/test.sh tests/smoe -k router
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+bash "$root/script/setup.sh"
+cd "$root"
+# The tests' tensors are tiny: threads cost more than they bring.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+exec .venv/bin/python -m pytest "$@"
