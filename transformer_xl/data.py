@@ -1,0 +1,145 @@
+"""Bytes of a prepared data set, and the order in which a Transformer-XL sees them.
+
+A split is cut into `batch_size` contiguous rows of equal length that are read side by side, segment after segment, so
+that the memory a row carries into its next segment is that row's own past (Dai et al. 2019, Section 3.2). Everything is
+a slice of a memory-mapped file: nothing is read before it is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def load_split(data_dir: str | Path, split: str) -> np.memmap:
+    """The raw bytes of `split` ("train", "valid" or "test") as a read-only memory map, (bytes,) uint8.
+
+    Raises ValueError, in one line, when the folder was not prepared, has no such split, or its file was cut short.
+    """
+    parts = _meta(data_dir)["splits"]
+    if split not in parts:
+        raise ValueError(f"split: {split!r} is not in {data_dir}, which has {', '.join(sorted(parts))}")
+    path = Path(data_dir) / parts[split]["file"]
+    if not path.is_file():
+        raise ValueError(f"data: {path} is missing; {_advice(data_dir)}")
+    size, expected = path.stat().st_size, parts[split]["bytes"]
+    if size != expected:
+        raise ValueError(f"data: {path} has {size} bytes, but meta.json says {expected}; {_advice(data_dir)}")
+    return np.memmap(path, dtype=np.uint8, mode="r")
+
+
+def dataset_sha256(data_dir: str | Path) -> str:
+    """SHA-256 of the whole data set (all splits in order), as its meta.json records it. Raises ValueError."""
+    return _meta(data_dir)["sha256"]
+
+
+class SegmentStream:
+    """Training segments as a pure function of the step, so that a resumed run goes on where it stopped.
+
+    data: (n,) uint8. It is cut into `batch_size` rows of n // batch_size tokens; a row has
+    (row length - 1) // tgt_len segments an epoch. What is left over (less than a segment a row) is never seen, so that
+    every step has the same shape. Of `world_size` processes, `rank` reads its contiguous share of the rows:
+    together they read what one process would.
+    """
+
+    def __init__(self, data: np.ndarray, batch_size: int, tgt_len: int, rank: int = 0, world_size: int = 1) -> None:
+        _check(batch_size, tgt_len, rank, world_size)
+        if batch_size % world_size:
+            raise ValueError(
+                f"batch_size: {batch_size} rows can't be shared equally by {world_size} processes; "
+                f"it must be a multiple of {world_size}"
+            )
+        row_length = len(data) // batch_size
+        self.segments_per_epoch = (row_length - 1) // tgt_len
+        if self.segments_per_epoch < 1:
+            raise ValueError(
+                f"tgt_len: {tgt_len} is too long for {len(data)} bytes in {batch_size} rows; "
+                f"it must be at most {max(row_length - 1, 0)}"
+            )
+        self.tgt_len = tgt_len
+        self._rows = _rows(data, batch_size, rank, world_size)
+
+    def segment(self, step: int) -> tuple[Tensor, Tensor, bool]:
+        """What to train on at `step` >= 0: inputs (rows, tgt_len) and targets (rows, tgt_len), int64, the targets one
+        token ahead; and whether this starts an epoch, when the memory of the last one must be dropped."""
+        if step < 0:
+            raise ValueError(f"step: {step}, it must be at least 0")
+        within = step % self.segments_per_epoch
+        start = within * self.tgt_len
+        return *_segment(self._rows, start, start + self.tgt_len), within == 0
+
+
+def evaluation_segments(
+    data: np.ndarray,
+    batch_size: int,
+    tgt_len: int,
+    rank: int = 0,
+    world_size: int = 1,
+    max_tokens: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One pass over `data` (n,) uint8 in order: inputs and targets, (rows, length) int64, length <= tgt_len.
+
+    Each of the n // batch_size tokens of each row but its first (which nothing precedes) is a target once, so the last
+    segment may be shorter. The rows are dealt to the ranks as evenly as they can be, and are the same whatever
+    `world_size` is; a rank without rows gets no segments. Less than `batch_size` bytes at the end are left out.
+
+    `max_tokens` bounds the number of targets over all rows and ranks, for a quick look: each row is then read only up
+    to its share.
+    """
+    _check(batch_size, tgt_len, rank, world_size)
+    last = len(data) // batch_size - 1
+    if last < 1:
+        raise ValueError(
+            f"batch_size: {batch_size} rows are too many for {len(data)} bytes; it must be at most {len(data) // 2}"
+        )
+    if max_tokens is not None:
+        if max_tokens < batch_size:
+            raise ValueError(f"max_tokens: {max_tokens}, it must be at least batch_size ({batch_size})")
+        last = min(last, max_tokens // batch_size)
+    rows = _rows(data, batch_size, rank, world_size)
+    # A generator of its own, so that a mistake above is reported by the call, not by the first step of the loop.
+    return (_segment(rows, start, min(start + tgt_len, last)) for start in range(0, last if len(rows) else 0, tgt_len))
+
+
+def _rows(data: np.ndarray, batch_size: int, rank: int, world_size: int) -> np.ndarray:
+    """This rank's rows, (rows, row length), a view."""
+    row_length = len(data) // batch_size
+    rows = data[: batch_size * row_length].reshape(batch_size, row_length)
+    return rows[rank * batch_size // world_size : (rank + 1) * batch_size // world_size]
+
+
+def _segment(rows: np.ndarray, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    tokens = torch.from_numpy(rows[:, start : stop + 1].astype(np.int64))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def _check(batch_size: int, tgt_len: int, rank: int, world_size: int) -> None:
+    for name, value in (("batch_size", batch_size), ("tgt_len", tgt_len), ("world_size", world_size)):
+        if value < 1:
+            raise ValueError(f"{name}: {value}, it must be at least 1")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: {rank}, it must be in 0..{world_size - 1}")
+
+
+def _meta(data_dir: str | Path) -> dict[str, Any]:
+    path = Path(data_dir) / "meta.json"
+    try:
+        meta = json.loads(path.read_text())
+        if all(isinstance(part["file"], str) and isinstance(part["bytes"], int) for part in meta["splits"].values()):
+            meta["sha256"] = str(meta["sha256"])
+            return meta
+    except OSError:
+        raise ValueError(f"data: no prepared data set in {data_dir}; {_advice(data_dir)}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass  # damaged: said below, as for one that lacks fields
+    raise ValueError(f"data: {path} is damaged; {_advice(data_dir, force=True)}")
+
+
+def _advice(data_dir: str | Path, force: bool = False) -> str:
+    return f"run: python data/enwik8/prepare.py --out {data_dir}{' --force' if force else ''}"
