@@ -1,0 +1,348 @@
+"""Trains a Transformer-XL on enwik8 with any method of Table 1, then sweeps over the number of activated experts.
+
+    python -m transformer_xl.train --method smoe_dropout --scale cpu --data data/enwik8 --run_dir runs/mine
+    torchrun --nproc_per_node 8 -m transformer_xl.train --method smoe_dropout --scale paper --run_dir runs/paper
+    python -m transformer_xl.train ... --resume          # goes on, bit for bit, where the last checkpoint was
+
+Every field of ``transformer_xl.config.TrainConfig`` is a flag. The run folder is described in ``smoe.run.folder``.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from smoe import set_top_k
+from smoe.run.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    flatten_optimizer,
+    load_checkpoint,
+    load_latest,
+    restore_optimizer,
+    restore_rng,
+    rng_tensors,
+)
+from smoe.run.config import parse_config, to_dict
+from smoe.run.errors import RunError, run_main
+from smoe.run.folder import RunFolder
+from smoe.run.metrics import MetricsLogger
+from smoe.run.record import active_per_k, environment_record, parameter_counts
+from smoe.run.report import slimming_table
+from transformer_xl.config import CONFIG_DIR, TrainConfig
+from transformer_xl.data import SegmentStream, dataset_sha256, load_split
+from transformer_xl.evaluate import evaluate, k_name, precision
+
+# What may differ when a run is resumed: where things are and how often they are said, nothing that changes numbers.
+MAY_CHANGE = ("data", "scale", "save_interval", "log_interval", "progress")
+
+
+class NonFiniteError(RunError):
+    """The loss or its gradient is no longer a finite number."""
+
+
+def learning_rate_at(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then half a cosine from the full rate to 0 at ``config.steps``."""
+    warmup = min((step + 1) / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
+    return config.learning_rate * warmup * (1 + math.cos(math.pi * step / config.steps)) / 2
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Runs ``config`` to its end and returns what result.json holds."""
+    torch.manual_seed(config.seed)
+    on_cpu = not torch.cuda.is_available()
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision="bf16" if precision(config, torch.device("cpu" if on_cpu else "cuda")) == "bf16" else "no",
+        # Fixed routers are the only buffers, equal everywhere by their seed. Sending them at every pass would change
+        # them in place between THOR's two passes.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
+    is_main = accelerator.is_main_process
+
+    # The data first: what is wrong with it should be said before anything is written.
+    splits = {name: load_split(config.data, name) for name in ("train", "valid", "test")}
+    sha256 = dataset_sha256(config.data)
+    stream = SegmentStream(splits["train"], config.batch_size, config.tgt_len, rank, world_size)
+    folder = RunFolder.open(
+        config.run_dir, to_dict(config), resume=config.resume, may_change=MAY_CHANGE, is_main=is_main
+    )
+    accelerator.wait_for_everyone()
+
+    method = config.get_method()
+    bare_model = config.build_model()
+    torch.manual_seed(config.seed + 1000 * rank)  # equal weights everywhere, different dropout
+    optimizer = torch.optim.Adam(bare_model.parameters(), lr=config.learning_rate, fused=True)
+    checkpoint = load_latest(folder.checkpoints, groups=_groups(rank), clean=is_main)
+    model, optimizer = accelerator.prepare(bare_model, optimizer)
+
+    step, memory, best, seconds = 0, None, {"best_step": None, "best_bpc": None}, 0.0
+    if checkpoint is not None:
+        step, memory, best, seconds = _restore(checkpoint, bare_model, optimizer.optimizer, device, rank, is_main)
+    metrics = MetricsLogger(folder, resume_step=step if checkpoint is not None else -1)
+    stop = _StopRequest()
+    if is_main:
+        _print_header(config, accelerator, bare_model, step)
+
+    # ---- training -------------------------------------------------------------------------------------------------
+    model.train()
+    bar = tqdm(total=config.steps, initial=step, desc=method.title, unit="step", dynamic_ncols=True,
+               disable=not (is_main and config.progress), mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
+    nats = torch.zeros(2, dtype=torch.float64)  # since the last line of metrics: loss, steps
+    interval_start = time.perf_counter()
+    while step < config.steps:
+        started = time.perf_counter()
+        k = config.k_at(step)
+        if k is not None:
+            set_top_k(bare_model, k)
+        learning_rate = learning_rate_at(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        inputs, targets, starts_epoch = stream.segment(step)
+        inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        if starts_epoch:
+            memory = None
+        loss = method.loss(
+            bare_model,
+            lambda: model(inputs, targets, memory, config.mem_len),  # noqa: B023 (called at once)
+            balance_weight=config.balance_weight,
+            consistency_weight=config.consistency_weight,
+        )
+        accelerator.backward(loss.total)
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
+        _check_finite(accelerator, loss.total, norm, step, stream, k, folder)
+        optimizer.step()
+        optimizer.zero_grad()
+        memory = loss.output.memory
+        step += 1
+        seconds += time.perf_counter() - started
+        nats += torch.tensor([loss.task.item(), 1.0], dtype=torch.float64)
+
+        if step % config.log_interval == 0 or step == config.steps:
+            mean = accelerator.reduce(nats.to(device), "sum")
+            now = time.perf_counter()
+            tokens = nats[1].item() * config.batch_size * config.tgt_len
+            line = {"loss": (mean[0] / mean[1]).item(), "lr": learning_rate, "grad_norm": float(norm)}
+            line |= {"bpc": line["loss"] / math.log(2), "k": k, "tokens_per_second": tokens / (now - interval_start)}
+            line |= {name: part.item() for name, part in loss.parts.items()}
+            metrics.log(step, {"train": line, "seconds": seconds})
+            bar.set_postfix_str(
+                f"BPC {line['bpc']:.3f}, k {k_name(k)}, {line['tokens_per_second']:,.0f} tokens/s", refresh=False
+            )
+            nats.zero_()
+            interval_start = now
+        bar.update()
+
+        evaluate_now = step % config.eval_interval == 0 or step == config.steps
+        if evaluate_now:
+            bpc = _evaluate(model, config, splits["valid"], accelerator, config.eval_k())
+            metrics.log(step, {"valid": {"bpc": bpc}, "seconds": seconds})
+            if is_main:
+                bar.write(f"step {step}: valid BPC {bpc:.4f} at k = {k_name(config.eval_k())}")
+            if best["best_bpc"] is None or bpc < best["best_bpc"]:
+                best = {"best_step": step, "best_bpc": bpc}
+        stopping = stop.requested(accelerator)
+        if evaluate_now or stopping or step % (config.save_interval or config.eval_interval) == 0:
+            _save(folder, step, accelerator, bare_model, optimizer.optimizer, memory, best, seconds)
+        if evaluate_now:
+            interval_start = time.perf_counter()
+        if stopping:
+            bar.close()
+            raise RunError(f"stopped by a signal after step {step}; a checkpoint is written, --resume goes on from it")
+    bar.close()
+
+    # ---- the sweep over k, from the best checkpoint ---------------------------------------------------------------
+    best_path = folder.checkpoints / f"step-{best['best_step']:08d}"
+    bare_model.load_state_dict(load_checkpoint(best_path, groups=["model"]).tensors["model"])
+    started = time.perf_counter()
+    bpc = {"valid": {}, "test": {}}
+    for k in config.sweep_ks():
+        for split in bpc:
+            bpc[split][k_name(k)] = _evaluate(model, config, splits[split], accelerator, k)
+    metrics.close()
+    result = _result(config, bare_model, accelerator, sha256, bpc, best, seconds, time.perf_counter() - started)
+    folder.write_result(result)
+    if is_main:
+        print(slimming_table([result]), flush=True)
+    accelerator.end_training()
+    return result
+
+
+def _groups(rank: int) -> list[str]:
+    return ["model", "optimizer", f"memory-rank{rank}", f"rng-rank{rank}"]
+
+
+def _save(
+    folder: RunFolder,
+    step: int,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    memory: Tensor | None,
+    best: dict[str, Any],
+    seconds: float,
+) -> None:
+    """Writes one checkpoint: the main process model and optimizer, each process its memory and generators."""
+    writer, rank = CheckpointWriter(folder.checkpoints, step), accelerator.process_index
+    if accelerator.is_main_process:
+        writer.begin()
+    accelerator.wait_for_everyone()
+    writer.write(f"memory-rank{rank}", {} if memory is None else {"memory": memory})
+    writer.write(f"rng-rank{rank}", rng_tensors())
+    if accelerator.is_main_process:
+        tensors, plain = flatten_optimizer(optimizer, model.named_parameters())
+        writer.write("model", model.state_dict())
+        writer.write("optimizer", tensors)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        state = {"optimizer": plain, "seconds": seconds, "world_size": accelerator.num_processes, **best}
+        protect = [] if best["best_step"] is None else [best["best_step"]]
+        writer.seal(state, keep=2, protect=protect)
+    accelerator.wait_for_everyone()
+
+
+def _restore(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    rank: int,
+    is_main: bool,
+) -> tuple[int, Tensor | None, dict[str, Any], float]:
+    for path, reason in checkpoint.skipped if is_main else ():
+        print(f"warning: {path.name} is damaged ({reason}); going on from {checkpoint.path.name}", file=sys.stderr)
+    state, tensors = checkpoint.state, checkpoint.tensors
+    if f"rng-rank{rank}" not in tensors:
+        saved = state["world_size"]
+        raise ValueError(f"the checkpoint is of {saved} processes; resume with as many, so that each finds its memory")
+    model.load_state_dict(tensors["model"])
+    restore_optimizer(optimizer, tensors["optimizer"], state["optimizer"], model.named_parameters())
+    restore_rng(tensors[f"rng-rank{rank}"])
+    memory = tensors[f"memory-rank{rank}"].get("memory")
+    best = {name: state[name] for name in ("best_step", "best_bpc")}
+    return checkpoint.step, None if memory is None else memory.to(device), best, state["seconds"]
+
+
+def _evaluate(model: nn.Module, config: TrainConfig, data: Any, accelerator: Accelerator, k: int | None) -> float:
+    bare_model = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+    return evaluate(
+        bare_model,
+        config,
+        data,
+        accelerator.device,
+        k=k,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        reduce=lambda total: accelerator.reduce(total, "sum"),
+    )
+
+
+def _check_finite(
+    accelerator: Accelerator,
+    loss: Tensor,
+    norm: Tensor,
+    step: int,
+    stream: SegmentStream,
+    k: int | None,
+    folder: RunFolder,
+) -> None:
+    """Stops before the optimizer step when loss or gradient norm is not finite; every process decides alike."""
+    values = accelerator.gather(torch.stack([loss.detach().float(), norm.detach().float()]).view(1, 2))
+    if values.isfinite().all():
+        return
+    what = "the loss" if not values[:, 0].isfinite().all() else "the norm of the gradient"
+    epoch, segment = divmod(step, stream.segments_per_epoch)
+    raise NonFiniteError(
+        f"{what} is not finite at step {step + 1} (epoch {epoch}, segment {segment} of the data, k = {k_name(k)}); "
+        f"stopped before the optimizer step; checkpoints up to the last good one are in {folder.checkpoints}"
+    )
+
+
+class _StopRequest:
+    """SIGTERM and SIGINT ask for a checkpoint after the current step instead of ending the process at once."""
+
+    def __init__(self) -> None:
+        self._received = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._received = True
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process
+
+    def requested(self, accelerator: Accelerator) -> bool:
+        """Whether any process was asked; the same answer on all."""
+        if accelerator.num_processes == 1:
+            return self._received
+        flag = torch.tensor(float(self._received), device=accelerator.device)
+        return bool(accelerator.reduce(flag, "sum").item())
+
+
+def _print_header(config: TrainConfig, accelerator: Accelerator, model: nn.Module, step: int) -> None:
+    method, total = config.get_method(), parameter_counts(model)["total"]
+    schedule = ""
+    if method.routed:
+        k_min, k_max, mode = config.k_schedule()
+        schedule = f", {config.num_experts} experts, k = {k_min}..{k_max} ({mode})"
+    print(f"{method.title}{schedule}, seed {config.seed}, run folder {config.run_dir}")
+    reason = f" ({config.scale_reason})" if config.scale_reason else ""
+    print(
+        f"scale {config.scale}{reason}: {total / 1e6:.1f} M parameters, {config.steps} steps of {config.batch_size} x "
+        f"{config.tgt_len} bytes, {accelerator.num_processes} x {accelerator.device.type}, "
+        f"precision {'bf16' if accelerator.mixed_precision == 'bf16' else 'fp32'}"
+    )
+    if step:
+        print(f"resumed after step {step}")
+    sys.stdout.flush()
+
+
+def _result(
+    config: TrainConfig,
+    model: nn.Module,
+    accelerator: Accelerator,
+    sha256: str,
+    bpc: dict[str, dict[str, float]],
+    best: dict[str, Any],
+    seconds: float,
+    sweep_seconds: float,
+) -> dict[str, Any]:
+    tokens = config.batch_size * config.tgt_len
+    counts: dict[str, Any] = parameter_counts(model)
+    counts["active_per_k"] = active_per_k(model, [k for k in config.sweep_ks() if k is not None])
+    return {
+        "model": "transformer_xl",
+        "method": config.method,
+        "scale": config.scale,
+        "seed": config.seed,
+        "dataset": {"name": "enwik8", "sha256": sha256},
+        "bpc": bpc,
+        "eval_tokens": config.eval_tokens,
+        "best": best,
+        "parameters": counts,
+        "seconds": {"training": seconds, "sweep": sweep_seconds, "per_step": seconds / config.steps},
+        "tokens_per_step": tokens,
+        "tokens_per_second": tokens * config.steps / seconds,
+        "processes": accelerator.num_processes,
+        "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
+        "config": to_dict(config),
+        "environment": environment_record(),
+    }
+
+
+def main() -> None:
+    train(parse_config(TrainConfig, CONFIG_DIR, prog="python -m transformer_xl.train"))
+
+
+if __name__ == "__main__":
+    run_main(main)
