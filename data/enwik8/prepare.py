@@ -106,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from smoe.run.download import DownloadError, LocalFile
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that what is half-written goes
+    # SIGTERM as an exception, so that what is half-written goes.
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         print(f"enwik8: {'reading ' + str(options.source) if options.source else 'downloading'}", file=sys.stderr)
         meta = prepare(out, [LocalFile(options.source)] if options.source else default_sources())
@@ -120,6 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("enwik8: interrupted, nothing written", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     print(f"enwik8: {meta['bytes']} bytes in {out}, from {meta['source']}", file=sys.stderr)
     return 0
 

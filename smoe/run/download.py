@@ -87,8 +87,8 @@ class Url:
 
     def fetch(self, folder: Path) -> Path:
         target = folder / "download"
-        request = urllib.request.Request(self.url, headers={"User-Agent": "smoe"})
         try:
+            request = urllib.request.Request(self.url, headers={"User-Agent": "smoe"})
             response = urllib.request.urlopen(request, timeout=self.timeout)
         except urllib.error.HTTPError as error:
             raise SourceError(f"HTTP {error.code} {error.reason}") from error
