@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transformer_xl.attention import RelativeAttention, relative_distances, sinusoids
+from transformer_xl.dropout import Dropout
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class TransformerXLLayer(nn.Module):
         self.attention_norm = nn.LayerNorm(config.d_model)
         self.mlp = mlp
         self.mlp_norm = nn.LayerNorm(config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,
@@ -119,15 +120,15 @@ class TransformerXL(nn.Module):
         self.position_bias = nn.Parameter(torch.empty(config.num_heads, config.d_head))
         self.layers = nn.ModuleList(TransformerXLLayer(config, make_mlp(i)) for i in range(config.num_layers))
         self.output_bias = nn.Parameter(torch.empty(config.vocab_size))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.reset_parameters()
 
     def _make_dense_mlp(self, layer_index: int) -> nn.Module:
         c = self.config
         return nn.Sequential(
             nn.Linear(c.d_model, c.d_hidden),
-            nn.ReLU(),
-            nn.Dropout(c.dropout),
+            nn.ReLU(inplace=True),
+            Dropout(c.dropout),
             nn.Linear(c.d_hidden, c.d_model),
         )
 
