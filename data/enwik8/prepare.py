@@ -85,15 +85,17 @@ def prepare(
             },
         }
         (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        # The record goes first and comes last: while it is there, it is true.
-        (out / "meta.json").unlink(missing_ok=True)
+        # The record of anything else goes first, and ours comes last: while it is there, it is true. When another
+        # process has just written the same data, its record stays, for somebody may be reading already.
+        if not is_prepared(out, splits, sha256):
+            (out / "meta.json").unlink(missing_ok=True)
         for file in (*files, "meta.json"):
             os.replace(partial / file, out / file)
     return meta
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """The command line; returns the exit status: 2 for a bad `--source`, 1 when nothing can be fetched or written."""
     parser = argparse.ArgumentParser(description="Fetch, check and split enwik8.")
     parser.add_argument("--source", type=Path, help="a local copy instead of a download: .zip, .gz, .xz or raw")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="default: %(default)s")
@@ -114,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DownloadError as error:
         advice = "give the 100 000 000 bytes" if options.source else "get enwik8.zip on another machine and give it"
         print(f"error: enwik8: {error}; {advice} with --source FILE (.zip, .gz, .xz or raw)", file=sys.stderr)
-        return 1
+        return 2 if options.source else 1  # bad input, or a machine without a way out
     except OSError as error:
         print(f"error: enwik8: can't write to {out}: {error.strerror or error}", file=sys.stderr)
         return 1

@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from .errors import RunError
+
 CHUNK = 1 << 20
 PARTIAL_PREFIX = ".partial-"
 ABANDONED_SECONDS = 24 * 3600.0
@@ -40,7 +42,7 @@ class SourceError(Exception):
     """One source can't be used; the message is one line that says why."""
 
 
-class DownloadError(Exception):
+class DownloadError(RunError):
     """No source can be used; the message is one line that names each and why."""
 
 

@@ -159,6 +159,13 @@ def test_bad_local_source_leaves_nothing(content, message, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_unreachable_mirrors_end_with_1_and_advice(small, site, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(enwik8, "default_sources", lambda: [Url(f"{site}/404"), Url(f"{site}/wrong")])
+    assert small("--out", tmp_path / "out") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{site}/404: HTTP 404" in error and f"{site}/wrong: SHA-256" in error and "--source FILE" in error
+
+
 def test_failure_keeps_what_was_there(tmp_path):
     (tmp_path / "good").write_bytes(RAW)
     prepare(tmp_path / "out", LocalFile(tmp_path / "good"))
@@ -185,6 +192,16 @@ def test_prepared_or_not(tmp_path):
     for damaged in ("", "[]", '{"sha256": 1}', json.dumps({"sha256": SHA256, "splits": []})):
         (out / "meta.json").write_text(damaged)
         assert not is_prepared(out)
+
+
+def test_the_record_never_describes_other_data(tmp_path, monkeypatch):
+    (tmp_path / "good").write_bytes(RAW)
+    out = tmp_path / "out"
+    enwik8.prepare(out, [LocalFile(tmp_path / "good")], {"train": 10_000, "test": 240}, SHA256)
+    monkeypatch.setattr(os, "replace", lambda source, target: sys.exit("killed"))
+    with pytest.raises(SystemExit):
+        prepare(out, LocalFile(tmp_path / "good"))
+    assert not (out / "meta.json").exists()
 
 
 def test_abandoned_scratch_goes_after_a_day_and_a_fresh_one_stays(tmp_path):
@@ -228,7 +245,7 @@ def test_command_is_idempotent_and_silent(small, tmp_path, capsys):
         assert capsys.readouterr() == ("", "")
     assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == times
 
-    assert small("--source", source, "--out", out, "--force") == 1
+    assert small("--source", source, "--out", out, "--force") == 2
     assert "no such file" in capsys.readouterr().err
     source.write_bytes(RAW)
     (out / "test.bin").write_bytes(bytes(240))
@@ -238,7 +255,7 @@ def test_command_is_idempotent_and_silent(small, tmp_path, capsys):
 
 def test_real_constants_reject_small_data(tmp_path, capsys):
     (tmp_path / "source").write_bytes(RAW)
-    assert enwik8.main(["--source", str(tmp_path / "source"), "--out", str(tmp_path / "out")]) == 1
+    assert enwik8.main(["--source", str(tmp_path / "source"), "--out", str(tmp_path / "out")]) == 2
     assert "10240 bytes, expected 100000000" in capsys.readouterr().err
 
 
@@ -307,7 +324,7 @@ def test_script_runs_from_anywhere_and_says_what_to_do(tmp_path):
     command = [sys.executable, str(SCRIPT), "--source", "none", "--out", "out"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     error = result.stderr.splitlines()[-1]
-    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.returncode == 2 and "Traceback" not in result.stderr
     assert error.startswith("error: enwik8: none: no such file") and "--source FILE" in error
 
 
