@@ -1,4 +1,4 @@
-"""The figure of a self-slimming model: BPC over active parameters, with no legend to look up and colours all can tell."""
+"""The figure of a self-slimming model: BPC over active parameters, labelled directly, in colours all can tell."""
 
 from __future__ import annotations
 
