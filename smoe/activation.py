@@ -9,6 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+# (gradient of the output, saved, tensor that may take the result or None) -> gradient of the input
+Backward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
 class Activation:
     """An elementwise function and its backward.
 
@@ -18,7 +22,7 @@ class Activation:
 
     saves_output = False
 
-    def __init__(self, name: str, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor, Tensor], Tensor]):
+    def __init__(self, name: str, forward: Callable[[Tensor], Tensor], backward: Backward):
         self.name = name
         self._forward = forward
         self._backward = backward
@@ -26,23 +30,39 @@ class Activation:
     def __call__(self, x: Tensor) -> Tensor:
         return self._forward(x)
 
-    def backward(self, grad: Tensor, saved: Tensor) -> Tensor:
-        """d loss / d input, from d loss / d output and what was saved."""
-        return self._backward(grad, saved)
+    def forward_(self, x: Tensor) -> Tensor:
+        """The same, and x may be overwritten with it."""
+        return self._forward(x)
+
+    def backward(self, grad: Tensor, saved: Tensor, out: Tensor | None = None) -> Tensor:
+        """d loss / d input, from d loss / d output and what was saved; ``out`` may be used for it (and be ``grad``)."""
+        return self._backward(grad, saved, out)
 
     def __repr__(self) -> str:
         return self.name
+
+
+def _out_variant(operator, *args, **kwargs) -> Backward:
+    def backward(grad: Tensor, saved: Tensor, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            return operator(grad, saved, *args, **kwargs)
+        return operator.grad_input(grad, saved, *args, **kwargs, grad_input=out)
+
+    return backward
 
 
 class _ReLU(Activation):
     saves_output = True
 
     def __init__(self) -> None:
-        super().__init__("relu", F.relu, lambda grad, out: torch.ops.aten.threshold_backward(grad, out, 0))
+        super().__init__("relu", F.relu, _out_variant(torch.ops.aten.threshold_backward, 0))
+
+    def forward_(self, x: Tensor) -> Tensor:
+        return x.relu_()
 
 
-def _by_autograd(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    def backward(grad: Tensor, x: Tensor) -> Tensor:
+def _by_autograd(function: Callable[[Tensor], Tensor]) -> Backward:
+    def backward(grad: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             return torch.autograd.grad(function(x), x, grad)[0]
@@ -53,13 +73,13 @@ def _by_autograd(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tens
 _aten = torch.ops.aten
 ACTIVATIONS = {
     "relu": _ReLU(),
-    "gelu": Activation("gelu", F.gelu, lambda grad, x: _aten.gelu_backward(grad, x)),
+    "gelu": Activation("gelu", F.gelu, _out_variant(_aten.gelu_backward)),
     "gelu_tanh": Activation(
         "gelu_tanh",
         lambda x: F.gelu(x, approximate="tanh"),
-        lambda grad, x: _aten.gelu_backward(grad, x, approximate="tanh"),
+        _out_variant(_aten.gelu_backward, approximate="tanh"),
     ),
-    "silu": Activation("silu", F.silu, lambda grad, x: _aten.silu_backward(grad, x)),
+    "silu": Activation("silu", F.silu, _out_variant(_aten.silu_backward)),
 }
 
 
