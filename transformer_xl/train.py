@@ -37,7 +37,6 @@ from smoe.run.errors import RunError, run_main
 from smoe.run.folder import RunFolder
 from smoe.run.metrics import MetricsLogger
 from smoe.run.record import active_per_k, environment_record, parameter_counts
-from smoe.run.report import slimming_table
 from transformer_xl.config import CONFIG_DIR, TrainConfig
 from transformer_xl.data import SegmentStream, dataset_sha256, load_split
 from transformer_xl.evaluate import evaluate, k_name, precision
@@ -78,6 +77,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
         config.run_dir, to_dict(config), resume=config.resume, may_change=MAY_CHANGE, is_main=is_main
     )
     accelerator.wait_for_everyone()
+    if config.resume and folder.result_path.exists():
+        if is_main:
+            print(f"{config.run_dir} is finished; its result is in {folder.result_path}")
+        return folder.read_result()
 
     method = config.get_method()
     bare_model = config.build_model()
@@ -170,11 +173,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
     for k in config.sweep_ks():
         for split in bpc:
             bpc[split][k_name(k)] = _evaluate(model, config, splits[split], accelerator, k)
+        if is_main:
+            figures = ", ".join(f"{split} {bpc[split][k_name(k)]:.4f}" for split in bpc)
+            print(f"k = {k_name(k):>5}: BPC {figures}", flush=True)
     metrics.close()
     result = _result(config, bare_model, accelerator, sha256, bpc, best, seconds, time.perf_counter() - started)
     folder.write_result(result)
-    if is_main:
-        print(slimming_table([result]), flush=True)
     accelerator.end_training()
     return result
 
