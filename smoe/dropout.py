@@ -1,4 +1,4 @@
-"""The dense baselines' regularisers: Concrete Dropout and DropBlock."""
+"""Plain dropout made fast on a CPU, and the regularisers of the dense baselines: Concrete Dropout and DropBlock."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class ConcreteDropout(nn.Module):
 
     @property
     def p(self) -> Tensor:
-        """The current rate, (1,)."""
-        return torch.sigmoid(self.p_logit)
+        """The current rate, (1,) float32."""
+        return torch.sigmoid(self.p_logit.float())
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape -> the same shape; drawn in float32 (1e-7 vanishes in bfloat16)."""
@@ -46,7 +46,7 @@ class ConcreteDropout(nn.Module):
             return x
         eps = 1e-7
         noise = torch.rand(x.shape, device=x.device, dtype=torch.float32)
-        p = self.p.float()
+        p = self.p
         logit = torch.log(p + eps) - torch.log(1 - p + eps) + torch.log(noise + eps) - torch.log(1 - noise + eps)
         keep = torch.sigmoid(-logit / self.temperature) / (1 - p)
         return x * keep.to(x.dtype)
@@ -57,7 +57,7 @@ class ConcreteDropout(nn.Module):
         weight_regularizer * |W|^2 / (1 - p) over ``next_layer``'s parameters, plus dropout_regularizer *
         num_features * (p log p + (1 - p) log(1 - p)), where num_features is the width of what is dropped.
         """
-        p = self.p.float()
+        p = self.p
         squares = sum(parameter.float().pow(2).sum() for parameter in next_layer.parameters())
         entropy = p * torch.log(p) + (1 - p) * torch.log(1 - p)
         penalty = self.weight_regularizer * squares / (1 - p) + self.dropout_regularizer * num_features * entropy
@@ -82,8 +82,8 @@ class DropBlock(nn.Module):
         super().__init__()
         if not 0 <= drop_prob < 1:
             raise ValueError(f"drop_prob is {drop_prob}; it must be at least 0 and below 1")
-        if block_size < 1 or block_size % 2 == 0:
-            raise ValueError(f"block_size is {block_size}; it must be an odd number of at least 1")
+        if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1 or block_size % 2 == 0:
+            raise ValueError(f"block_size is {block_size!r}; it must be an odd number of at least 1")
         self.drop_prob = drop_prob
         self.block_size = block_size
 
@@ -110,3 +110,31 @@ class DropBlock(nn.Module):
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob}, block_size={self.block_size}"
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout`, several times faster on a CPU, where PyTorch draws one number an element; elsewhere the same as it.
+
+    The rate is rounded to a multiple of 2^-16, and so is the scale, which keeps the expectation exact. Draws
+    come from PyTorch's global generator, but other ones than `nn.Dropout` makes.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same shape and dtype."""
+        if not self.training or self.p == 0:
+            return x
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or not 0 < round(self.p * 65536) < 65536:
+            return F.dropout(x, self.p, self.training, self.inplace)
+        return x * dropout_noise(x.shape, self.p, x.dtype)
+
+
+def dropout_noise(shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
+    """On the CPU, `shape` of 0 with probability `p` (to 2^-16), else 1 / (1 - p)."""
+    dropped = round(p * 65536)  # of the 65536 values of a 16-bit integer
+    # One 64-bit draw serves four elements.
+    draws = torch.empty((shape.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    keep = draws.view(torch.int16)[: shape.numel()].view(shape)
+    first_kept = dropped - 32768
+    # 0 or 1 by integer arithmetic, which is vectorised; comparing gives booleans, slow to multiply with.
+    keep.clamp_(first_kept - 1, first_kept).sub_(first_kept - 1)
+    return keep.to(dtype).mul_(65536 / (65536 - dropped))

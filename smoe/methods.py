@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .activation import get_activation
 from .control import record_routing
-from .dropout import ConcreteDropout, DropBlock
+from .dropout import ConcreteDropout, DropBlock, Dropout
 from .layer import SMoE
 
 
@@ -106,7 +106,7 @@ class Method:
         elif self.dropout == "dropblock":
             inner = DropBlock(dropout)
         else:
-            inner = nn.Dropout(dropout)
+            inner = Dropout(dropout)
         return DenseMLP(d_model, d_hidden, activation=activation, dropout=inner)
 
     def loss(
@@ -138,7 +138,8 @@ class Method:
                 total = task + consistency_weight * parts["consistency"]
         balance = [routing.balance_loss for routing in routings if routing.balance_loss is not None]
         if balance_weight and balance:
-            parts["balance"] = torch.stack(balance).sum()
+            # Like the task loss, a mean over the passes: the weight means the same with one pass or two.
+            parts["balance"] = torch.stack(balance).sum() / (2 if consistency_weight else 1)
             total = total + balance_weight * parts["balance"]
         if self.dropout == "concrete":
             parts["concrete"] = concrete_regularization(model)
@@ -158,12 +159,18 @@ def symmetric_kl(logits_a: Tensor, logits_b: Tensor) -> Tensor:
 
 
 def concrete_regularization(model: nn.Module) -> Tensor:
-    """Sum of the Concrete Dropout penalties of all MLPs of ``model`` (Algorithm 1), a scalar."""
+    """Sum of the Concrete Dropout penalties of all MLPs of ``model`` (Algorithm 1), a scalar.
+
+    Raises:
+        ValueError: the model has no :class:`DenseMLP` with :class:`ConcreteDropout`.
+    """
     penalties = [
         mlp.dropout.regularization(mlp.down, mlp.down.in_features)
         for mlp in model.modules()
         if isinstance(mlp, DenseMLP) and isinstance(mlp.dropout, ConcreteDropout)
     ]
+    if not penalties:
+        raise ValueError(f"{type(model).__name__} has no DenseMLP with ConcreteDropout; there is no penalty to add")
     return torch.stack(penalties).sum()
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transformer_xl.attention import RelativeAttention, relative_distances, sinusoids
-from transformer_xl.dropout import Dropout
+from smoe.dropout import Dropout
 
 
 @dataclass(frozen=True)

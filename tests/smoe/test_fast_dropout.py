@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from transformer_xl.dropout import Dropout
+from smoe.dropout import Dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
