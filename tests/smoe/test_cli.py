@@ -1,0 +1,190 @@
+"""The ``smoe`` command through ``main(argv)``: what it prints, and its exit codes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import smoe
+from smoe import cli
+from smoe.flops import count, paper_flops, table1
+
+
+def run_json(capsys, *argv: str) -> dict:
+    assert cli.main([*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_table1(capsys):
+    assert run_json(capsys, "flops", "--table1")["rows"] == table1()
+    assert cli.main(["flops", "--table1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 1 + 21
+    assert "smoe_dropout_k_half" in lines[7] and "5.6145e10" in lines[7]
+
+
+def test_arch_by_the_papers_convention(capsys):
+    out = run_json(capsys, "flops", "--arch", "bert", "--method", "smoe", "--k", "8", "16", "--batch", "2")
+    assert [row["k"] for row in out["rows"]] == [8, 16]
+    assert [row["paper"] for row in out["rows"]] == [paper_flops("bert", "smoe", k, batch=2) for k in (8, 16)]
+    assert out["seq_len"] == 512 and "true" not in out["rows"][0]
+    (dense,) = run_json(capsys, "flops", "--arch", "transformer_xl", "--method", "dense_dropout")["rows"]
+    assert dense == {"k": None, "paper": paper_flops("transformer_xl", "dense_dropout")}
+
+
+def test_arch_true(capsys):
+    pytest.importorskip("jsonargparse")
+    short = ("--batch", "2", "--tgt_len", "4", "--mem_len", "8")
+    out = run_json(capsys, "flops", "--arch", "transformer_xl", "--k", "8", "16", "--true", "--step", *short)
+    half, whole = out["rows"]
+    assert half["paper"] == paper_flops("transformer_xl", "smoe_dropout", 8, batch=2, tgt_len=4, mem_len=8)
+    assert half["params_total"] == whole["params_total"] == whole["params_active"]
+    assert whole["params_active"] - half["params_active"] == 4 * 8 * (2 * 256 * 512 + 512 + 256)
+    assert whole["true"] - half["true"] == 2 * 8 * 4 * 8 * 2 * 256 * 512
+    assert whole["step"] - half["step"] == 3 * (whole["true"] - half["true"])
+
+
+def test_arch_true_masked_lm(capsys):
+    pytest.importorskip("transformers")
+    short = ("--batch", "1", "--seq_len", "8", "--true", "--step")
+    (row,) = run_json(capsys, "flops", "--arch", "roberta", "--method", "thor", "--k", "2", *short)["rows"]
+    assert row["paper"] == paper_flops("roberta", "thor", 2, batch=1, seq_len=8)
+    assert row["step"] > 2 * 2 * row["true"]  # THOR runs two passes
+    # The output is a table of one header, one row.
+    assert cli.main(["flops", "--arch", "roberta", "--method", "thor", "--k", "2", *short]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_config_of_a_run(capsys, tmp_path):
+    pytest.importorskip("jsonargparse")
+    from smoe.run.config import parse_config, to_dict, to_yaml
+    from transformer_xl.config import CONFIG_DIR, TrainConfig
+
+    argv = ["--method", "smoe", "--scale", "smoke", "--run_dir", "runs/x", "--num_experts", "4"]
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(to_dict(parse_config(TrainConfig, CONFIG_DIR, argv))))
+    out = run_json(capsys, "flops", "--config", str(path), "--step")
+    assert (out["method"], [row["k"] for row in out["rows"]]) == ("smoe", [1, 2, 4])
+    assert out["rows"][2]["step"] > out["rows"][0]["step"]
+    out = run_json(capsys, "flops", "--config", str(path), "--method", "dense_dropout")
+    assert (out["method"], [row["k"] for row in out["rows"]]) == ("dense_dropout", [None])
+    scale = run_json(capsys, "flops", "--config", str(CONFIG_DIR / "smoke.yaml"), "--k", "2")
+    assert (scale["method"], len(scale["rows"])) == ("smoe_dropout", 1)
+
+
+def test_config_of_a_masked_lm(capsys, tmp_path):
+    pytest.importorskip("transformers")
+    path = tmp_path / "config.yaml"
+    sizes = {"num_layers": 2, "d_model": 16, "num_heads": 2, "d_hidden": 64, "vocab_size": 50, "seq_len": 8}
+    path.write_text(json.dumps({"model": "bert", "method": "smoe", "num_experts": 4, "batch_size": 3, **sizes}))
+    out = run_json(capsys, "flops", "--config", str(path), "--k", "1", "4")
+    for row in out["rows"]:
+        assert row["paper"] == paper_flops("bert", "smoe", row["k"], num_experts=4, batch=3, **sizes)
+
+
+@pytest.fixture
+def gpt2():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def test_saved_model(capsys, tmp_path, gpt2):
+    gpt2.save_pretrained(tmp_path / "dense")
+    (row,) = run_json(capsys, "flops", "--model", str(tmp_path / "dense"), "--seq_len", "8", "--batch", "2")["rows"]
+    expected = count(gpt2, {"input_ids": torch.zeros(2, 8, dtype=torch.int64)})
+    assert (row["paper"], row["true"]) == (expected.paper_linear, expected.true)
+    assert row["params_total"] == expected.params_total
+
+
+def test_saved_modulized_model(capsys, tmp_path, gpt2):
+    model = smoe.modulize(gpt2, num_experts=4, top_k=2)
+    smoe.save_pretrained(model, tmp_path / "smoe")
+    argv = ("flops", "--model", str(tmp_path / "smoe"), "--seq_len", "8")
+    ids = {"input_ids": torch.zeros(1, 8, dtype=torch.int64)}
+    for row, k in zip(run_json(capsys, *argv, "--k", "1", "4")["rows"], (1, 4), strict=True):
+        assert row["true"] == count(model, ids, k).true
+    (row,) = run_json(capsys, *argv)["rows"]
+    assert (row["k"], row["true"]) == (2, count(model, ids, 2).true)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "required"),
+        (["count"], "invalid choice: 'count'"),
+        (["flops"], "--table1 --arch --model --config"),
+        (["flops", "--arch", "gpt"], "invalid choice: 'gpt'"),
+        (["flops", "--arch", "bert", "--table1"], "not allowed"),
+        (["flops", "--arch", "bert", "--method", "moe"], "method is 'moe'"),
+        (["flops", "--arch", "bert", "--k", "17"], "top_k is 17"),
+        (["flops", "--arch", "bert", "--k", "x"], "invalid int value: 'x'"),
+        (["flops", "--arch", "bert", "--num_experts", "0"], "num_experts is 0"),
+        (["flops", "--arch", "bert", "--num_experts", "5"], "num_experts = 5 does not divide"),
+        (["flops", "--arch", "bert", "--tgt_len", "5"], "tgt_len is no size of bert"),
+        (["flops", "--arch", "bert", "--method", "dense_dropout", "--k", "2"], "dense_dropout has no experts"),
+        (["flops", "--table1", "--k", "2"], "--k says nothing with --table1"),
+        (["flops", "--table1", "--k", "0"], "--k says nothing with --table1"),
+        (["flops", "--model", "nowhere", "--seq_len", "4"], "no config.json there"),
+        (["flops", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["report"], "RUN"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_bad_model_folders(capsys, tmp_path, gpt2):
+    gpt2.config.save_pretrained(tmp_path)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"model_type": "nothing"}')
+    for argv, message in (
+        (["--model", str(tmp_path)], "--seq_len is missing"),
+        (["--model", str(tmp_path), "--seq_len", "33"], "positions for 32"),
+        (["--model", str(tmp_path), "--seq_len", "0"], "--seq_len is 0"),
+        (["--model", str(broken), "--seq_len", "4"], "config.json can't be read"),
+        (["--model", str(tmp_path), "--seq_len", "4", "--step"], "--step says nothing with --model"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["flops", *argv])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and message in err, err
+
+
+def test_version_and_help(capsys):
+    for flag, text in (("--version", f"smoe {smoe.__version__}\n"), ("--help", "usage: smoe")):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([flag])
+        assert stop.value.code == 0 and capsys.readouterr().out.startswith(text)
+
+
+def test_bench_and_report_get_their_arguments_untouched(monkeypatch, tmp_path):
+    (tmp_path / "smoe").mkdir()
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "smoe" / "cli.py"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench"])
+    assert stop.value.code == 2
+
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()
+    (tmp_path / "benchmarks" / "layer.py").write_text("import sys\nsys.exit(len(sys.argv[1:]))\n")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", "--help", "--json", "x"]) == 3
+
+    seen = []
+    monkeypatch.setattr("smoe.run.report.main", lambda argv: seen.append(argv))
+    assert cli.main(["report", "--out", "folder", "run"]) == 0
+    assert seen == [["--out", "folder", "run"]]
+
+
+def test_importing_smoe_does_not_import_the_command_line():
+    names = {"smoe.cli", "smoe.flops", "transformers"}
+    code = f"import smoe, sys; sys.exit(bool({names} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
