@@ -8,17 +8,17 @@ from torch import Tensor
 
 from ..experts import Experts
 from ..router import Routing
-from . import grouped, reference
+from . import dense, grouped, reference
 
 Compute = Callable[[Tensor, Experts, Routing], Tensor]
 
-PATHS: dict[str, Compute] = {"reference": reference.compute, "grouped": grouped.compute}
+PATHS: dict[str, Compute] = {"reference": reference.compute, "grouped": grouped.compute, "dense": dense.compute}
 
 
 def choose(name: str, x: Tensor, experts: Experts, routing: Routing) -> Compute:
     """The path called ``name``, or for ``auto`` the fastest one known for this input."""
     if name == "auto":
-        return PATHS["grouped"]
+        return PATHS["dense" if routing.indices.shape[1] == experts.num_experts else "grouped"]
     return PATHS[name]
 
 

@@ -1,46 +1,76 @@
-"""Who sits where: the (token, choice) pairs of a routing in the order in which the experts work them off."""
+"""Which tokens sit where: the (token, expert) pairs of a routing in the order in which they are worked off."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
 class Plan(NamedTuple):
-    """The k * T (token, choice) pairs, expert after expert, and in the order of the tokens within an expert.
+    """The P (token, unit) pairs, unit after unit, and in the order of the tokens within a unit.
 
-    rows: (k * T,) the token of every pair; None if every expert takes all tokens, in their own order.
-    spans: N (start, end) pairs, the part of the pairs that belongs to each expert.
-    position: (T, k), where the pair of every token and choice is.
+    A unit is what one matrix product computes: an expert, or several side by side where all tokens visit them.
+
+    rows: (P,) int64, the token of every pair; None if every unit takes all tokens, in their own order.
+    spans: one (start, end) a unit, its part of the pairs.
+    position: (T, K) int64, the pairs of every token.
+    chunks: (first token, end token, one (start, end) a unit): the pairs of a chunk of the tokens.
     """
 
     rows: Tensor | None
     spans: list[tuple[int, int]]
     position: Tensor
+    chunks: list[tuple[int, int, list[tuple[int, int]]]]
 
 
-def make_plan(indices: Tensor, num_experts: int) -> Plan:
-    """(T, k) indices -> Plan. Counting, not sorting: a sort of the pairs costs more than the gathers it serves."""
-    num_tokens, top_k = indices.shape
-    if top_k == num_experts:
-        spans = [(e * num_tokens, (e + 1) * num_tokens) for e in range(num_experts)]
-        token = torch.arange(num_tokens, device=indices.device).unsqueeze(1)
-        return Plan(None, spans, indices * num_tokens + token)
+def gathered_plan(indices: Tensor, num_experts: int, chunk: int) -> Plan:
+    """The plan of (T, k) indices, with T > 0; ``chunk`` tokens (the last fewer) make a chunk.
+
+    Counting, not sorting: a sort of the pairs takes longer than the gathers it serves.
+    """
+    num_tokens = indices.shape[0]
     member = torch.zeros((num_experts, num_tokens), dtype=torch.bool, device=indices.device)
     member.t().scatter_(1, indices, True)
-    ends = member.view(-1).cumsum(0)
-    position = (ends - 1).view(num_experts, num_tokens).t().gather(1, indices)
-    bounds = [0, *ends.view(num_experts, num_tokens)[:, -1].tolist()]
-    return Plan(member.nonzero()[:, 1], list(zip(bounds[:-1], bounds[1:], strict=True)), position)
+    ends = member.view(-1).cumsum(0).view(num_experts, num_tokens)
+    position = (ends - 1).t().gather(1, indices)
+    edges = _edges(num_tokens, chunk)
+    table = ends[:, [edge - 1 for edge in edges[1:]]].tolist()
+    starts = [0, *(row[-1] for row in table[:-1])]
+    table = [[start, *row] for start, row in zip(starts, table, strict=True)]
+    chunks = [
+        (first, end, [(row[c], row[c + 1]) for row in table])
+        for c, (first, end) in enumerate(zip(edges[:-1], edges[1:], strict=True))
+    ]
+    return Plan(member.nonzero()[:, 1], [(row[0], row[-1]) for row in table], position, chunks)
 
 
-def combine(pairs: Tensor, position: Tensor, weights: Tensor | None, out: Tensor) -> None:
-    """``out[t] = sum_j weights[t, j] * pairs[position[t, j]]``; pairs (P, d), position and weights (T, k), out (T, d).
+def full_plan(num_tokens: int, num_units: int, chunk: int, device: torch.device) -> Plan:
+    """The plan in which every unit takes all T > 0 tokens."""
+    starts = [unit * num_tokens for unit in range(num_units)]
+    position = torch.arange(num_tokens, device=device).unsqueeze(1) + torch.tensor(starts, device=device)
+    edges = _edges(num_tokens, chunk)
+    chunks = [
+        (first, end, [(start + first, start + end) for start in starts])
+        for first, end in zip(edges[:-1], edges[1:], strict=True)
+    ]
+    return Plan(None, [(start, start + num_tokens) for start in starts], position, chunks)
 
-    One read of every pair and one rounding, and no (T, k, d) tensor: what an embedding bag does. On a CPU it is several
-    times faster than adding expert after expert with ``index_add_``, which also rounds (or widens to float32) each time.
+
+def local_position(plan: Plan, chunk: int, indices: Tensor | None) -> Tensor:
+    """(tokens of the chunk, K): where the pairs of a chunk are once only they stand side by side, unit after unit.
+
+    indices: (T, K), the unit of every pair; None where every token visits all units in their order.
     """
-    out.copy_(F.embedding_bag(position, pairs, mode="sum", per_sample_weights=weights))
+    first, end, spans = plan.chunks[chunk]
+    shifts, offset = [], 0
+    for start, stop in spans:
+        shifts.append(start - offset)
+        offset += stop - start
+    shift = torch.tensor(shifts, device=plan.position.device)
+    return plan.position[first:end] - (shift if indices is None else shift[indices[first:end]])
+
+
+def _edges(num_tokens: int, chunk: int) -> list[int]:
+    return [*range(0, num_tokens, chunk), num_tokens]
