@@ -17,17 +17,19 @@ from torch import Tensor, nn
 from .activation import get_activation
 
 
+def _check_size(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+
+
 def check_divisible(d_hidden: int, num_experts: int) -> int:
     """h = d_hidden / num_experts, or a ValueError that says what would be right."""
-    for name, value in (("num_experts", num_experts), ("d_hidden", d_hidden)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    _check_size("num_experts", num_experts)
+    _check_size("d_hidden", d_hidden)
     if d_hidden % num_experts:
-        raise ValueError(
-            f"d_hidden is {d_hidden}, which num_experts = {num_experts} does not divide; "
-            f"the nearest widths that fit are {d_hidden // num_experts * num_experts or num_experts} "
-            f"and {-(-d_hidden // num_experts) * num_experts}"
-        )
+        below = d_hidden // num_experts * num_experts
+        fitting = f"{below} and {below + num_experts} fit" if below else f"the smallest that fits is {num_experts}"
+        raise ValueError(f"d_hidden is {d_hidden}, which num_experts = {num_experts} does not divide; {fitting}")
     return d_hidden // num_experts
 
 
@@ -52,6 +54,8 @@ class Experts(nn.Module):
         gated: bool = False,
     ) -> None:
         super().__init__()
+        for name, value in (("num_experts", num_experts), ("d_model", d_model), ("d_expert", d_expert)):
+            _check_size(name, value)
         self.num_experts, self.d_model, self.d_expert = num_experts, d_model, d_expert
         self.activation = get_activation(activation)
         shape = (num_experts, d_expert, d_model)
@@ -101,7 +105,7 @@ class Experts(nn.Module):
 
 
 def split_output_bias(bias: Tensor, num_experts: int) -> Tensor:
-    """(d,) -> (N, d), rows that add up to ``bias`` exactly (in float64, rounded once).
+    """(d,) -> (N, d), rows that add up to ``bias`` exactly (in float64, rounded once; float32 and narrower).
 
     Every expert carries its share, so that k of N experts bring about k/N of the bias. N - 1 shares are bias / N as
     rounded; the last takes what is left, which keeps the sum exact where N is no power of two.
@@ -118,8 +122,15 @@ def split(experts: Experts, dense: dict[str, Tensor]) -> None:
 
     Args:
         dense: ``up_weight (H, d)``, ``down_weight (d, H)`` as ``nn.Linear`` holds them; optionally
-            ``gate_weight (H, d)``, ``up_bias (H,)``, ``gate_bias (H,)``, ``down_bias (d,)``.
+            ``gate_weight (H, d)``, ``up_bias (H,)``, ``gate_bias (H,)``, ``down_bias (d,)``. A bias that is missing or
+            None becomes zero.
+
+    Raises:
+        ValueError: a weight that is missing, has another shape, or that these experts have no place for. Nothing is
+            changed then.
     """
+    dense = {name: value for name, value in dense.items() if value is not None}
+    _check_dense(experts, dense)
     shape = experts.up.shape
     experts.up.copy_(dense["up_weight"].reshape(shape))
     experts.down.copy_(dense["down_weight"].t().reshape(shape))
@@ -134,7 +145,28 @@ def split(experts: Experts, dense: dict[str, Tensor]) -> None:
         value = dense.get("down_bias")
         experts.down_bias.zero_()
         if value is not None:
-            experts.down_bias.copy_(split_output_bias(value, experts.num_experts))
+            # In the experts' own dtype: rounding every share by itself would no longer add up to the bias.
+            experts.down_bias.copy_(split_output_bias(value.to(experts.down_bias.dtype), experts.num_experts))
+
+
+def _check_dense(experts: Experts, dense: dict[str, Tensor]) -> None:
+    d_model, d_hidden = experts.d_model, experts.num_experts * experts.d_expert
+    shapes = {"up_weight": (d_hidden, d_model), "down_weight": (d_model, d_hidden)}
+    if experts.gate is not None:
+        shapes["gate_weight"] = (d_hidden, d_model)
+    required = tuple(shapes)
+    if experts.up_bias is not None:
+        shapes.update(up_bias=(d_hidden,), down_bias=(d_model,))
+    if experts.gate_bias is not None:
+        shapes["gate_bias"] = (d_hidden,)
+    for name in required:
+        if name not in dense:
+            raise ValueError(f"dense has no {name}; these experts need {', '.join(required)}")
+    for name, value in dense.items():
+        if name not in shapes:
+            raise ValueError(f"dense holds {name}; these experts have no place for it, they take {', '.join(shapes)}")
+        if tuple(value.shape) != shapes[name]:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {shapes[name]}")
 
 
 @torch.no_grad()
@@ -143,7 +175,7 @@ def merge(experts: Experts) -> dict[str, Tensor]:
     d_hidden = experts.num_experts * experts.d_expert
     dense = {
         "up_weight": experts.up.reshape(d_hidden, -1).clone(),
-        "down_weight": experts.down.reshape(d_hidden, -1).t().contiguous(),
+        "down_weight": experts.down.reshape(d_hidden, -1).t().clone(memory_format=torch.contiguous_format),
     }
     if experts.gate is not None:
         dense["gate_weight"] = experts.gate.reshape(d_hidden, -1).clone()
