@@ -24,17 +24,21 @@ def k_at(
     """The number of activated experts at ``step``: a pure function, so a resumed run recomputes it.
 
     Args:
-        step: 0 for the first step; from ``total_steps`` on the last value holds.
+        step: 0 for the first step; from ``total_steps`` on the last value holds (``random`` goes on drawing).
         mode: ``linear``: round((k_max - k_min) * step / total_steps) + k_min, the paper's;
             ``cosine``: half a cosine from k_min to k_max; ``exponential``: k_min * (k_max / k_min) ** (step / total);
             ``multistep``: k_min, 2 k_min, 4 k_min, ... k_max in equal stretches; ``*_decrease``: the same, from k_max
             down to k_min; ``constant``: k_max; ``random``: uniform in k_min..k_max, drawn from (seed, step, layer).
 
     Raises:
-        ValueError: a mode that is not in ``MODES``, or k_min > k_max, k_min < 1, step < 0, total_steps < 1.
+        ValueError: a mode that is not in ``MODES``, or k_min > k_max, k_min < 1, step < 0, total_steps < 1, or one of
+            them no whole number.
     """
     if mode not in MODES:
         raise ValueError(f"k schedule mode is {mode!r}; it must be one of {', '.join(MODES)}")
+    for name, value in (("step", step), ("total_steps", total_steps), ("k_min", k_min), ("k_max", k_max)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{name} is {value!r}; it must be a whole number")
     if not 1 <= k_min <= k_max:
         raise ValueError(f"k_min is {k_min} and k_max is {k_max}; it must be 1 <= k_min <= k_max")
     if step < 0 or total_steps < 1:
@@ -43,6 +47,14 @@ def k_at(
         return k_max
     if mode == "random":
         return random.Random(f"{seed}/{step}/{layer}").randint(k_min, k_max)
+    if mode.startswith("multistep"):
+        stages = [k_min]
+        while stages[-1] < k_max:
+            stages.append(min(2 * stages[-1], k_max))
+        if mode == "multistep_decrease":
+            stages.reverse()
+        # In whole numbers: the fraction of a step that ends a stretch may lie on either side of it.
+        return stages[min(step * len(stages) // total_steps, len(stages) - 1)]
     t = min(step / total_steps, 1.0)
     if mode.endswith("_decrease"):
         mode, t = mode.removesuffix("_decrease"), 1.0 - t
@@ -50,9 +62,5 @@ def k_at(
         return round((k_max - k_min) * t) + k_min
     if mode == "cosine":
         return round((k_max - k_min) * (1 - math.cos(math.pi * t)) / 2) + k_min
-    if mode == "exponential":
-        return round(k_min * (k_max / k_min) ** t)
-    stages = [k_min]
-    while stages[-1] < k_max:
-        stages.append(min(2 * stages[-1], k_max))
-    return stages[min(int(t * len(stages)), len(stages) - 1)]
+    assert mode == "exponential"
+    return round(k_min * (k_max / k_min) ** t)

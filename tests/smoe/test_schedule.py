@@ -1,0 +1,112 @@
+"""k at a step."""
+
+import math
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smoe import k_at
+from smoe.schedule import MODES
+
+UP = ("linear", "cosine", "exponential", "multistep")
+DOWN = ("linear_decrease", "cosine_decrease", "multistep_decrease")
+bounds = st.integers(1, 64).flatmap(lambda low: st.tuples(st.just(low), st.integers(low, 64)))
+
+
+@given(bounds, st.integers(1, 300), st.sampled_from(UP + DOWN))
+def test_endpoints_range_and_monotone(limits, total, mode):
+    k_min, k_max = limits
+    ks = [k_at(step, total, k_min, k_max, mode) for step in range(total + 3)]
+    first, last = (k_min, k_max) if mode in UP else (k_max, k_min)
+    assert ks[0] == first
+    assert ks[total:] == [last] * 3
+    sign = 1 if mode in UP else -1
+    assert all(sign * (b - a) >= 0 for a, b in zip(ks, ks[1:], strict=False))
+    assert all(type(k) is int and k_min <= k <= k_max for k in ks)
+
+
+def test_the_papers_run():
+    """8 to 16 over 400 000 steps: half a share at both ends, whole ones between; ties go to the even k."""
+    total = 400_000
+    boundaries = [(k - 8 - 0.5) / 8 * total for k in range(9, 17)]  # where the straight line crosses k - 1/2
+    assert boundaries[:2] == [25_000, 75_000]
+    edges = [0, *(math.ceil(b) for b in boundaries), total]
+    for k in range(8, 17):
+        low, high = edges[k - 8], edges[k - 7]
+        for step in {low + 1, (low + high) // 2, high - 1}:
+            assert k_at(step, total, 8, 16) == k
+    counts = Counter(k_at(step, 1600, 8, 16) for step in range(1600))
+    assert sum(counts.values()) == 1600 and sorted(counts) == list(range(8, 17))
+    assert all(abs(counts[k] - (100 if k in (8, 16) else 200)) <= 1 for k in counts)
+    assert [k_at(step, 1600, 8, 16) for step in (0, 99, 101, 800, 1499, 1501, 1599)] == [8, 8, 9, 12, 15, 16, 16]
+
+
+@given(bounds, st.integers(1, 300), st.integers(0, 300))
+def test_linear_is_the_formula(limits, total, step):
+    k_min, k_max = limits
+    assert k_at(min(step, total), total, *limits) == round((k_max - k_min) * min(step, total) / total) + k_min
+
+
+def test_cosine_and_exponential_values():
+    assert [k_at(s, 4, 1, 17, "cosine") for s in range(5)] == [1, 3, 9, 15, 17]  # (1 - cos(pi t)) / 2: .146, .5, .854
+    assert [k_at(s, 4, 1, 16, "exponential") for s in range(5)] == [1, 2, 4, 8, 16]
+    assert [k_at(s, 4, 1, 17, "cosine_decrease") for s in range(5)] == [17, 15, 9, 3, 1]
+
+
+@pytest.mark.parametrize("total", [5, 100, 1000, 12345])
+def test_multistep_has_equal_stretches(total):
+    for mode, stages in (("multistep", [1, 2, 4, 8, 16]), ("multistep_decrease", [16, 8, 4, 2, 1])):
+        ks = [k_at(step, total, 1, 16, mode) for step in range(total)]
+        assert ks == [stages[step * 5 // total] for step in range(total)]
+        assert set(Counter(ks).values()) == {total // 5}
+
+
+def test_multistep_ends_at_k_max_where_doubling_misses_it():
+    assert [k_at(s, 4, 3, 16, "multistep") for s in range(5)] == [3, 6, 12, 16, 16]
+
+
+def test_constant():
+    assert {k_at(step, 10, 2, 7, "constant") for step in range(20)} == {7}
+
+
+@given(bounds, st.integers(0, 10**6), st.integers(0, 99), st.integers(0, 24))
+def test_random_is_pure_and_in_range(limits, step, seed, layer):
+    state = random.getstate()
+    k = k_at(step, 100, *limits, "random", seed=seed, layer=layer)
+    assert limits[0] <= k <= limits[1]
+    assert k == k_at(step, 100, *limits, "random", seed=seed, layer=layer)
+    assert random.getstate() == state
+
+
+def test_random_takes_every_k_about_equally_and_each_argument_counts():
+    counts = Counter(k_at(step, 8000, 1, 8, "random") for step in range(8000))
+    assert sum((counts[k] - 1000) ** 2 / 1000 for k in range(1, 9)) < 29.9  # chi-square, 7 degrees, 99.99 %
+    runs = [
+        [k_at(step, 50, 1, 16, "random", seed=seed, layer=layer) for step in range(50)]
+        for seed, layer in ((0, 0), (1, 0), (0, 1), (0, 10), (10, 0))
+    ]
+    assert len({tuple(run) for run in runs}) == 5
+    assert runs[0][:8] == [10, 10, 5, 11, 1, 6, 6, 7]  # the same on every machine, or resuming breaks
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((0, 10, 1, 2, "linaer"), ["mode", "'linaer'", *MODES]),
+        ((0, 10, 0, 2), ["k_min is 0"]),
+        ((0, 10, 3, 2), ["k_min is 3", "k_max is 2"]),
+        ((-1, 10, 1, 2), ["step is -1"]),
+        ((0, 0, 1, 2), ["total_steps", "0"]),
+        ((0, 10, 1.5, 2), ["k_min is 1.5"]),
+        ((0, 10, 1, 2.0), ["k_max is 2.0"]),
+        ((0, 10, True, 2), ["k_min is True"]),
+        ((0.5, 10, 1, 2), ["step is 0.5"]),
+    ],
+)
+def test_bad_arguments_are_named(arguments, words):
+    with pytest.raises(ValueError) as error:
+        k_at(*arguments)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
