@@ -47,15 +47,16 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
     """Within the block, every forward pass appends one :class:`Routing` a layer to the list that it yields.
 
     Balance losses, votes and load plots come from it: ``sum(r.balance_loss for r in routings)``. A model may be
-    wrapped (DDP) and may run several passes.
+    wrapped (DDP) or compiled and may run several passes. Blocks may be nested. Under activation checkpointing run
+    ``backward`` after the block: a recomputed pass within it is recorded again.
     """
     routings: list[Routing] = []
-    handles = [
-        layer.router.register_forward_hook(lambda module, args, routing: routings.append(routing))
-        for _, layer in smoe_layers(model)
-    ]
+    # By identity: layers may share one router, which then speaks once a pass of each of them.
+    routers = {id(layer.router): layer.router for _, layer in smoe_layers(model)}.values()
+    for router in routers:
+        router.watch(routings)
     try:
         yield routings
     finally:
-        for handle in handles:
-            handle.remove()
+        for router in routers:
+            router.unwatch(routings)

@@ -13,7 +13,8 @@ hash       a fixed random table from token id to experts (Hash Layers, Roller et
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,8 @@ class Router(nn.Module):
 
     def __init__(self, num_experts: int, top_k: int, score: str = "softmax_after_topk") -> None:
         super().__init__()
+        self._watchers: list[list[Routing]] = []
+        self._watched = False
         if score not in SCORES:
             raise ValueError(f"score is {score!r}; it must be one of {', '.join(SCORES)}")
         self.num_experts = num_experts
@@ -71,6 +74,34 @@ class Router(nn.Module):
     @top_k.setter
     def top_k(self, value: int) -> None:
         self._top_k = check_top_k(value, self.num_experts)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Routing:
+        routing = super().__call__(*args, **kwargs)
+        if self._watched:
+            # The check spares uncompiled models the import of the compiler, a matter of seconds.
+            (self._tell_uncompiled if torch.compiler.is_compiling() else self._tell)(routing)
+        return routing
+
+    def watch(self, routings: list[Routing]) -> None:
+        """From now on every pass appends its Routing to ``routings`` (see ``smoe.record_routing``).
+
+        No forward hook: a model that torch.compile has seen without the hook would never call it.
+        """
+        self._watchers.append(routings)
+        self._watched = True
+
+    def unwatch(self, routings: list[Routing]) -> None:
+        """Ends :meth:`watch` for this very list."""
+        self._watchers = [watcher for watcher in self._watchers if watcher is not routings]
+        self._watched = bool(self._watchers)
+
+    def _tell(self, routing: Routing) -> None:
+        for watcher in self._watchers:
+            watcher.append(routing)
+
+    @torch._disable_dynamo  # torch.compiler.disable would import the compiler together with smoe
+    def _tell_uncompiled(self, routing: Routing) -> None:
+        self._tell(routing)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}, score={self.score}"
@@ -123,8 +154,9 @@ class RandomRouter(_LinearRouter):
     """SMoE-Dropout's router: randomly initialised, then fixed for good.
 
     Weight and bias are buffers, not parameters: saved and restored with the model, never in an optimizer, never
-    decayed. Gradients still reach ``x`` through the weights of the chosen experts. The bias is zero unless it is
-    loaded from a checkpoint (the released code has one).
+    decayed, and float32 for good: ``model.bfloat16()`` does not round them into another router. Gradients still
+    reach ``x`` through the weights of the chosen experts. The bias is zero unless it is loaded from a checkpoint (the
+    released code has one).
 
     Args:
         d_model: d. init_std: standard deviation of the weights (0.02, as released). seed: fixes the draw.
@@ -151,6 +183,16 @@ class RandomRouter(_LinearRouter):
         with torch.no_grad():
             self.weight.copy_(self._draw(self.weight.shape[1], std, self.seed))
             self.bias.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RandomRouter:
+        # What .to(), .half(), .cuda() and the like go through: take the device from them, not the dtype.
+        before = {"weight": self.weight, "bias": self.bias}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype != torch.float32:
+                setattr(self, name, old.to(new.device, torch.float32))
+        return self
 
 
 class LearnedRouter(_LinearRouter):
@@ -188,7 +230,11 @@ class LearnedRouter(_LinearRouter):
             chosen = torch.zeros_like(logits).scatter_(1, indices, 1.0)
             fraction = chosen.mean(0) / self.top_k
             balance_loss = self.num_experts * (fraction * torch.softmax(logits, dim=-1).mean(0)).sum()
-        return Routing(indices, self._weights(logits, indices), balance_loss)
+        weights = self._weights(logits, indices)
+        if self.score == "sum":
+            # Weights of 1 leave the router out of the graph, and DDP stops at a parameter without a gradient.
+            weights = weights + 0.0 * logits.gather(1, indices)
+        return Routing(indices, weights, balance_loss)
 
 
 class UniformRouter(Router):
@@ -228,19 +274,31 @@ class HashRouter(Router):
         seed: int | None = None,
     ) -> None:
         super().__init__(num_experts, top_k, score)
-        if not isinstance(vocab_size, int) or vocab_size < 1:
+        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
             raise ValueError(f"vocab_size is {vocab_size!r}; a hash router needs the number of token ids (at least 1)")
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         order = torch.rand(vocab_size, num_experts, generator=generator, device="cpu").argsort(dim=-1)
-        self.register_buffer("table", order.to(torch.int32))
+        self.register_buffer("table", torch.empty(order.shape, dtype=torch.int32).copy_(order))
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Routing:
         if token_ids is None:
             raise ValueError("token_ids is missing; a hash router needs the id of every token: layer(x, token_ids=ids)")
         ids = token_ids.reshape(-1)
         if ids.shape[0] != x.shape[0]:
-            raise ValueError(f"token_ids holds {ids.shape[0]} ids; it must hold one for each of the {x.shape[0]} tokens")
-        indices = self.table[ids, : self.top_k].long()
+            raise ValueError(
+                f"token_ids holds {ids.shape[0]} ids; it must hold one for each of the {x.shape[0]} tokens"
+            )
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(f"token_ids is {ids.dtype}; a hash router needs whole numbers")
+        try:
+            # long(): an index of bytes (uint8) would be taken for a mask.
+            indices = self.table[ids.long(), : self.top_k].long()
+        except IndexError:  # on a CPU; a CUDA device asserts by itself
+            lowest, highest = int(ids.min()), int(ids.max())
+            raise ValueError(
+                f"token_ids holds ids from {lowest} to {highest}; they must be 0 to vocab_size - 1 = "
+                f"{self.table.shape[0] - 1}"
+            ) from None
         return Routing(indices, self._constant_weights(indices), None)
 
 
