@@ -5,8 +5,12 @@ from .dropout import ConcreteDropout, DropBlock
 from .experts import Experts, merge, split
 from .layer import SMoE
 from .methods import METHODS, DenseMLP, Method, get_method
+from .mlp_find import register_mlp
+from .modulize import demodulize, modulize
 from .router import HashRouter, LearnedRouter, RandomRouter, Router, Routing, UniformRouter
+from .saving import from_pretrained, save_pretrained
 from .schedule import k_at
+from .slim import slim, vote
 
 __version__ = "0.1.0"
 
@@ -24,12 +28,19 @@ __all__ = [
     "Routing",
     "SMoE",
     "UniformRouter",
+    "demodulize",
+    "from_pretrained",
     "get_method",
     "get_top_k",
     "k_at",
     "merge",
+    "modulize",
     "record_routing",
+    "register_mlp",
+    "save_pretrained",
     "set_top_k",
+    "slim",
     "smoe_layers",
     "split",
+    "vote",
 ]

@@ -12,9 +12,10 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activation import get_activation
+from .activation import Activation, get_activation
 
 
 def _check_size(name: str, value: int) -> None:
@@ -39,6 +40,8 @@ class Experts(nn.Module):
     Gated experts (Llama's MLP and its kin) have ``act(x @ gate[e].T + gate_bias[e]) * (x @ up[e].T + up_bias[e])``
     as hidden units.
 
+    ``dropout`` is the rate of the dropout on the hidden units (0 in the paper: leaving experts out is its dropout).
+
     Parameters: up, down and (gated) gate ``(N, h, d)``; up_bias and gate_bias ``(N, h)``; down_bias ``(N, d)``.
     Initialised like the dense MLP they are cut from (``nn.Linear``'s default).
     """
@@ -52,12 +55,16 @@ class Experts(nn.Module):
         activation: str | Callable[[Tensor], Tensor] = "relu",
         bias: bool = True,
         gated: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+            raise ValueError(f"dropout is {dropout!r}; it must be a rate from 0 to 1")
         for name, value in (("num_experts", num_experts), ("d_model", d_model), ("d_expert", d_expert)):
             _check_size(name, value)
         self.num_experts, self.d_model, self.d_expert = num_experts, d_model, d_expert
-        self.activation = get_activation(activation)
+        self._activation = get_activation(activation)
+        self.dropout = dropout
         shape = (num_experts, d_expert, d_model)
         self.up = nn.Parameter(torch.empty(shape))
         self.down = nn.Parameter(torch.empty(shape))
@@ -66,6 +73,21 @@ class Experts(nn.Module):
         self.gate_bias = nn.Parameter(torch.empty(num_experts, d_expert)) if bias and gated else None
         self.down_bias = nn.Parameter(torch.empty(num_experts, d_model)) if bias else None
         self.reset_parameters()
+
+    @property
+    def drops(self) -> bool:
+        """Whether hidden units are dropped now. Only a path that calls ``activation`` once, under autograd, may run."""
+        return self.training and self.dropout > 0
+
+    @property
+    def activation(self) -> Activation:
+        """The elementwise function; while units are dropped, with the dropout behind it.
+
+        With a gate too: dropping ``act(gate)`` drops ``act(gate) * up``.
+        """
+        if not self.drops:
+            return self._activation
+        return get_activation(lambda x: F.dropout(self._activation(x), self.dropout))
 
     @property
     def gated(self) -> bool:
@@ -100,8 +122,8 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"num_experts={self.num_experts}, d_model={self.d_model}, d_expert={self.d_expert}, "
-            f"activation={self.activation}, bias={self.up_bias is not None}, gated={self.gated}"
-        )
+            f"activation={self._activation}, bias={self.up_bias is not None}, gated={self.gated}"
+        ) + (f", dropout={self.dropout}" if self.dropout else "")
 
 
 def split_output_bias(bias: Tensor, num_experts: int) -> Tensor:

@@ -32,6 +32,8 @@ class SMoE(nn.Module):
         engine: ``torch``, or ``auto`` for the best there is.
         bias: whether both linear layers of an expert have one.
         gated: Llama-style experts, ``act(gate(x)) * up(x)``.
+        dropout: rate of a dropout on the hidden units, for models that have one there; while it drops anything the
+            ``reference`` path computes the experts.
         seed: fixes the router's draw; None draws from PyTorch's global generator.
         vocab_size: the number of token ids; the hash router alone needs it.
         compute: how the experts are computed: ``auto``, or a path by name (see ``smoe.compute``).
@@ -53,6 +55,7 @@ class SMoE(nn.Module):
         engine: str = "auto",
         bias: bool = True,
         gated: bool = False,
+        dropout: float = 0.0,
         seed: int | None = None,
         vocab_size: int | None = None,
         compute: str = "auto",
@@ -69,7 +72,9 @@ class SMoE(nn.Module):
         self.compute = check_compute(compute)
         top_k = num_experts if top_k is None else top_k
         self.router = make_router(router, d_model, num_experts, top_k, score, vocab_size=vocab_size, seed=seed)
-        self.experts = Experts(num_experts, d_model, d_expert, activation=activation, bias=bias, gated=gated)
+        self.experts = Experts(
+            num_experts, d_model, d_expert, activation=activation, bias=bias, gated=gated, dropout=dropout
+        )
 
     @property
     def top_k(self) -> int:
@@ -106,7 +111,9 @@ class SMoE(nn.Module):
         routing = self.router(flat, token_ids)
         if self.scale != 1:
             routing = routing._replace(weights=routing.weights * self.scale)
-        y = choose(self.compute, flat, self.experts, routing)(flat, self.experts, routing)
+        # A path with its own backward computes the activation twice, which would drop other units the second time.
+        compute = "reference" if self.experts.drops else self.compute
+        y = choose(compute, flat, self.experts, routing)(flat, self.experts, routing)
         return y.view(x.shape)
 
     def extra_repr(self) -> str:
