@@ -38,7 +38,10 @@ source .venv/bin/activate
 # --data names data that is there; the default place is filled if it is not.
 [ "$data" != data/enwik8 ] || python data/enwik8/prepare.py
 
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+gpus=0
+if nvidia-smi >/dev/null 2>&1; then
+    gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+fi
 if [ "$gpus" -gt 1 ]; then
     torchrun --standalone --nproc_per_node "$gpus" -m transformer_xl.train "$@" --resume
 else

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transformer_xl.attention import RelativeAttention, relative_distances, sinusoids
 from smoe.dropout import Dropout
+from transformer_xl.attention import RelativeAttention, relative_distances, sinusoids
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ Every field of ``transformer_xl.config.TrainConfig`` is a flag. The run folder i
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 import sys
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from smoe import set_top_k
+from smoe.flops import transformer_xl_flops, transformer_xl_step_flops
 from smoe.run.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -327,6 +329,7 @@ def _result(
     return {
         "model": "transformer_xl",
         "method": config.method,
+        **_label(config),
         "scale": config.scale,
         "seed": config.seed,
         "dataset": {"name": "enwik8", "sha256": sha256},
@@ -334,6 +337,7 @@ def _result(
         "eval_tokens": config.eval_tokens,
         "best": best,
         "parameters": counts,
+        "flops": _flops(config, model),
         "seconds": {"training": seconds, "sweep": sweep_seconds, "per_step": seconds / config.steps},
         "tokens_per_step": tokens,
         "tokens_per_second": tokens * config.steps / seconds,
@@ -342,6 +346,26 @@ def _result(
         "config": to_dict(config),
         "environment": environment_record(),
     }
+
+
+def _label(config: TrainConfig) -> dict[str, str]:
+    """A name for a run that departs from its method (an ablation), to tell it from the method's own in tables."""
+    names = ("router", "score", "output_scale", "schedule", "k_min", "k_max", "balance_weight", "consistency_weight")
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    changed = [f"{name} {getattr(config, name)}" for name in names if getattr(config, name) != defaults[name]]
+    return {"label": ", ".join([config.get_method().title, *changed])} if changed else {}
+
+
+def _flops(config: TrainConfig, model: nn.Module) -> dict[str, dict[str, int]]:
+    """By k: one evaluation pass by the paper's count and the true one, and one training step (forward and backward)."""
+    evaluation = {"batch": config.eval_batch_size, "tgt_len": config.eval_tgt_len, "mem_len": config.eval_mem_len}
+    training = {"batch": config.batch_size, "tgt_len": config.tgt_len, "mem_len": config.mem_len}
+    flops = {}
+    for k in config.sweep_ks():
+        counted = transformer_xl_flops(model, k, **evaluation)
+        step = transformer_xl_step_flops(model, config.method, k, **training)
+        flops[k_name(k)] = {"paper": counted["paper"], "true": counted["true"], "training_step": step}
+    return flops
 
 
 def main() -> None:

@@ -8,42 +8,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from smoe.run.errors import run_main
-from smoe.run.folder import read_result
+from smoe.run.folder import read_result, write_atomic
 
 Result = Mapping[str, Any]
 
-# Test BPC of Table 1, by model and method; "half" and "N" are the numbers of activated experts.
-PAPER_TABLE1: dict[str, dict[str, dict[str, float]]] = {
-    "transformer_xl": {
-        "dense_dropout": {"dense": 1.1623},
-        "dense_concrete_dropout": {"dense": 1.3335},
-        "dense_dropblock": {"dense": 1.2468},
-        "thor": {"N": 1.3110},
-        "smoe": {"N": 1.1896},
-        "smoe_dropout": {"half": 1.1776, "N": 1.1486},
-    },
-    "bert": {
-        "dense_dropout": {"dense": 7.6546},
-        "dense_concrete_dropout": {"dense": 7.6419},
-        "dense_dropblock": {"dense": 7.6349},
-        "thor": {"N": 7.6434},
-        "smoe": {"N": 7.7537},
-        "smoe_dropout": {"half": 7.6372, "N": 7.6293},
-    },
-    "roberta": {
-        "dense_dropout": {"dense": 8.0903},
-        "dense_concrete_dropout": {"dense": 8.0820},
-        "dense_dropblock": {"dense": 8.0773},
-        "thor": {"N": 8.0778},
-        "smoe": {"N": 8.4291},
-        "smoe_dropout": {"half": 6.7693, "N": 6.5491},
-    },
-}
 LABELS = {
     "dense_dropout": "Dense, dropout",
     "dense_concrete_dropout": "Dense, Concrete Dropout",
@@ -86,7 +60,7 @@ def slimming_table(
     """Test BPC of every run (rows) at every number k of activated experts (columns), as aligned text.
 
     Runs of one model, dataset and scale share a block. A dense run has one number. With `paper` (such as
-    `PAPER_TABLE1`) the blocks at scale `paper` get its figures beside. ValueError when a result lacks a field.
+    `paper_bpc()`) the blocks at scale `paper` get its figures beside. ValueError when a result lacks a field.
     """
     blocks = []
     for (model, dataset, scale), members in _blocks(results).items():
@@ -139,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder or a result.json")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figure (.png, .pdf or .svg)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="also write the table into this Markdown file ...")
+    parser.add_argument("--block", metavar="NAME", help="... between the comments `NAME: ...` and `end`")
     options = parser.parse_args(argv)
     results = [check_result(read_result(run), str(run)) for run in options.runs]
     if options.plot is not None:
@@ -148,9 +124,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = [{f: r[f] for f in fields if f in r} | {"test_bpc": r["bpc"]["test"]} for r in results]
         print(json.dumps(rows, indent=2))
     else:
-        print(slimming_table(results, PAPER_TABLE1))
+        table = slimming_table(results, paper_bpc())
+        print(table)
+        if options.into is not None:
+            write_atomic(options.into, with_block(options.into.read_text(encoding="utf-8"), options.block, table))
         if options.plot is not None:
             print(f"\nfigure: {options.plot}")
+
+
+def with_block(markdown: str, name: str | None, table: str) -> str:
+    """`markdown` with `table`, as a code block, between the comments `<!-- name: ... -->` and `<!-- end -->`."""
+    pattern = rf"(<!-- {re.escape(name or '')}: [^\n]*-->\n).*?(<!-- end -->)"
+    if not name or not re.search(pattern, markdown, flags=re.S):
+        raise ValueError(
+            f"block: {name!r}; the file has no comment `<!-- {name}: ... -->` with an `<!-- end -->` after it"
+        )
+    return re.sub(pattern, lambda found: f"{found[1]}```\n{table}\n```\n{found[2]}", markdown, count=1, flags=re.S)
+
+
+def paper_bpc() -> dict[str, dict[str, dict[str, float]]]:
+    """The paper's test BPC of Table 1 by model and method; keys "half" and "N" are numbers of activated experts."""
+    from smoe.paper import paper_results
+
+    bpc: dict[str, dict[str, dict[str, float]]] = {}
+    for model, rows in paper_results()["table1"].items():
+        for row, cells in rows.items():
+            method, _, k = row.partition("_k_")
+            bpc.setdefault(model, {}).setdefault(method, {})[k or "dense"] = cells["bpc"]
+    return bpc
 
 
 class _Parser(argparse.ArgumentParser):

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from smoe.run.errors import run_main
-from smoe.run.report import PAPER_TABLE1, main, plot_slimming, slimming_table
+from smoe.run.report import main, paper_bpc, plot_slimming, slimming_table
 
 KS = ("1", "2", "4", "8", "16")
 
@@ -57,9 +57,9 @@ def test_table_has_a_row_a_run_and_a_column_a_k(results):
 
 
 def test_the_papers_figures_stand_beside_its_own_scale_only(results):
-    assert "paper" not in slimming_table(results, PAPER_TABLE1)
+    assert "paper" not in slimming_table(results, paper_bpc())
     at_paper = [{**content, "scale": "paper"} for content in results]
-    lines = slimming_table(at_paper, PAPER_TABLE1).splitlines()
+    lines = slimming_table(at_paper, paper_bpc()).splitlines()
     assert lines[4].endswith("  1.1623") and lines[4].count("1.1623") == 2
     assert lines[5].endswith("k=8: 1.1776  k=16: 1.1486")
     assert lines[7].split()[-1] == "-"  # an ablation is not in the paper's row

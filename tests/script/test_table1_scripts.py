@@ -1,0 +1,75 @@
+"""Every script at smoke scale, as a user would call it: trains, prints its table, draws its plot."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "script" / "table1").glob("*.sh"))
+METHOD_OF = {
+    "smoe_dropout": "smoe_dropout",
+    "directly_dense_training": "dense_dropout",
+    "concrete_dropout": "dense_concrete_dropout",
+    "dropblock": "dense_dropblock",
+    "thor": "thor",
+    "smoe": "smoe",
+}
+
+
+def bash(*argv: object) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", *map(str, argv)], capture_output=True, text=True, timeout=300, cwd=ROOT)
+
+
+def test_there_is_a_script_for_every_row():
+    assert {script.stem for script in SCRIPTS} == METHOD_OF.keys()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="bash scripts")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_script_runs_to_its_table_and_plot(script, data_dir, tmp_path):
+    run = tmp_path / "run"
+    done = bash(script, "--scale", "smoke", "--data", data_dir, "--run_dir", run, "--progress", "false")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run / "result.json").read_text())
+    assert result["method"] == METHOD_OF[script.stem]
+    last = list(result["bpc"]["test"].values())[-1]
+    assert f"{last:.4f}" in done.stdout.splitlines()[-3], done.stdout
+    assert (run / "slimming.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_default_run_folder_is_named_after_the_flags_and_a_second_call_goes_on(data_dir, tmp_path):
+    # The flags make the folder: another seed is another run.
+    flags = [
+        "--scale",
+        "smoke",
+        "--data",
+        data_dir,
+        "--progress",
+        "false",
+        "--steps",
+        "2",
+        "--seed",
+        tmp_path.stat().st_ino,
+    ]
+    first = bash(ROOT / "script/table1/smoe_dropout.sh", *flags)
+    assert first.returncode == 0, first.stderr
+    folder = Path(first.stdout.split("figure: ")[1].strip()).parent
+    try:
+        assert folder.parts[:3] == ("runs", "table1", "smoe_dropout") and "scale-smoke" in folder.name
+        again = bash(ROOT / "script/table1/smoe_dropout.sh", *flags)
+        assert again.returncode == 0 and "is finished" in again.stdout
+    finally:
+        import shutil
+
+        shutil.rmtree(ROOT / folder)
+
+
+def test_bad_input_reaches_the_user_as_one_line(tmp_path):
+    done = bash(ROOT / "script/table1/thor.sh", "--scale", "smoke", "--k_max", "99", "--run_dir", tmp_path / "run",
+                "--data", tmp_path)  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: k_max is 99") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,65 @@
+"""Every YAML parses for every method, and the sizes it declares are those of the model it builds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from smoe import METHODS, smoe_layers
+from smoe.run.config import parse_config
+from transformer_xl.config import CONFIG_DIR, TrainConfig
+
+SCALES = sorted(file.stem for file in CONFIG_DIR.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("method", METHODS)
+def test_yaml_builds_the_model_it_says(scale, method):
+    argv = ["--method", method, "--scale", scale, "--run_dir", "unused"]
+    config = parse_config(TrainConfig, CONFIG_DIR, argv)
+    written = yaml.safe_load((CONFIG_DIR / f"{scale}.yaml").read_text())
+    assert {name: getattr(config, name) for name in written} == written
+    with torch.device("meta"):
+        model = config.build_model()
+    layers = smoe_layers(model)
+    assert len(layers) == (config.num_layers if METHODS[method].routed else 0)
+    assert all(layer.d_hidden == config.d_hidden and layer.num_experts == 16 for _, layer in layers)
+
+
+def test_scales():
+    assert SCALES == ["cpu", "paper", "smoke"]
+
+
+def test_paper_scale_is_the_papers():
+    config = parse_config(TrainConfig, CONFIG_DIR, ["--method", "smoe_dropout", "--scale", "paper", "--run_dir", "x"])
+    sizes = (config.num_layers, config.d_model, config.num_heads, config.d_head, config.d_hidden)
+    assert sizes == (4, 256, 8, 64, 8192)
+    assert (config.steps, config.batch_size, config.tgt_len, config.mem_len) == (400_000, 22, 512, 512)
+    assert (config.learning_rate, config.clip, config.warmup_steps) == (2.5e-4, 0.25, 0)
+    assert (config.eval_batch_size, config.eval_tgt_len, config.eval_mem_len) == (10, 128, 896)
+    assert config.eval_tokens is None and config.output_scale == 1 and config.score == "softmax_after_topk"
+    assert config.k_schedule() == (8, 16, "linear")
+    assert config.k_at(0) == 8 and config.k_at(200_000) == 12 and config.k_at(399_999) == 16
+
+
+def test_learned_and_thor_use_two_experts():
+    for method in ("smoe", "thor"):
+        config = TrainConfig(method, "unused")
+        assert config.k_at(0) == config.k_at(399_999) == config.eval_k() == 2
+    assert TrainConfig("dense_dropout", "unused").k_at(0) is None
+
+
+def test_sweep_leaves_out_what_the_model_does_not_have():
+    config = TrainConfig("smoe_dropout", "unused", num_experts=8, d_hidden=64)
+    assert config.sweep_ks() == [1, 2, 4, 8]
+
+
+def test_every_field_is_documented():
+    import dataclasses
+    import re
+
+    described = set(re.findall(r"^        (\w+): ", TrainConfig.__doc__, flags=re.M))
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert fields - described == {"scale_reason"}
+    assert Path(CONFIG_DIR).is_dir()

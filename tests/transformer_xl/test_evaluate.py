@@ -1,0 +1,83 @@
+"""Evaluation of a run at any k."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from smoe import get_top_k, set_top_k
+from transformer_xl.config import TrainConfig
+from transformer_xl.data import load_split
+from transformer_xl.evaluate import evaluate, load_run
+
+TINY = {
+    "num_layers": 2,
+    "d_model": 16,
+    "num_heads": 2,
+    "d_head": 8,
+    "d_hidden": 64,
+    "num_experts": 8,
+    "precision": "fp32",
+}
+
+
+def test_bpc_equals_a_naive_pass_over_each_row(data_dir):
+    config = TrainConfig(
+        "smoe_dropout", "unused", **TINY, eval_batch_size=3, eval_tgt_len=10, eval_mem_len=10_000, eval_tokens=120
+    )
+    torch.manual_seed(0)
+    model = config.build_model().train()
+    set_top_k(model, 4)
+    data = load_split(data_dir, "test")
+    measured = evaluate(model, config, data, torch.device("cpu"), k=3)
+    assert model.training and get_top_k(model) == 4
+
+    # With memory that never runs out, segment by segment equals the whole row at once.
+    set_top_k(model.eval(), 3)
+    rows = torch.tensor(data[: len(data) // 3 * 3].reshape(3, -1)[:, :41].astype("int64"))
+    logits = model(rows[:, :-1]).logits
+    nats = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
+    assert measured == pytest.approx(nats / math.log(2), abs=1e-5)
+
+
+def test_random_routing_is_evaluated_reproducibly_and_leaves_the_generator(data_dir):
+    config = TrainConfig("thor", "unused", **TINY, eval_tokens=200)
+    model, data = config.build_model(), load_split(data_dir, "valid")
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    a = evaluate(model, config, data, torch.device("cpu"), k=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(4)
+    assert evaluate(model, config, data, torch.device("cpu"), k=2) == a
+
+
+def test_command_gives_what_the_run_recorded(train, start, tmp_path):
+    run = tmp_path / "run"
+    assert train("smoe_dropout", run).wait() == 0
+    recorded = json.loads((run / "result.json").read_text())["bpc"]
+    command = start("transformer_xl.evaluate", run, "--k", 1, 8, 16, "--json")
+    assert command.wait() == 0, command.err
+    report = json.loads(command.out)
+    assert report["bpc"] == {k: recorded["test"][k] for k in ("1", "8", "16")}
+    config, model, _ = load_run(run)
+    assert config.method == "smoe_dropout" and len(list(model.layers)) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"), [(["--k", 17], ["17", "16"]), (["--k", 0], ["0"]), (["--tokens", -1], ["tokens", "-1"])]
+)
+def test_bad_k_is_one_line(flags, words, train, start, tmp_path):
+    run = tmp_path / "run"
+    assert train("smoe_dropout", run, "--steps", 2).wait() == 0
+    command = start("transformer_xl.evaluate", run, *flags)
+    assert command.wait() == 2
+    assert command.err.startswith("error: ") and command.err.count("\n") == 1
+    assert all(word in command.err for word in words)
+
+
+def test_a_folder_without_a_run_is_one_line(start, tmp_path):
+    command = start("transformer_xl.evaluate", tmp_path / "nothing")
+    assert command.wait() == 2
+    assert command.err.count("\n") == 1 and "nothing" in command.err

@@ -1,0 +1,242 @@
+"""The trainer: run folder, resume bit for bit, several processes, and what it says when something is wrong."""
+
+import json
+import math
+import random
+import resource
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smoe import METHODS
+from smoe.run.checkpoint import list_steps, load_latest
+from smoe.run.metrics import read_metrics
+from transformer_xl.config import TrainConfig
+from transformer_xl.train import learning_rate_at
+
+
+def weights(run, step=None):
+    step = list_steps(run / "checkpoints")[-1] if step is None else step
+    return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+
+
+def assert_same_weights(run_a, run_b):
+    a, b = weights(run_a), weights(run_b)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def losses(run):
+    return {line["step"]: line["train"]["loss"] for line in read_metrics(run) if "train" in line}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_leaves_a_full_run_folder(method, train, tmp_path, data_dir):
+    run = tmp_path / "run"
+    command = train(method, run)
+    assert command.wait() == 0, command.err
+    result = json.loads((run / "result.json").read_text())
+    assert result["method"] == method and result["scale"] == "smoke" and result["seed"] == 1
+    assert result["dataset"]["sha256"] == json.loads((data_dir / "meta.json").read_text())["sha256"]
+    keys = {"1", "2", "4", "8", "12", "16"} if METHODS[method].routed else {"dense"}
+    for split in ("valid", "test"):
+        assert result["bpc"][split].keys() == keys
+        assert all(3 < bpc < 8.5 for bpc in result["bpc"][split].values())
+    assert result["parameters"]["total"] > 0 and result["tokens_per_step"] == 4 * 32
+    assert result["flops"].keys() == keys
+    assert result["environment"]["versions"]["torch"] == torch.__version__
+    lines = losses(run)
+    assert list(lines) == [5, 10, 15, 20]
+    assert lines[20] < lines[5], "nothing was learned"
+    parts = next(line["train"] for line in read_metrics(run) if "train" in line)
+    extra = {"thor": "consistency", "smoe": "balance", "dense_concrete_dropout": "concrete"}.get(method)
+    assert extra is None or math.isfinite(parts[extra])
+    assert any((run / "tensorboard").iterdir())
+
+
+def test_k_follows_the_schedule_and_the_router_stays_fixed(train, tmp_path):
+    run = tmp_path / "run"
+    assert train("smoe_dropout", run, "--log_interval", 1, "--save_interval", 5).wait() == 0
+    ks = [line["train"]["k"] for line in read_metrics(run) if "train" in line]
+    assert ks == [round(8 * step / 20) + 8 for step in range(20)]
+    early, late = weights(run, 15), weights(run, 20)
+    routers = [name for name in early if ".router." in name]
+    assert len(routers) == 4
+    assert all(torch.equal(early[name], late[name]) for name in routers)
+    assert not torch.equal(early["layers.0.mlp.experts.up"], late["layers.0.mlp.experts.up"])
+
+
+def test_learning_rate_is_half_a_cosine_after_its_warm_up():
+    config = TrainConfig("smoe_dropout", "unused", steps=1000, learning_rate=2.0, warmup_steps=10)
+    assert learning_rate_at(0, config) == pytest.approx(0.2)
+    assert learning_rate_at(500, config) == pytest.approx(1.0)
+    assert learning_rate_at(999, config) == pytest.approx(2 * math.cos(math.pi * 999 / 2000) ** 2)
+
+
+LONG = ("--steps", 40, "--eval_interval", 20, "--save_interval", 3, "--log_interval", 1)
+
+
+def test_a_run_killed_five_times_ends_with_the_same_bits(train, tmp_path):
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    assert train("smoe_dropout", alone, *LONG).wait() == 0
+    moments = sorted(random.Random().sample(range(2, 38), 5))
+    for moment in moments:
+        command = train("smoe_dropout", killed, *LONG, "--resume", wait=False)
+        deadline = time.monotonic() + 120
+        while not (lines := losses(killed) if (killed / "metrics.jsonl").exists() else {}) or max(lines) < moment:
+            assert command.process.is_alive(), f"ended before step {moment}: {command.err}"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(random.random() * 0.03)
+        command.kill(signal.SIGKILL)
+        assert command.wait() == -signal.SIGKILL
+    last = train("smoe_dropout", killed, *LONG, "--resume")
+    assert last.wait() == 0, last.err
+    assert "resumed after step" in last.out
+    assert_same_weights(alone, killed)
+    assert losses(alone) == losses(killed), f"killed at {moments}"
+    results = [json.loads((run / "result.json").read_text())["bpc"] for run in (alone, killed)]
+    assert results[0] == results[1]
+
+
+def test_sigterm_writes_a_checkpoint_that_resume_goes_on_from(train, tmp_path):
+    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
+    flags = ("--steps", 40, "--eval_interval", 40, "--log_interval", 1)
+    assert train("thor", alone, *flags).wait() == 0
+    command = train("thor", stopped, *flags, wait=False)
+    while not (stopped / "metrics.jsonl").exists() or len(losses(stopped)) < 7:
+        assert command.process.is_alive(), command.err
+        time.sleep(0.002)
+    command.kill(signal.SIGTERM)
+    assert command.wait() == 1
+    assert command.err.count("\n") == 1 and "a checkpoint is written" in command.err
+    assert 7 <= list_steps(stopped / "checkpoints")[-1] < 40
+    assert train("thor", stopped, *flags, "--resume").wait() == 0
+    assert_same_weights(alone, stopped)
+
+
+@pytest.mark.distributed
+def test_two_processes_equal_one_with_the_whole_batch(train, tmp_path, free_port):
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = ("--dropout", 0.0, "--log_interval", 1, "--eval_batch_size", 3)
+    assert train("smoe_dropout", one, *flags).wait() == 0
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port), "LOCAL_WORLD_SIZE": "2"}
+    commands = [
+        train("smoe_dropout", two, *flags, wait=False, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    for command in commands:
+        assert command.wait() == 0, command.err
+    a, b = losses(one), losses(two)
+    assert len(a) == 20 and a == pytest.approx(b, abs=1e-5)
+    results = [json.loads((run / "result.json").read_text()) for run in (one, two)]
+    assert results[1]["processes"] == 2
+    assert results[0]["bpc"]["test"] == pytest.approx(results[1]["bpc"]["test"], abs=1e-4)
+    for name, value in weights(one).items():
+        torch.testing.assert_close(value, weights(two)[name], atol=1e-4, rtol=0)
+
+
+def test_finished_run_is_not_trained_again(train, tmp_path):
+    run = tmp_path / "run"
+    assert train("smoe_dropout", run).wait() == 0
+    before = (run / "result.json").read_bytes()
+    again = train("smoe_dropout", run, "--resume")
+    assert again.wait() == 0 and "is finished" in again.out
+    assert (run / "result.json").read_bytes() == before
+
+
+# ---- bad input: one clear line, an exit code, nothing half-written ------------------------------------------------
+def assert_one_line(command, code, *words):
+    assert command.wait() == code, command.err
+    assert command.err.startswith("error: ") and command.err.count("\n") == 1, command.err
+    for word in words:
+        assert str(word) in command.err
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "words"),
+    [
+        ("smoe_dropout", ["--k_max", "17"], ["k_max", "17", "16"]),
+        ("smoe_dropout", ["--k_min", "0"], ["k_min", "0", "1"]),
+        ("smoe_dropout", ["--d_hidden", "100"], ["d_hidden", "100", "96", "112"]),
+        ("smoe_dropuot", [], ["method", "smoe_dropuot", "smoe_dropout"]),
+        ("smoe_dropout", ["--scale", "huge"], ["scale", "huge", "paper", "cpu", "smoke"]),
+        ("smoe_dropout", ["--steps", "many"], ["steps", "many"]),
+        ("smoe_dropout", ["--stesp", "10"], ["stesp", "steps"]),
+        ("smoe_dropout", ["--output_scale", "half"], ["output_scale", "half", "num_experts"]),
+        ("smoe_dropout", ["--sweep", "[0]"], ["sweep", "0"]),
+        ("smoe_dropout", ["--data", "/nowhere"], ["/nowhere", "prepare.py"]),
+        ("smoe_dropout", ["--batch_size", "100000"], ["batch", "100000"]),
+        ("smoe_dropout", ["--eval_batch_size", "100000"], ["batch", "100000"]),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(method, flags, words, train, tmp_path):
+    run = tmp_path / "run"
+    assert_one_line(train(method, run, *flags), 2, *words)
+    assert not run.exists()
+
+
+def test_truncated_data_is_named(train, tmp_path, data_dir):
+    for file in data_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "valid.bin").write_bytes(b"short")
+    assert_one_line(train("smoe_dropout", tmp_path / "run", "--data", tmp_path), 2, "valid.bin", 5, 6000)
+    assert not (tmp_path / "run").exists()
+
+
+def test_existing_run_folder_needs_resume_and_the_same_config(train, tmp_path):
+    run = tmp_path / "run"
+    assert train("smoe_dropout", run).wait() == 0
+    assert_one_line(train("smoe_dropout", run), 2, run, "--resume")
+    assert_one_line(train("smoe_dropout", run, "--resume", "--seed", 2), 2, "seed", 1, 2)
+
+
+def test_corrupted_newest_checkpoint_falls_back_to_the_one_before(train, tmp_path):
+    alone, damaged = tmp_path / "alone", tmp_path / "damaged"
+    for run in (alone, damaged):
+        assert train("smoe_dropout", run, "--eval_interval", 5).wait() == 0
+    (damaged / "result.json").unlink()
+    file = damaged / "checkpoints" / "step-00000020" / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    command = train("smoe_dropout", damaged, "--eval_interval", 5, "--resume")
+    assert command.wait() == 0, command.err
+    assert "step-00000020 is damaged" in command.err and "going on from step-00000015" in command.err
+    assert_same_weights(alone, damaged)
+
+
+def test_full_disk_keeps_the_last_checkpoint(start, train, tmp_path):
+    run = tmp_path / "run"
+    assert (
+        train("smoe_dropout", run, "--steps", 40, "--eval_interval", 10, "--save_interval", 10, wait=True).wait() == 0
+    )
+    size = max(file.stat().st_size for file in run.glob("checkpoints/*/*"))
+    # The same run again where no file may grow past half of what a checkpoint's largest one needs.
+    small = tmp_path / "small"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    first = train("smoe_dropout", small, "--steps", 40, "--eval_interval", 10, "--log_interval", 1, wait=False)
+    while not (small / "checkpoints" / "step-00000010").exists():
+        assert first.process.is_alive(), first.err
+        time.sleep(0.002)
+    resource.prlimit(first.process.pid, resource.RLIMIT_FSIZE, (size // 2, hard))
+    assert first.wait() == 1
+    assert first.err.count("\n") == 1 and "checkpoint" in first.err
+    kept = load_latest(small / "checkpoints")
+    assert kept is not None and kept.step >= 10 and not kept.skipped
+    assert not list((small / "checkpoints").glob(".tmp*"))
+    again = train("smoe_dropout", small, "--steps", 40, "--eval_interval", 10, "--log_interval", 1, "--resume")
+    assert again.wait() == 0, again.err
+    assert_same_weights(run, small)
+
+
+def test_non_finite_loss_stops_before_the_optimizer_step(train, tmp_path):
+    run = tmp_path / "run"
+    # A learning rate that throws the weights to infinity within a few steps.
+    command = train("smoe_dropout", run, "--learning_rate", "1e38", "--save_interval", 1, "--log_interval", 1)
+    assert_one_line(command, 1, "not finite at step", "segment", "k = ")
+    assert all(tensor.isfinite().all() for tensor in weights(run).values())
+    assert not (run / "result.json").exists()
