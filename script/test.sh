@@ -9,4 +9,5 @@ cd "$root"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest "$@"
+# One process a core; each file stays in one process, which makes its models and servers once.
+exec .venv/bin/python -m pytest -n auto --dist loadfile "$@"

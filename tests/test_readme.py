@@ -1,0 +1,58 @@
+"""The README as it stands: its Python runs, its files exist, its numbers are those of results/."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from smoe.run.report import paper_bpc, slimming_table, with_block
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.S))
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, flags=re.S))
+def test_python_runs_as_it_stands(block):
+    scope: dict = {}
+    exec(compile(block, "README.md", "exec"), scope)
+    smoe, model = scope["smoe"], scope["model"]
+    assert smoe.get_top_k(model) == 4 and len(smoe.smoe_layers(model)) == 2
+
+
+def test_every_file_it_names_exists():
+    named = set(re.findall(r"\b(?:script|data|docs|Figs|results|benchmarks)/[\w./-]*\w", README))
+    named |= set(re.findall(r"\]\(([\w./-]+)\)", README))
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+    assert len(named) > 8
+
+
+def test_every_script_of_table_1_is_listed():
+    scripts = {f"script/table1/{script.name}" for script in (ROOT / "script" / "table1").glob("*.sh")}
+    assert scripts <= set(re.findall(r"script/[\w./-]+\.sh", README))
+
+
+@pytest.mark.parametrize("line", [line for line in BASH.splitlines() if " --" in line and "table1" in line])
+def test_flags_of_the_script_lines_are_the_trainers(line, tmp_path):
+    from smoe.run.config import parse_config
+    from transformer_xl.config import CONFIG_DIR, TrainConfig
+
+    flags = shlex.split(line.partition("#")[0])[2:]
+    parse_config(TrainConfig, CONFIG_DIR, ["--method", "smoe_dropout", "--run_dir", str(tmp_path), *flags])
+
+
+def test_table_is_made_of_the_kept_results():
+    records = sorted((ROOT / "results" / "table1" / "cpu").glob("*.json"))
+    assert len(records) == 8
+    table = slimming_table([json.loads(record.read_text()) for record in records], paper_bpc())
+    assert with_block(README, "table1-cpu", table) == README, "run script/report.sh"
+
+
+def test_smoe_dropout_slims_in_the_kept_results():
+    """The property itself: test BPC does not rise from a k to the next larger one by more than 0.005."""
+    bpc = json.loads((ROOT / "results/table1/cpu/smoe_dropout.json").read_text())["bpc"]["test"]
+    values = [bpc[k] for k in sorted(bpc, key=int)]
+    assert len(values) == 6
+    assert all(later <= earlier + 0.005 for earlier, later in zip(values, values[1:], strict=False))
