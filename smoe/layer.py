@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -11,6 +12,14 @@ from .experts import Experts, check_divisible
 from .router import make_router
 
 ENGINES = ("auto", "torch")
+
+
+def check_output_scale(value: float | str) -> float | str:
+    """value itself if it is a positive number, ``"k"`` or ``"num_experts"``, else a ValueError that says so."""
+    numeric = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    if not numeric and value not in ("k", "num_experts"):
+        raise ValueError(f"output_scale is {value!r}; it must be 'k', 'num_experts' or a positive number")
+    return value
 
 
 class SMoE(nn.Module):
@@ -64,11 +73,8 @@ class SMoE(nn.Module):
         d_expert = check_divisible(d_hidden, num_experts)
         if engine not in ENGINES:
             raise ValueError(f"engine is {engine!r}; it must be one of {', '.join(ENGINES)}")
-        numeric = isinstance(output_scale, (int, float)) and not isinstance(output_scale, bool) and output_scale > 0
-        if not numeric and output_scale not in ("k", "num_experts"):
-            raise ValueError(f"output_scale is {output_scale!r}; it must be 'k', 'num_experts' or a positive number")
         self.d_model, self.d_hidden, self.num_experts = d_model, d_hidden, num_experts
-        self.output_scale = output_scale
+        self.output_scale = check_output_scale(output_scale)
         self.compute = check_compute(compute)
         top_k = num_experts if top_k is None else top_k
         self.router = make_router(router, d_model, num_experts, top_k, score, vocab_size=vocab_size, seed=seed)

@@ -11,6 +11,7 @@ from torch import nn
 
 from smoe import METHODS, Method, get_method, k_at
 from smoe.experts import check_divisible
+from smoe.layer import check_output_scale
 from smoe.router import ROUTERS, SCORES
 from smoe.schedule import MODES
 from transformer_xl.model import TransformerXL, TransformerXLConfig
@@ -131,6 +132,7 @@ class TrainConfig:
             _one_of("router", self.router, ROUTERS)
         if self.schedule is not None:
             _one_of("schedule", self.schedule, MODES)
+        check_output_scale(self.output_scale)
         self.model_config()
         if method.routed:
             check_divisible(self.d_hidden, self.num_experts)

@@ -59,8 +59,8 @@ class SegmentStream:
         self.segments_per_epoch = (row_length - 1) // tgt_len
         if self.segments_per_epoch < 1:
             raise ValueError(
-                f"tgt_len: {tgt_len} is too long for {len(data)} bytes in {batch_size} rows; "
-                f"it must be at most {max(row_length - 1, 0)}"
+                f"batch_size x tgt_len: {batch_size} x {tgt_len} is too much for {len(data)} bytes; "
+                f"a row holds {row_length}, and tgt_len must be at most {max(row_length - 1, 0)}"
             )
         self.tgt_len = tgt_len
         self._rows = _rows(data, batch_size, rank, world_size)

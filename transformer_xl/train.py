@@ -40,7 +40,7 @@ from smoe.run.folder import RunFolder
 from smoe.run.metrics import MetricsLogger
 from smoe.run.record import active_per_k, environment_record, parameter_counts
 from transformer_xl.config import CONFIG_DIR, TrainConfig
-from transformer_xl.data import SegmentStream, dataset_sha256, load_split
+from transformer_xl.data import SegmentStream, dataset_sha256, evaluation_segments, load_split
 from transformer_xl.evaluate import evaluate, k_name, precision
 
 # What may differ when a run is resumed: where things are and how often they are said, nothing that changes numbers.
@@ -75,6 +75,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     splits = {name: load_split(config.data, name) for name in ("train", "valid", "test")}
     sha256 = dataset_sha256(config.data)
     stream = SegmentStream(splits["train"], config.batch_size, config.tgt_len, rank, world_size)
+    for name in ("valid", "test"):
+        evaluation_segments(splits[name], config.eval_batch_size, config.eval_tgt_len, max_tokens=config.eval_tokens)
     folder = RunFolder.open(
         config.run_dir, to_dict(config), resume=config.resume, may_change=MAY_CHANGE, is_main=is_main
     )

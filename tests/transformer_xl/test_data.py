@@ -109,10 +109,10 @@ def test_ranks_together_read_what_one_reads():
     ("arguments", "message"),
     [
         ((5, 3, 0, 2), "batch_size: 5 .* multiple of 2"),
-        ((4, 25), "tgt_len: 25 .* at most 24"),
+        ((4, 25), "4 x 25 .* at most 24"),
         ((4, 0), "tgt_len: 0"),
         ((0, 3), "batch_size: 0"),
-        ((101, 3), "tgt_len: 3 .* at most 0"),
+        ((101, 3), "101 x 3 .* at most 0"),
         ((4, 3, 2, 2), "rank: 2"),
     ],
 )
