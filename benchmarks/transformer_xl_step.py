@@ -27,8 +27,9 @@ TOP_KS = (8, 12, 16)
 DROPOUTS = (0.0, 0.1)
 
 
-def _step(model: nn.Module, loss_of: Callable[[], Tensor], precision: str) -> Callable[[], None]:
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2.5e-4)
+def _step(model: nn.Module, loss_of: Callable[[], Tensor], precision: str, fused: bool) -> Callable[[], None]:
+    """`fused` as each side trains: this repository with PyTorch's fused Adam, the reference with plain Adam."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2.5e-4, fused=fused)
 
     def run() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -52,7 +53,7 @@ def ours(precision: str, dropout: float, top_k: int | None = None) -> Callable[[
     model = TransformerXL(config, None if top_k is None else make_smoe)
     ids, targets = torch.randint(0, config.vocab_size, (2, BATCH, LENGTH))
     memory = torch.randn(config.num_layers, BATCH, MEMORY, config.d_model)
-    return _step(model, lambda: model(ids, targets, memory, MEMORY).loss, precision)
+    return _step(model, lambda: model(ids, targets, memory, MEMORY).loss, precision, fused=True)
 
 
 def reference(checkout: str, precision: str, dropout: float) -> Callable[[], None]:
@@ -67,7 +68,7 @@ def reference(checkout: str, precision: str, dropout: float) -> Callable[[], Non
         nn.init.normal_(parameter, 0.0, c.init_std)
     ids, targets = torch.randint(0, c.vocab_size, (2, LENGTH, BATCH))
     memories = [torch.randn(MEMORY, BATCH, c.d_model) for _ in range(c.num_layers + 1)]
-    return _step(model, lambda: run_reference(model, ids, targets, *memories)[0].mean(), precision)
+    return _step(model, lambda: run_reference(model, ids, targets, *memories)[0].mean(), precision, fused=False)
 
 
 def measure(
