@@ -93,9 +93,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     checkpoint = load_latest(folder.checkpoints, groups=_groups(rank), clean=is_main)
     model, optimizer = accelerator.prepare(bare_model, optimizer)
 
-    step, memory, best, seconds = 0, None, {"best_step": None, "best_bpc": None}, 0.0
+    step, memory = 0, None
+    # seconds of training; best so far; nats and steps since the last line of metrics
+    progress = {"seconds": 0.0, "best_step": None, "best_bpc": None, "nats": [0.0, 0.0]}
     if checkpoint is not None:
-        step, memory, best, seconds = _restore(checkpoint, bare_model, optimizer.optimizer, device, rank, is_main)
+        step, memory, progress = _restore(checkpoint, bare_model, optimizer.optimizer, device, rank, is_main)
     metrics = MetricsLogger(folder, resume_step=step if checkpoint is not None else -1)
     stop = _StopRequest()
     if is_main:
@@ -105,8 +107,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     model.train()
     bar = tqdm(total=config.steps, initial=step, desc=method.title, unit="step", dynamic_ncols=True,
                disable=not (is_main and config.progress), mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
-    nats = torch.zeros(2, dtype=torch.float64)  # since the last line of metrics: loss, steps
-    interval_start = time.perf_counter()
+    interval_start, interval_tokens = time.perf_counter(), 0
     while step < config.steps:
         started = time.perf_counter()
         k = config.k_at(step)
@@ -133,44 +134,43 @@ def train(config: TrainConfig) -> dict[str, Any]:
         optimizer.zero_grad()
         memory = loss.output.memory
         step += 1
-        seconds += time.perf_counter() - started
-        nats += torch.tensor([loss.task.item(), 1.0], dtype=torch.float64)
+        progress["nats"] = [progress["nats"][0] + loss.task.item(), progress["nats"][1] + 1]
+        progress["seconds"] += time.perf_counter() - started
+        interval_tokens += config.batch_size * config.tgt_len
 
         if step % config.log_interval == 0 or step == config.steps:
-            mean = accelerator.reduce(nats.to(device), "sum")
-            now = time.perf_counter()
-            tokens = nats[1].item() * config.batch_size * config.tgt_len
-            line = {"loss": (mean[0] / mean[1]).item(), "lr": learning_rate, "grad_norm": float(norm)}
-            line |= {"bpc": line["loss"] / math.log(2), "k": k, "tokens_per_second": tokens / (now - interval_start)}
+            total = accelerator.reduce(torch.tensor(progress["nats"], dtype=torch.float64, device=device), "sum")
+            tokens_per_second = interval_tokens / (time.perf_counter() - interval_start)
+            line = {"loss": (total[0] / total[1]).item(), "lr": learning_rate, "grad_norm": float(norm)}
+            line |= {"bpc": line["loss"] / math.log(2), "k": k, "tokens_per_second": tokens_per_second}
             line |= {name: part.item() for name, part in loss.parts.items()}
-            metrics.log(step, {"train": line, "seconds": seconds})
+            metrics.log(step, {"train": line, "seconds": progress["seconds"]})
             bar.set_postfix_str(
                 f"BPC {line['bpc']:.3f}, k {k_name(k)}, {line['tokens_per_second']:,.0f} tokens/s", refresh=False
             )
-            nats.zero_()
-            interval_start = now
+            progress["nats"] = [0.0, 0.0]
+            interval_start, interval_tokens = time.perf_counter(), 0
         bar.update()
 
         evaluate_now = step % config.eval_interval == 0 or step == config.steps
         if evaluate_now:
             bpc = _evaluate(model, config, splits["valid"], accelerator, config.eval_k())
-            metrics.log(step, {"valid": {"bpc": bpc}, "seconds": seconds})
+            metrics.log(step, {"valid": {"bpc": bpc}, "seconds": progress["seconds"]})
             if is_main:
                 bar.write(f"step {step}: valid BPC {bpc:.4f} at k = {k_name(config.eval_k())}")
-            if best["best_bpc"] is None or bpc < best["best_bpc"]:
-                best = {"best_step": step, "best_bpc": bpc}
+            if progress["best_bpc"] is None or bpc < progress["best_bpc"]:
+                progress |= {"best_step": step, "best_bpc": bpc}
         stopping = stop.requested(accelerator)
         if evaluate_now or stopping or step % (config.save_interval or config.eval_interval) == 0:
-            _save(folder, step, accelerator, bare_model, optimizer.optimizer, memory, best, seconds)
-        if evaluate_now:
-            interval_start = time.perf_counter()
+            _save(folder, step, accelerator, bare_model, optimizer.optimizer, memory, progress)
+            interval_start, interval_tokens = time.perf_counter(), 0
         if stopping:
             bar.close()
             raise RunError(f"stopped by a signal after step {step}; a checkpoint is written, --resume goes on from it")
     bar.close()
 
     # ---- the sweep over k, from the best checkpoint ---------------------------------------------------------------
-    best_path = folder.checkpoints / f"step-{best['best_step']:08d}"
+    best_path = folder.checkpoints / f"step-{progress['best_step']:08d}"
     bare_model.load_state_dict(load_checkpoint(best_path, groups=["model"]).tensors["model"])
     started = time.perf_counter()
     bpc = {"valid": {}, "test": {}}
@@ -181,7 +181,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             figures = ", ".join(f"{split} {bpc[split][k_name(k)]:.4f}" for split in bpc)
             print(f"k = {k_name(k):>5}: BPC {figures}", flush=True)
     metrics.close()
-    result = _result(config, bare_model, accelerator, sha256, bpc, best, seconds, time.perf_counter() - started)
+    result = _result(config, bare_model, accelerator, sha256, bpc, progress, time.perf_counter() - started)
     folder.write_result(result)
     accelerator.end_training()
     return result
@@ -198,15 +198,15 @@ def _save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     memory: Tensor | None,
-    best: dict[str, Any],
-    seconds: float,
+    progress: dict[str, Any],
 ) -> None:
     """Writes one checkpoint: the main process model and optimizer, each process its memory and generators."""
     writer, rank = CheckpointWriter(folder.checkpoints, step), accelerator.process_index
     if accelerator.is_main_process:
         writer.begin()
     accelerator.wait_for_everyone()
-    writer.write(f"memory-rank{rank}", {} if memory is None else {"memory": memory})
+    own = {"nats": torch.tensor(progress["nats"], dtype=torch.float64)}
+    writer.write(f"memory-rank{rank}", own if memory is None else {"memory": memory, **own})
     writer.write(f"rng-rank{rank}", rng_tensors())
     if accelerator.is_main_process:
         tensors, plain = flatten_optimizer(optimizer, model.named_parameters())
@@ -214,8 +214,9 @@ def _save(
         writer.write("optimizer", tensors)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        state = {"optimizer": plain, "seconds": seconds, "world_size": accelerator.num_processes, **best}
-        protect = [] if best["best_step"] is None else [best["best_step"]]
+        state = {"optimizer": plain, "world_size": accelerator.num_processes, **progress}
+        del state["nats"]  # each process keeps its own
+        protect = [] if progress["best_step"] is None else [progress["best_step"]]
         writer.seal(state, keep=2, protect=protect)
     accelerator.wait_for_everyone()
 
@@ -227,7 +228,7 @@ def _restore(
     device: torch.device,
     rank: int,
     is_main: bool,
-) -> tuple[int, Tensor | None, dict[str, Any], float]:
+) -> tuple[int, Tensor | None, dict[str, Any]]:
     for path, reason in checkpoint.skipped if is_main else ():
         print(f"warning: {path.name} is damaged ({reason}); going on from {checkpoint.path.name}", file=sys.stderr)
     state, tensors = checkpoint.state, checkpoint.tensors
@@ -237,9 +238,10 @@ def _restore(
     model.load_state_dict(tensors["model"])
     restore_optimizer(optimizer, tensors["optimizer"], state["optimizer"], model.named_parameters())
     restore_rng(tensors[f"rng-rank{rank}"])
-    memory = tensors[f"memory-rank{rank}"].get("memory")
-    best = {name: state[name] for name in ("best_step", "best_bpc")}
-    return checkpoint.step, None if memory is None else memory.to(device), best, state["seconds"]
+    own = tensors[f"memory-rank{rank}"]
+    memory = own.get("memory")
+    progress = {name: state[name] for name in ("seconds", "best_step", "best_bpc")} | {"nats": own["nats"].tolist()}
+    return checkpoint.step, None if memory is None else memory.to(device), progress
 
 
 def _evaluate(model: nn.Module, config: TrainConfig, data: Any, accelerator: Accelerator, k: int | None) -> float:
@@ -321,11 +323,10 @@ def _result(
     accelerator: Accelerator,
     sha256: str,
     bpc: dict[str, dict[str, float]],
-    best: dict[str, Any],
-    seconds: float,
+    progress: dict[str, Any],
     sweep_seconds: float,
 ) -> dict[str, Any]:
-    tokens = config.batch_size * config.tgt_len
+    tokens, seconds = config.batch_size * config.tgt_len, progress["seconds"]
     counts: dict[str, Any] = parameter_counts(model)
     counts["active_per_k"] = active_per_k(model, [k for k in config.sweep_ks() if k is not None])
     return {
@@ -337,7 +338,7 @@ def _result(
         "dataset": {"name": "enwik8", "sha256": sha256},
         "bpc": bpc,
         "eval_tokens": config.eval_tokens,
-        "best": best,
+        "best": {name: progress[name] for name in ("best_step", "best_bpc")},
         "parameters": counts,
         "flops": _flops(config, model),
         "seconds": {"training": seconds, "sweep": sweep_seconds, "per_step": seconds / config.steps},

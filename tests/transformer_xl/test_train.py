@@ -76,7 +76,8 @@ def test_learning_rate_is_half_a_cosine_after_its_warm_up():
     assert learning_rate_at(999, config) == pytest.approx(2 * math.cos(math.pi * 999 / 2000) ** 2)
 
 
-LONG = ("--steps", 40, "--eval_interval", 20, "--save_interval", 3, "--log_interval", 1)
+# Checkpoints fall between the lines of metrics, whose means must not notice.
+LONG = ("--steps", 40, "--eval_interval", 20, "--save_interval", 3, "--log_interval", 2)
 
 
 def test_a_run_killed_five_times_ends_with_the_same_bits(train, tmp_path):
