@@ -342,7 +342,8 @@ def test_missing_biases_stay_missing():
 
 
 def test_a_copy_is_independent_and_the_trial_leaves_no_trace():
-    model = nn.Sequential(nn.BatchNorm1d(D), sequential(0.3)).train()
+    model = ConvNeXtBlock().train()
+    model.dwconv = nn.Sequential(model.dwconv, nn.BatchNorm2d(D))
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     mlp_find.find_mlps(model)
     assert torch.equal(torch.get_rng_state(), state)
@@ -350,7 +351,7 @@ def test_a_copy_is_independent_and_the_trial_leaves_no_trace():
     assert all(module.training and "forward" not in vars(module) for module in model.modules())
 
     smoe.modulize(model.eval(), 4)
-    twin, x = copy.deepcopy(model), torch.randn(4, D)
+    twin, x = copy.deepcopy(model), torch.randn(2, D, 8, 8)
     assert torch.equal(twin(x), model(x))
     with torch.no_grad():
         smoe.smoe_layers(twin)[0][1].experts.down.zero_()
