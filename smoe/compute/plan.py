@@ -12,11 +12,12 @@ class Plan(NamedTuple):
     """The P (token, unit) pairs, unit after unit, and in the order of the tokens within a unit.
 
     A unit is what one matrix product computes: an expert, or several side by side where all tokens visit them.
+    A unit's pairs may be followed by padding: repetitions of its last pair, whose outputs nobody reads.
 
     rows: (P,) int64, the token of every pair; None if every unit takes all tokens, in their own order.
     spans: one (start, end) a unit, its part of the pairs.
     position: (T, K) int64, the pairs of every token.
-    chunks: (first token, end token, one (start, end) a unit): the pairs of a chunk of the tokens.
+    chunks: (first token, end token, one (start, end) a unit): the pairs of a chunk of the tokens, and maybe some more.
     """
 
     rows: Tensor | None
@@ -24,10 +25,15 @@ class Plan(NamedTuple):
     position: Tensor
     chunks: list[tuple[int, int, list[tuple[int, int]]]]
 
+    @property
+    def num_pairs(self) -> int:
+        return self.spans[-1][1]
 
-def gathered_plan(indices: Tensor, num_experts: int, chunk: int) -> Plan:
+
+def gathered_plan(indices: Tensor, num_experts: int, chunk: int, multiple: int = 1) -> Plan:
     """The plan of (T, k) indices, with T > 0; ``chunk`` tokens (the last fewer) make a chunk.
 
+    Every expert's pairs, of a chunk as of all, are padded to a multiple of ``multiple``.
     Counting, not sorting: a sort of the pairs takes longer than the gathers it serves.
     """
     num_tokens = indices.shape[0]
@@ -35,15 +41,30 @@ def gathered_plan(indices: Tensor, num_experts: int, chunk: int) -> Plan:
     member.t().scatter_(1, indices, True)
     ends = member.view(-1).cumsum(0).view(num_experts, num_tokens)
     position = (ends - 1).t().gather(1, indices)
+    rows = member.nonzero()[:, 1]
     edges = _edges(num_tokens, chunk)
-    table = ends[:, [edge - 1 for edge in edges[1:]]].tolist()
+    table = ends[:, [edge - 1 for edge in edges[1:]]].tolist()  # the one wait for the device
     starts = [0, *(row[-1] for row in table[:-1])]
     table = [[start, *row] for start, row in zip(starts, table, strict=True)]
-    chunks = [
-        (first, end, [(row[c], row[c + 1]) for row in table])
-        for c, (first, end) in enumerate(zip(edges[:-1], edges[1:], strict=True))
-    ]
-    return Plan(member.nonzero()[:, 1], [(row[0], row[-1]) for row in table], position, chunks)
+    spans, shifts, source = [], [], []
+    for row in table:
+        first, end, padded = row[0], row[-1], spans[-1][1] if spans else 0
+        size = _round_up(end - first, multiple)
+        shifts.append(padded - first)
+        spans.append((padded, padded + size))
+        source += [torch.arange(first, end), torch.full((size - (end - first),), end - 1)]
+    if multiple > 1:
+        rows = rows[torch.cat(source).to(rows.device)]
+        position += torch.tensor(shifts, device=indices.device)[indices]
+    chunks = []
+    for c, (first, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        parts = []
+        for row, shift, span in zip(table, shifts, spans, strict=True):
+            size = _round_up(row[c + 1] - row[c], multiple)
+            start = min(row[c] + shift, span[1] - size)
+            parts.append((start, start + size))
+        chunks.append((first, end, parts))
+    return Plan(rows, spans, position, chunks)
 
 
 def full_plan(num_tokens: int, num_units: int, chunk: int, device: torch.device) -> Plan:
@@ -74,3 +95,7 @@ def local_position(plan: Plan, chunk: int, indices: Tensor | None) -> Tensor:
 
 def _edges(num_tokens: int, chunk: int) -> list[int]:
     return [*range(0, num_tokens, chunk), num_tokens]
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
