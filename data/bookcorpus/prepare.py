@@ -1,0 +1,279 @@
+"""BookCorpus (or books of your own) as blocks of tokens for masked language models.
+
+    python data/bookcorpus/prepare.py --model bert|roberta [--scale paper|cpu|smoke|auto] [--source FILE|FOLDER ...]
+                                      [--tokenizer FOLDER|FILES] [--vocab_size N] [--out DIR] [--force]
+
+Writes train.bin, valid.bin and test.bin, tokenizer.json and meta.json to --out, and prints that folder. A block is
+[CLS] 510 tokens [SEP], or <s> ... </s>; documents run on within a split, with one more [SEP] or </s> between them.
+
+Without --source the text is BookCorpus from the hub; where that can't be had, prose stripped out of enwik8, and
+meta.json says so. Whole documents are held out, one that comes twice is used once, and the vocabulary is learned from
+train alone. Does nothing when the same is already there.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+if str(REPOSITORY) not in sys.path:  # so that it runs before the project is installed
+    sys.path.append(str(REPOSITORY))
+
+if TYPE_CHECKING:
+    from bert.corpus import Corpus
+
+SPLITS = ("train", "valid", "test")
+# By scale: entries of the vocabulary, and bytes of text (None: all there is).
+SCALES = {
+    "paper": {"vocab_size": {"bert": 30522, "roberta": 50265}, "max_bytes": None},
+    "cpu": {"vocab_size": {"bert": 8192, "roberta": 8192}, "max_bytes": 16_000_000},
+    "smoke": {"vocab_size": {"bert": 1024, "roberta": 1024}, "max_bytes": 500_000},
+}
+
+
+def is_prepared(out: Path, request: dict[str, Any]) -> bool:
+    """Whether `out` holds just what `request` asks for, by its record and the files' sizes."""
+    try:
+        meta = json.loads((out / "meta.json").read_text())
+        sizes = {part["file"]: part["bytes"] for part in meta["splits"].values()}
+        return (
+            meta["request"] == request
+            and (out / "tokenizer.json").is_file()
+            and all((out / file).stat().st_size == size for file, size in sizes.items())
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def prepare(
+    out: Path, corpus: "Corpus", request: dict[str, Any], tokenizer_paths: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """Split, learn or read the vocabulary, tokenise and write everything to `out`; return the record (meta.json).
+
+    Whatever stops it, `out` then holds the old files or the new ones, and meta.json only if all of them are whole.
+    Raises ValueError for a corpus or a vocabulary that won't do, OSError when `out` can't be written.
+    """
+    from bert.corpus import Store, hold_out
+    from bert.tokenizer import read_tokenizer, special_ids, train_tokenizer
+    from smoe.run.download import scratch, sha256_file
+
+    model, block_length = request["model"], request["block_length"]
+    given = read_tokenizer(model, tokenizer_paths) if tokenizer_paths else None
+    with scratch(out) as partial:
+        store = Store(partial / "text")
+        store.fill(corpus.documents(), request["max_bytes"])
+        parts = hold_out([size for _, size in store.spans], store.digests, corpus.whole)
+        tokenizer = given or train_tokenizer(
+            model, (line for lines in store.lines(parts["train"]) for line in lines), request["vocab_size"]
+        )
+        tokenizer.save(str(partial / "tokenizer.json"))
+        ids = special_ids(tokenizer, model)
+        dtype = "uint16" if tokenizer.get_vocab_size() <= 1 << 16 else "int32"
+        splits = {}
+        for split in SPLITS:
+            path = partial / f"{split}.bin"
+            blocks = write_blocks(path, tokenizer, store.lines(parts[split]), block_length, ids, dtype)
+            if not blocks:
+                raise ValueError(f"source: the documents for {split} have fewer tokens than a block of {block_length}")
+            splits[split] = {
+                "file": path.name,
+                "blocks": blocks,
+                "bytes": path.stat().st_size,
+                "sha256": sha256_file(path),
+                "documents": len(parts[split]),
+                "text_bytes": sum(store.spans[i][1] for i in parts[split]),
+                "text_sha256": _digest(store.digests[i] for i in parts[split]),
+            }
+        tokenizer_sha256 = sha256_file(partial / "tokenizer.json")
+        meta = {
+            "dataset": corpus.name,
+            "note": corpus.note,
+            "sha256": _digest([*(part["sha256"] for part in splits.values()), tokenizer_sha256]),
+            "origin": corpus.origin,
+            "duplicates_left_out": store.duplicates,
+            "model": model,
+            "block_length": block_length,
+            "dtype": dtype,
+            "vocab_size": tokenizer.get_vocab_size(),
+            "special_ids": ids,
+            "tokenizer": {
+                "file": "tokenizer.json",
+                "sha256": tokenizer_sha256,
+                "origin": "given" if given else "trained on train",
+            },
+            "splits": splits,
+            "request": request,
+        }
+        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        # The record of anything else goes first, and ours comes last: while it is there, it is true.
+        (out / "meta.json").unlink(missing_ok=True)
+        for file in (*(part["file"] for part in splits.values()), "tokenizer.json", "meta.json"):
+            os.replace(partial / file, out / file)
+    return meta
+
+
+def write_blocks(path: Path, tokenizer: Any, documents: Any, block_length: int, ids: dict[str, int], dtype: str) -> int:
+    """Tokenise `documents` (lists of paragraphs) into blocks (n, block_length) of `dtype` at `path`; return n.
+
+    What does not fill the last block is left out.
+    """
+    import numpy as np
+
+    room, waiting, blocks = block_length - 2, np.empty(0, dtype=dtype), 0
+    with open(path, "wb") as file:
+        for number, paragraphs in enumerate(documents):
+            encoded = tokenizer.encode_batch(paragraphs, add_special_tokens=False)
+            tokens = [[ids["end"]]] * bool(number) + [encoding.ids for encoding in encoded]
+            waiting = np.concatenate([waiting, *(np.asarray(part, dtype=dtype) for part in tokens)])
+            full = len(waiting) // room
+            block = np.empty((full, block_length), dtype=dtype)
+            block[:, 0], block[:, -1] = ids["start"], ids["end"]
+            block[:, 1:-1] = waiting[: full * room].reshape(full, room)
+            file.write(block.tobytes())
+            waiting, blocks = waiting[full * room :], blocks + full
+    return blocks
+
+
+def default_corpus() -> "Corpus":
+    """BookCorpus from the hub, else prose out of enwik8, fetched if it isn't there yet."""
+    from bert.corpus import from_enwik8, from_hub
+    from smoe.run.download import SourceError
+
+    try:
+        return from_hub()
+    except SourceError as error:
+        why = str(error)
+    print(f"bookcorpus: not to be had from the hub ({why}); using prose out of enwik8 instead", file=sys.stderr)
+    spec = importlib.util.spec_from_file_location("enwik8_prepare", HERE.parent / "enwik8" / "prepare.py")
+    enwik8 = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(enwik8)
+    folder = HERE.parent / "enwik8"
+    if not enwik8.is_prepared(folder):
+        enwik8.prepare(folder, enwik8.default_sources())
+
+    def chunks() -> Any:
+        for split in enwik8.SPLITS:
+            with open(folder / f"{split}.bin", "rb") as file:
+                yield from iter(lambda: file.read(1 << 20), b"")  # noqa: B023 (used at once)
+
+    return from_enwik8(chunks, enwik8.SHA256, why)
+
+
+def default_out(options: argparse.Namespace, scale: str) -> Path:
+    """data/bookcorpus/MODEL-SCALE; with anything of one's own a hash of it is added, so that nothing is mixed up."""
+    own = {
+        name: [str(path.resolve()) for path in value] if isinstance(value, list) else value
+        for name in ("source", "tokenizer", "vocab_size", "max_bytes", "block_length", "name")
+        if (value := getattr(options, name)) not in (None, [])
+    }
+    suffix = f"-{hashlib.sha256(json.dumps(own).encode()).hexdigest()[:8]}" if own else ""
+    out = HERE / f"{options.model}-{scale}{suffix}"
+    return out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 2 for bad input, 1 when nothing can be fetched or written."""
+    options = _parse(arguments)
+    # SIGTERM as an exception, so that what is half-written goes.
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    out = None
+    try:
+        from bert.corpus import from_files, text_files
+        from smoe.run.download import DownloadError, sha256_file
+
+        scale = _scale(options.scale)
+        out = options.out or default_out(options, scale)
+        size = SCALES[scale]
+        corpus = from_files(text_files(options.source), options.name or "text") if options.source else None
+        request = {
+            "model": options.model,
+            "source": corpus.origin if corpus else "hub, else enwik8",
+            "name": options.name,
+            "tokenizer": [sha256_file(file) for path in options.tokenizer for file in _files(path)] or None,
+            "vocab_size": options.vocab_size or size["vocab_size"][options.model],
+            "max_bytes": options.max_bytes or size["max_bytes"],
+            "block_length": options.block_length or 512,
+        }
+        if options.tokenizer:
+            request["vocab_size"] = None
+        if not options.force and is_prepared(out, request):
+            print(out)
+            return 0
+        corpus = corpus or default_corpus()
+        print(f"bookcorpus: preparing {corpus.name} for {options.model} in {out}", file=sys.stderr)
+        meta = prepare(out, corpus, request, options.tokenizer)
+    except DownloadError as error:
+        print(f"error: bookcorpus: {error}; give text files with --source", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"error: bookcorpus: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: bookcorpus: can't write to {out}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("bookcorpus: interrupted, nothing written", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    blocks = ", ".join(f"{split} {part['blocks']}" for split, part in meta["splits"].items())
+    print(f"bookcorpus: {meta['dataset']}, {meta['vocab_size']} tokens, blocks: {blocks}", file=sys.stderr)
+    print(out)
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Prepare BookCorpus, or books of your own, for masked language models."
+    )
+    parser.add_argument("--model", choices=("bert", "roberta"), default="bert", help="whose tokens (default: bert)")
+    parser.add_argument("--scale", choices=(*SCALES, "auto"), default="auto", help="sets vocab_size and max_bytes")
+    parser.add_argument("--source", type=Path, nargs="+", default=[], help="text: files or folders, .txt, .xz, .gz")
+    parser.add_argument("--tokenizer", type=Path, nargs="+", default=[], help="a vocabulary: a folder or its files")
+    parser.add_argument("--vocab_size", type=_positive, help="of a vocabulary learned from the text")
+    parser.add_argument("--max_bytes", type=_positive, help="of text to use")
+    parser.add_argument("--block_length", type=_positive, help="tokens in a block (default: 512)")
+    parser.add_argument("--name", help="what results call your own text (default: text)")
+    parser.add_argument("--out", type=Path, help="default: a folder beside this file, named after model and scale")
+    parser.add_argument("--force", action="store_true", help="prepare again even if it is all there")
+    options = parser.parse_args(arguments)
+    if options.block_length is not None and options.block_length < 8:
+        parser.error(f"--block_length is {options.block_length}; it must be at least 8")
+    return options
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def _scale(scale: str) -> str:
+    if scale != "auto":
+        return scale
+    from smoe.run.config import resolve_scale
+
+    return resolve_scale(scale, REPOSITORY / "bert" / "configs")[0]
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise ValueError(f"tokenizer: no such file: {path}")
+    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+
+
+def _digest(digests: Any) -> str:
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
