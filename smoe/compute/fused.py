@@ -39,6 +39,9 @@ def run(x: Tensor, weights: Tensor, indices: Tensor | None, merge: int, experts)
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     parameters = (experts.up, experts.up_bias, experts.gate, experts.gate_bias, experts.down, experts.down_bias)
     with torch.autocast(x.device.type, enabled=False):
+        if not torch.is_grad_enabled():
+            cast = [None if p is None else p.to(dtype) for p in parameters]
+            return forward(x.to(dtype), weights.to(dtype), indices, merge, experts.activation, cast, False)[0]
         return _Fused.apply(x.to(dtype), weights, indices, merge, experts.activation, *parameters)
 
 
