@@ -1,0 +1,110 @@
+"""Hugging Face's BERT and RoBERTa for masked language modelling, with the MLP of any method in every layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, RobertaConfig, RobertaForMaskedLM
+
+from bert.config import PretrainConfig
+from bert.data import Vocabulary
+from smoe import SMoE
+from smoe.dropout import Dropout
+from smoe.methods import DenseMLP
+
+INIT_STD = 0.02
+
+
+class MaskedLMOutput(NamedTuple):
+    """`loss`: mean nats per predicted token, float32; `logits (B x M, V)` of the predicted tokens, float32."""
+
+    loss: Tensor
+    logits: Tensor
+
+
+class MaskedLM(nn.Module):
+    """A masked language model that computes its head where there is something to predict, and nowhere else.
+
+    The loss is the one of the model itself with labels at those positions; `model` is that model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, positions: Tensor, targets: Tensor) -> MaskedLMOutput:
+        """`input_ids (B, T)`, `positions (B, M)` in 0..T-1, `targets (B, M)`, -100 where one doesn't count."""
+        hidden = self.model.base_model(input_ids=input_ids).last_hidden_state  # (B, T, d)
+        predicted = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        head = self.model.cls if hasattr(self.model, "cls") else self.model.lm_head
+        logits = head(predicted).float().flatten(0, 1)
+        return MaskedLMOutput(F.cross_entropy(logits, targets.flatten()), logits)
+
+
+def build_model(config: PretrainConfig, vocabulary: Vocabulary) -> PreTrainedModel:
+    """A fresh model; draws from PyTorch's global generator, the fixed routers from ``config.seed`` alone.
+
+    In each layer the MLP of the method takes the place of the two linear layers and the activation; the dropout after
+    them, the residual and the layer norm are the model's own.
+    """
+    model = _dense(config, vocabulary)
+    method = config.get_method()
+    options: dict = {"num_experts": config.num_experts, "dropout": config.dropout, "activation": "gelu"}
+    if method.routed:
+        options |= {"score": config.score, "output_scale": config.output_scale, "router": config.router}
+        options["top_k"] = config.k_schedule()[0]
+    for i, layer in enumerate(model.base_model.encoder.layer):
+        seed = {"seed": 1000 * config.seed + i} if method.routed else {}
+        layer.intermediate = method.make_mlp(config.d_model, config.d_hidden, **options, **seed)
+        layer.output.dense = nn.Identity()
+        _initialise(layer.intermediate)
+    _use_fast_dropout(model)
+    return model
+
+
+def _dense(config: PretrainConfig, vocabulary: Vocabulary) -> PreTrainedModel:
+    sizes = {
+        "vocab_size": vocabulary.size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        # Its MLPs are about to be replaced; a width of 1 spares drawing weights that nobody needs.
+        "intermediate_size": 1,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "initializer_range": INIT_STD,
+        "pad_token_id": vocabulary.pad,
+        "bos_token_id": vocabulary.start,
+        "eos_token_id": vocabulary.end,
+    }
+    if config.model == "bert":
+        model = BertForMaskedLM(BertConfig(max_position_embeddings=config.seq_len, **sizes))
+    else:
+        # RoBERTa counts positions from the padding's id + 1.
+        positions = config.seq_len + vocabulary.pad + 1
+        model = RobertaForMaskedLM(RobertaConfig(max_position_embeddings=positions, type_vocab_size=1, **sizes))
+    model.config.intermediate_size = config.d_hidden
+    return model
+
+
+@torch.no_grad()
+def _initialise(mlp: nn.Module) -> None:
+    """Weights as the model draws its own: N(0, 0.02), biases 0."""
+    if isinstance(mlp, SMoE):
+        mlp.reset_parameters(INIT_STD)
+        return
+    assert isinstance(mlp, DenseMLP)
+    for linear in (mlp.up, mlp.down):
+        nn.init.normal_(linear.weight, 0.0, INIT_STD)
+        nn.init.zeros_(linear.bias)
+
+
+def _use_fast_dropout(model: nn.Module) -> None:
+    """Exchange every `nn.Dropout` for the one that is fast on a CPU too."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout:
+                setattr(module, name, Dropout(child.p))
