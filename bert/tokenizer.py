@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,26 +21,45 @@ _ORDER = {
 }
 
 
-def train_tokenizer(model: str, lines: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A vocabulary of at most `vocab_size` entries for `model` (bert or roberta), learned from `lines`."""
+def train_tokenizer(model: str, lines: Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:
+    """A vocabulary of at most `vocab_size` entries for `model` (bert or roberta), learned from what `lines()` yields.
+
+    The same text gives the same vocabulary.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    if model == "bert":
-        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=vocab_size, special_tokens=list(_ORDER[model]), show_progress=False
-        )
-    else:
+    options = {"vocab_size": vocab_size, "show_progress": False}
+    if model == "roberta":
         tokenizer = Tokenizer(models.BPE())
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=list(_ORDER[model]),
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
+        _complete(tokenizer, model)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        special = list(_ORDER[model])
+        tokenizer.train_from_iterator(
+            lines(), trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, **options)
         )
+        return tokenizer
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     _complete(tokenizer, model)
-    tokenizer.train_from_iterator(lines, trainer)
-    return tokenizer
+    # The library numbers the letters within words ("##a") in the order of a hash map, which differs from run to run and
+    # decides between equally frequent pairs. Given as special tokens they have their numbers beforehand.
+    letters = _letters(tokenizer, lines(), most=min(1000, vocab_size // 8))
+    special = [*_ORDER[model], *(f"##{letter}" for letter in letters)]
+    trainer = trainers.WordPieceTrainer(
+        special_tokens=special, initial_alphabet=letters, limit_alphabet=len(letters), **options
+    )
+    tokenizer.train_from_iterator(lines(), trainer)
+    learned = Tokenizer(models.WordPiece(tokenizer.get_vocab(), unk_token="[UNK]"))  # where they are special no more
+    _complete(learned, model)
+    return learned
+
+
+def _letters(tokenizer: Tokenizer, lines: Iterable[str], most: int) -> list[str]:
+    """The most frequent characters of the normalised text, sorted."""
+    counts: Counter[str] = Counter()
+    for line in lines:
+        counts.update(tokenizer.normalizer.normalize_str(line))
+    frequent = sorted((letter for letter in counts if not letter.isspace()), key=lambda c: (-counts[c], c))
+    return sorted(frequent[:most])
 
 
 def read_tokenizer(model: str, paths: Sequence[Path]) -> Tokenizer:

@@ -72,7 +72,7 @@ def prepare(
         store.fill(corpus.documents(), request["max_bytes"])
         parts = hold_out([size for _, size in store.spans], store.digests, corpus.whole)
         tokenizer = given or train_tokenizer(
-            model, (line for lines in store.lines(parts["train"]) for line in lines), request["vocab_size"]
+            model, lambda: (line for lines in store.lines(parts["train"]) for line in lines), request["vocab_size"]
         )
         tokenizer.save(str(partial / "tokenizer.json"))
         ids = special_ids(tokenizer, model)

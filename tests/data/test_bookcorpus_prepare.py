@@ -1,0 +1,390 @@
+"""Text to blocks: what is in them, what is held out, where it may come from, and what goes wrong."""
+
+import gzip
+import hashlib
+import importlib.util
+import json
+import lzma
+import os
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tokenizers")
+from tokenizers import Tokenizer  # noqa: E402
+
+from bert import corpus as corpus_module  # noqa: E402
+from bert.corpus import SourceError, Store, from_enwik8, from_hub, hold_out, text_files, unwrap  # noqa: E402
+from bert.wikitext import articles, strip_markup  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+spec = importlib.util.spec_from_file_location("bookcorpus_prepare", ROOT / "data/bookcorpus/prepare.py")
+bookcorpus = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bookcorpus)
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly boxed".split()
+
+
+def name(number):
+    return chr(97 + number // 10) + chr(97 + number % 10)
+
+
+def story(number, words=400):
+    rng = np.random.default_rng(number)
+    lines = [f"Zebra{name(number)} comes first."]
+    lines += [" ".join(WORDS[i] for i in rng.integers(0, len(WORDS), size=10)) + "." for _ in range(words // 10)]
+    return "\n\n".join(lines) + "\n"
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    (folder / "deeper").mkdir(parents=True)
+    for number in range(8):
+        content = story(number).encode()
+        path = folder / f"{number}.txt"
+        if number == 1:
+            (folder / "1.txt.xz").write_bytes(lzma.compress(content))
+        elif number == 2:
+            (folder / "deeper" / "2.txt.gz").write_bytes(gzip.compress(content))
+        else:
+            path.write_bytes(content)
+    (folder / "copy.txt").write_bytes(story(3).encode())
+    (folder / "notes.md").write_text("not text to train on")
+    return folder
+
+
+def run(*flags):
+    return bookcorpus.main([str(flag) for flag in flags])
+
+
+def small(source, out, model="bert", *flags):
+    flags = ["--model", model, "--scale", "smoke", "--source", source, "--out", out, "--block_length", 32, *flags]
+    return run(*flags, *([] if "--tokenizer" in flags else ["--vocab_size", 320]))
+
+
+def read(out):
+    meta = json.loads((out / "meta.json").read_text())
+    blocks = {
+        split: np.fromfile(out / part["file"], dtype=meta["dtype"]).reshape(-1, meta["block_length"])
+        for split, part in meta["splits"].items()
+    }
+    return meta, Tokenizer.from_file(str(out / "tokenizer.json")), blocks
+
+
+@pytest.mark.parametrize("model", ["bert", "roberta"])
+def test_blocks_hold_the_text_and_whole_documents_are_held_out(model, source, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert small(source, out, model) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    meta, tokenizer, blocks = read(out)
+    ids = meta["special_ids"]
+    texts = {}
+    for split, rows in blocks.items():
+        assert len(rows) == meta["splits"][split]["blocks"] > 0
+        assert (rows[:, 0] == ids["start"]).all() and (rows[:, -1] == ids["end"]).all()
+        assert not np.isin(rows, (ids["pad"], ids["mask"])).any()
+        if model == "roberta":
+            assert not (rows == ids["unknown"]).any()
+        texts[split] = tokenizer.decode(rows[:, 1:-1].reshape(-1).tolist()).lower()
+        assert hashlib.sha256((out / f"{split}.bin").read_bytes()).hexdigest() == meta["splits"][split]["sha256"]
+    assert meta["duplicates_left_out"] == 1
+    assert sum(part["documents"] for part in meta["splits"].values()) == 8
+    places = {n: [s for s in texts if f"zebra{name(n)}comes" in "".join(texts[s].split())] for n in range(8)}
+    assert all(len(splits) == 1 for splits in places.values()), places
+    assert {split for splits in places.values() for split in splits} == {"train", "valid", "test"}
+    # Every token of a document, in its order: only the last block's rest is missing.
+    first = "".join(story(0).lower().split())[:200]
+    split = places[0][0]
+    assert first in "".join(texts[split].split()).replace(tokenizer.id_to_token(ids["end"]).lower(), "")
+
+
+def test_vocabulary_is_learned_from_train_alone(source, tmp_path):
+    # Each document has a letter of its own; those of the held-out ones must stay unknown.
+    for number, path in enumerate(text_files([source])):
+        if path.suffix == ".txt":
+            path.write_text(path.read_text() + f"\n\n{chr(0x430 + number) * 3}\n")
+    assert small(source, tmp_path / "out") == 0
+    store = Store(tmp_path / "text")
+    store.fill(corpus_module.from_files(text_files([source])).documents())
+    parts = hold_out([size for _, size in store.spans], store.digests, True)
+    letters = {
+        split: {c for lines in store.lines(part) for c in "".join(lines).lower()} for split, part in parts.items()
+    }
+    vocabulary = {c for token in read(tmp_path / "out")[1].get_vocab() if token[0] != "[" for c in token}
+    own = {chr(0x430 + number) for number in range(9)}
+    assert vocabulary & own == letters["train"] & own
+    assert (letters["valid"] | letters["test"]) & own - vocabulary
+
+
+def test_split_does_not_depend_on_names_or_order():
+    digests = [hashlib.sha256(bytes([i])).hexdigest() for i in range(40)]
+    sizes = [100 + i for i in range(40)]
+    parts = hold_out(sizes, digests, True)
+    assert sorted(i for part in parts.values() for i in part) == list(range(40))
+    turned = hold_out(sizes[::-1], digests[::-1], True)
+    for split in parts:
+        assert {digests[i] for i in parts[split]} == {digests[::-1][i] for i in turned[split]}
+    for split in ("valid", "test"):
+        assert 0.04 < sum(sizes[i] for i in parts[split]) / sum(sizes) < 0.11
+    # A text without marks between documents: the end is held out, in one piece.
+    assert hold_out(sizes, digests, False)["test"] == [38, 39]
+    assert hold_out(sizes, digests, False)["train"] == list(range(36))
+    assert {len(part) for part in hold_out([900, 1, 900], digests[:3], True).values()} == {1}
+    with pytest.raises(ValueError, match="2 documents; there must be at least 3"):
+        hold_out([1, 1], digests[:2], True)
+
+
+def test_same_request_does_nothing_and_another_one_does(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert small(source, out) == 0
+    sha256 = read(out)[0]["sha256"]
+    times = {file: file.stat().st_mtime_ns for file in out.iterdir()}
+    capsys.readouterr()
+    assert small(source, out) == 0
+    assert capsys.readouterr() == (f"{out}\n", "")
+    assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == times
+    assert small(source, out, "bert", "--force") == 0
+    assert read(out)[0]["sha256"] == sha256, "not the same bytes again"
+    (source / "0.txt").write_text(story(99))
+    assert small(source, out) == 0
+    assert read(out)[0]["sha256"] != sha256
+    (out / "test.bin").write_bytes(b"")
+    assert small(source, out) == 0 and (out / "test.bin").stat().st_size
+
+
+def test_default_folder_tells_requests_apart(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+    def out(*flags):
+        options = bookcorpus._parse([str(flag) for flag in flags])
+        return str(bookcorpus.default_out(options, "cpu"))
+
+    assert out("--model", "roberta") == "data/bookcorpus/roberta-cpu"
+    own = out("--source", "a")
+    assert own.startswith("data/bookcorpus/bert-cpu-") and own != out("--source", "b") != out("--vocab_size", 7)
+
+
+def test_given_vocabularies_are_used_as_they_are(source, tmp_path):
+    for model in ("bert", "roberta"):
+        assert small(source, tmp_path / model, model) == 0
+        _, trained, blocks = read(tmp_path / model)
+        files = tmp_path / f"{model}-files"
+        files.mkdir()
+        trained.model.save(str(files))
+        for name, given in (("files", files), ("json", tmp_path / model / "tokenizer.json")):
+            out = tmp_path / f"{model}-{name}"
+            out = out if name == "json" else tmp_path / f"{model}-again"
+            assert small(source, out, model, "--tokenizer", given) == 0
+            meta, _, again = read(out)
+            assert meta["tokenizer"]["origin"] == "given"
+            assert all(np.array_equal(blocks[split], again[split]) for split in blocks)
+
+
+def test_unwrap_joins_lines_and_keeps_paragraphs():
+    assert (
+        unwrap("\ufeffA line\r\nand its end.\r\n\r\n\r\n  Next\tone. \n \n") == "\ufeffA line and its end.\nNext one.\n"
+    )
+    assert unwrap(" \n\n ") == ""
+
+
+def test_max_bytes_stops_early_but_leaves_three_documents(tmp_path):
+    store = Store(tmp_path / "text")
+    store.fill((story(n) for n in range(20)), max_bytes=1)
+    assert len(store.spans) == 3
+    store = Store(tmp_path / "more")
+    store.fill((story(n) for n in range(20)), max_bytes=10_000)
+    assert 10_000 <= sum(size for _, size in store.spans) < 13_000
+    assert list(store.lines([1]))[0] == [line for line in story(1).split("\n") if line]
+
+
+# ---- the hub, and what takes its place ----------------------------------------------------------------------------
+class Rows:
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, part):
+        return {"text": [f"sentence number {i} says something ." for i in range(self.count)[part]]}
+
+
+def fake_datasets(monkeypatch, load):
+    module = types.ModuleType("datasets")
+    module.load_dataset = load
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def test_hub_rows_become_stretches_whose_end_is_held_out(monkeypatch, tmp_path):
+    def load(repository, revision, split):
+        if revision is None:
+            raise ConnectionError("no such\nhost")
+        assert split == "train"
+        return Rows(1000)
+
+    fake_datasets(monkeypatch, load)
+    monkeypatch.setattr(corpus_module, "STRETCH", 50)
+    found = from_hub()
+    assert not found.whole and found.origin == {"hub": "bookcorpus/bookcorpus", "revision": "refs/convert/parquet"}
+    request = {"model": "bert", "vocab_size": 200, "max_bytes": None, "block_length": 16}
+    bookcorpus.prepare(tmp_path / "out", found, request)
+    meta, tokenizer, blocks = read(tmp_path / "out")
+    numbers = {
+        split: [int(word) for word in tokenizer.decode(rows[:, 1:-1].reshape(-1).tolist()).split() if word.isdigit()]
+        for split, rows in blocks.items()
+    }
+    assert max(numbers["train"]) < min(numbers["valid"]) <= max(numbers["valid"]) < min(numbers["test"])
+    assert meta["dataset"] == "bookcorpus" and meta["splits"]["test"]["documents"] == 1
+
+
+def test_without_a_hub_it_is_the_prose_of_enwik8_and_says_so(monkeypatch, tmp_path, capsys):
+    def load(*_, **__):
+        raise ConnectionError("no route\nto the hub")
+
+    fake_datasets(monkeypatch, load)
+    pages = [page(f"Topic {n}", story(n).replace("\n\n", "\n")) for n in range(12)]
+    enwik8 = tmp_path / "enwik8"
+    enwik8.mkdir()
+    (enwik8 / "prepare.py").write_text(
+        "SPLITS = {'train': 1, 'valid': 1}\nSHA256 = 'ab' * 32\n"
+        "def is_prepared(folder): return (folder / 'train.bin').exists()\n"
+        "def default_sources(): return []\n"
+        "def prepare(folder, sources):\n"
+        f"    text = {''.join(pages).encode()!r}\n"
+        "    (folder / 'train.bin').write_bytes(text[:9000])\n"
+        "    (folder / 'valid.bin').write_bytes(text[9000:])\n"
+    )
+    monkeypatch.setattr(bookcorpus, "HERE", tmp_path / "bookcorpus")
+    out = tmp_path / "out"
+    assert run("--scale", "smoke", "--out", out, "--block_length", 32, "--vocab_size", 300) == 0
+    assert "using prose out of enwik8 instead" in capsys.readouterr().err
+    meta, tokenizer, blocks = read(out)
+    assert meta["dataset"] == "enwik8-prose" and meta["origin"] == {"enwik8": "ab" * 32}
+    assert "in place of BookCorpus" in meta["note"] and "no route to the hub" in meta["note"]
+    assert sum(part["documents"] for part in meta["splits"].values()) == 12
+
+
+def test_neither_hub_nor_enwik8_is_one_line(monkeypatch, tmp_path, capsys):
+    def load(*_, **__):
+        raise ConnectionError("no route")
+
+    fake_datasets(monkeypatch, load)
+    (tmp_path / "enwik8").mkdir()
+    (tmp_path / "enwik8" / "prepare.py").write_text(
+        "from smoe.run.download import DownloadError\n"
+        "def is_prepared(folder): return False\n"
+        "def default_sources(): return []\n"
+        "def prepare(folder, sources): raise DownloadError('no network')\n"
+    )
+    monkeypatch.setattr(bookcorpus, "HERE", tmp_path / "bookcorpus")
+    assert run("--scale", "smoke", "--out", tmp_path / "out") == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "error: bookcorpus: no network; give text files with --source"
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_a_missing_library_is_a_reason_too(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SourceError, match="datasets is not installed"):
+        from_hub()
+
+
+# ---- wiki markup --------------------------------------------------------------------------------------------------
+def page(title, text):
+    return f"<page><title>{title}</title><revision><text xml:space='preserve'>{text}</text></revision></page>"
+
+
+SOURCE = """{{Infobox|name={{nested|x}}|y}}
+'''Anarchism''' is a ''political'' theory [[Greek language|Greek]] &quot;without rulers&quot; that calls for it.
+&lt;ref name=&quot;a&quot;&gt;A [[book]] nobody reads, page 7 of many.&lt;/ref&gt;
+== History of the matter in question ==
+[[Image:Pic.jpg|thumb|A [[labelled]] caption that goes on, and on, for long.]]
+It began in [[1848]]&amp;nbsp;and ended, as [http://a.org the report] says, with &lt;b&gt;nothing&lt;/b&gt; at all.
+* A list item that is long enough to be a sentence, but is none.
+{| class=&quot;wikitable&quot;
+| a cell that is long enough to be a sentence as well, or is it?
+|}
+Short line.
+[[Category:Politics]] [[de:Anarchismus]]
+"""
+
+
+def test_markup_goes_and_prose_stays():
+    assert strip_markup(SOURCE).split("\n\n") == [
+        'Anarchism is a political theory Greek "without rulers" that calls for it.',
+        "It began in 1848 and ended, as the report says, with nothing at all.",
+    ]
+
+
+def test_only_articles_come_through_wherever_the_stream_is_cut():
+    prose = "\n".join(f"Sentence {i} of this article says a few things about it." for i in range(15))
+    dump = "".join(
+        [
+            page("Real", prose),
+            page("Moved", "#REDIRECT [[Real]] " + prose),
+            page("Talk:Real", prose),
+            page("Wikipedia:Rules", prose),
+            page("Stub", "Only one sentence is here, and that is it."),
+            page("Second: a title with a colon", prose),
+            page("Cut off", prose)[:-7],
+        ]
+    ).encode()
+    expected = prose.replace("\n", "\n\n")
+    for size in (7, 100, len(dump)):
+        pieces = (dump[i : i + size] for i in range(0, len(dump), size))
+        assert list(articles(pieces)) == [expected, expected]
+
+
+def test_fallback_can_be_read_twice():
+    text = "".join(page(f"T{n}", story(n).replace("\n\n", "\n")) for n in range(3)).encode()
+    found = from_enwik8(lambda: iter([text]), "0" * 64, "why")
+    assert list(found.documents()) == list(found.documents()) and len(list(found.documents())) == 3
+
+
+# ---- mistakes -----------------------------------------------------------------------------------------------------
+def test_bad_input_is_one_line_and_leaves_nothing(source, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "two").mkdir()
+    for n in range(2):
+        (tmp_path / "two" / f"{n}.txt").write_text(story(n))
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nword\n")
+    (tmp_path / "short").mkdir()
+    for n in range(3):
+        (tmp_path / "short" / f"{n}.txt").write_text(f"too short {n}")
+    (tmp_path / "latin").mkdir()
+    (tmp_path / "latin" / "a.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "latin" / "b.xz").write_bytes(b"\xfd7zXZ\x00 damaged")
+    cases = [
+        ([tmp_path / "nowhere"], [], "no such file or folder"),
+        ([tmp_path / "empty"], [], "no .txt, .xz, .gz file in"),
+        ([tmp_path / "two"], [], "2 documents; there must be at least 3"),
+        ([tmp_path / "short"], [], "fewer tokens than a block of 32"),
+        ([tmp_path / "latin" / "a.txt"], [], "is not UTF-8 text (byte 3)"),
+        ([tmp_path / "latin" / "b.xz"], [], "can't be read"),
+        ([source], ["--tokenizer", tmp_path / "nothing"], "tokenizer: no such file"),
+        ([source], ["--tokenizer", tmp_path / "empty"], "has neither tokenizer.json nor vocab.txt"),
+        ([source], ["--tokenizer", tmp_path / "vocab.txt"], "has no [MASK], which bert needs"),
+    ]
+    for paths, flags, words in cases:
+        flags = ["--scale", "smoke", "--source", *paths, "--out", tmp_path / "out", "--block_length", 32, *flags]
+        assert run(*flags) == 2, words
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("error: bookcorpus: ") and words in last, last
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_a_failed_replacement_keeps_no_false_record(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert small(source, out) == 0
+    (source / "0.txt").write_text(story(77))
+    monkeypatch.setattr(os, "replace", lambda *_: sys.exit("killed"))
+    with pytest.raises(SystemExit):
+        small(source, out)
+    assert not (out / "meta.json").exists()
+    assert sorted(file.name for file in out.iterdir()) == ["test.bin", "tokenizer.json", "train.bin", "valid.bin"]
