@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Runs one BERT or RoBERTa experiment from nothing to its table and plot; the scripts in table1/bert and table1/roberta
+# call it.
+#
+#   bash script/bert.sh NAME --model bert|roberta [flags of python -m bert.pretrain]
+#                            [--source FILE|FOLDER ...] [--tokenizer FOLDER|FILES] [--vocab_size N] [--max_bytes N] [--name NAME]
+#
+# Sets up .venv, prepares the text (the flags in the second line are those of data/bookcorpus/prepare.py; without --source
+# it is BookCorpus from the hub, else prose out of enwik8), trains on every GPU there is (else on the CPU), sweeps over k.
+# The run folder is runs/NAME/<flags>, unless --run_dir says otherwise. Called again with the same flags it goes on where
+# it stopped. --data names data that is prepared already.
+set -euo pipefail
+called_from=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source script/common.sh
+
+name=$1
+shift
+model=$(flag_value model "$@")
+scale=$(flag_value scale "$@")
+data=$(flag_value data "$@")
+run_dir=$(flag_value run_dir "$@")
+if [ -z "$run_dir" ]; then
+    # NAME says model and method already.
+    flags=()
+    skip=0
+    for word in "$@"; do
+        case "$word" in
+            --model | --method) skip=2 ;;
+            --model=* | --method=*) skip=1 ;;
+        esac
+        [ "$skip" -gt 0 ] && skip=$((skip - 1)) || flags+=("$word")
+    done
+    run_dir=$(run_dir_of "$name" ${flags[@]+"${flags[@]}"})
+    set -- "$@" --run_dir "$run_dir"
+fi
+
+# A flag of prepare.py and the words up to the next flag are for it, the rest is for the trainer.
+prepare=()
+train=()
+for_prepare=no
+for word in "$@"; do
+    case "$word" in
+        --source | --source=* | --tokenizer | --tokenizer=* | --vocab_size | --vocab_size=* | --max_bytes | --max_bytes=* | --name | --name=*)
+            for_prepare=yes
+            ;;
+        --*) for_prepare=no ;;
+        /*) ;;
+        *) # a path relative to where the script was called
+            if [ "$for_prepare" = yes ] && [ -e "$called_from/$word" ]; then
+                word=$called_from/$word
+            fi
+            ;;
+    esac
+    if [ "$for_prepare" = yes ]; then
+        prepare+=("$word")
+    else
+        train+=("$word")
+    fi
+done
+
+bash script/setup.sh
+source .venv/bin/activate
+if [ -z "$data" ]; then
+    data=$(python data/bookcorpus/prepare.py --model "${model:-bert}" --scale "${scale:-auto}" ${prepare[@]+"${prepare[@]}"})
+    train+=(--data "$data")
+elif [ "${#prepare[@]}" -gt 0 ]; then
+    echo "error: --data names data that is prepared already, so ${prepare[0]} has no effect; give one of them" >&2
+    exit 2
+fi
+
+train_and_report bert.pretrain "$run_dir" "${train[@]}"
