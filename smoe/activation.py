@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 # (gradient of the output, saved, tensor that may take the result or None) -> gradient of the input
 Backward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -37,6 +36,10 @@ class Activation:
     def backward(self, grad: Tensor, saved: Tensor, out: Tensor | None = None) -> Tensor:
         """d loss / d input, from d loss / d output and what was saved; ``out`` may be used for it (and be ``grad``)."""
         return self._backward(grad, saved, out)
+
+    def __reduce__(self):
+        # By name, since the functions of ACTIVATIONS are closures; a function of the user's must itself be picklable.
+        return get_activation, (self.name if ACTIVATIONS.get(self.name) is self else self._forward,)
 
     def __repr__(self) -> str:
         return self.name

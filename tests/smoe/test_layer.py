@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import pickle
 
 import pytest
 import torch
@@ -335,3 +336,11 @@ def test_a_refused_k_changes_nothing(k):
     with pytest.raises(ValueError, match="top_k is"):
         layer.top_k = k
     assert layer.top_k == 3
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu_tanh", torch.nn.functional.softplus])
+def test_a_layer_can_be_pickled_and_copied(activation):
+    layer = SMoE(16, 64, 8, 3, activation=activation)
+    x = torch.randn(5, 16)
+    for twin in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+        assert torch.equal(twin(x), layer(x))
