@@ -10,6 +10,7 @@ vocabulary, tokenizer.json, is put there too.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import sys
@@ -225,6 +226,7 @@ def _result(
     return {
         "model": config.model,
         "method": config.method,
+        **_label(config),
         "scale": config.scale,
         "seed": config.seed,
         "dataset": blocks.record,
@@ -241,6 +243,14 @@ def _result(
         "config": to_dict(config),
         "environment": environment_record(),
     }
+
+
+def _label(config: PretrainConfig) -> dict[str, str]:
+    """A name for a run that departs from its method (an ablation), to tell it from the method's own in tables."""
+    names = ("router", "score", "output_scale", "schedule", "k_min", "k_max", "balance_weight", "consistency_weight")
+    defaults = {field.name: field.default for field in dataclasses.fields(PretrainConfig)}
+    changed = [f"{name} {getattr(config, name)}" for name in names if getattr(config, name) != defaults[name]]
+    return {"label": ", ".join([config.get_method().title, *changed])} if changed else {}
 
 
 def _flops(config: PretrainConfig, model: MaskedLM) -> dict[str, dict[str, int]]:

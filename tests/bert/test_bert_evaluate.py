@@ -1,0 +1,70 @@
+"""Evaluation of a run at any k."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bert.config import PretrainConfig
+from bert.data import Blocks, evaluation_batches
+from bert.evaluate import evaluate, load_run
+from bert.model import MaskedLM, build_model
+from smoe import get_top_k, set_top_k
+
+TINY = {"num_layers": 2, "d_model": 16, "num_heads": 2, "d_hidden": 64, "num_experts": 8, "seq_len": 32}
+TINY |= {"precision": "fp32", "eval_batch_size": 3, "eval_sequences": 7}
+CPU = torch.device("cpu")
+
+
+def test_bpc_equals_a_naive_pass_with_labels(prepared):
+    blocks = Blocks(prepared("roberta"), "roberta")
+    config = PretrainConfig("roberta", "smoe_dropout", "unused", **TINY)
+    model = build_model(config, blocks.vocabulary).train()
+    set_top_k(model, 4)
+    data = blocks.sequences("test", 32)
+    measured = evaluate(MaskedLM(model), config, data, blocks.vocabulary, CPU, k=3)
+    assert get_top_k(model) == 4
+
+    set_top_k(model.eval(), 3)
+    batch = next(evaluation_batches(data, blocks.vocabulary, 7, 0.15, max_sequences=7))
+    logits = model(batch.input_ids).logits.gather(
+        1, batch.positions.unsqueeze(-1).expand(-1, -1, blocks.vocabulary.size)
+    )
+    nats = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()).item()
+    assert measured == pytest.approx(nats / math.log(2), abs=1e-5)
+
+
+def test_random_routing_is_evaluated_reproducibly_and_leaves_the_generator(prepared):
+    blocks = Blocks(prepared("bert"), "bert")
+    config = PretrainConfig("bert", "thor", "unused", **TINY)
+    model, data = MaskedLM(build_model(config, blocks.vocabulary)), blocks.sequences("valid", 32)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    a = evaluate(model, config, data, blocks.vocabulary, CPU, k=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(4)
+    assert evaluate(model, config, data, blocks.vocabulary, CPU, k=2) == a
+
+
+def test_command_gives_what_the_run_recorded(pretrain, start, tmp_path):
+    run = tmp_path / "run"
+    assert pretrain("bert", "smoe_dropout", run).wait() == 0
+    recorded = json.loads((run / "result.json").read_text())["bpc"]
+    command = start("bert.evaluate", run, "--k", 1, 8, 16, "--json")
+    assert command.wait() == 0, command.err
+    assert json.loads(command.out)["bpc"] == {k: recorded["test"][k] for k in ("1", "8", "16")}
+    config, model, _ = load_run(run)
+    assert config.method == "smoe_dropout" and model.config.intermediate_size == 128
+    for flags, words in ((["--k", 17], ["17", "16"]), (["--sequences", -1], ["sequences", "-1"])):
+        command = start("bert.evaluate", run, *flags)
+        assert command.wait() == 2
+        assert command.err.startswith("error: ") and command.err.count("\n") == 1
+        assert all(word in command.err for word in words)
+
+
+def test_a_folder_without_a_run_is_one_line(start, tmp_path):
+    command = start("bert.evaluate", tmp_path / "nothing")
+    assert command.wait() == 2
+    assert command.err.count("\n") == 1 and "nothing" in command.err

@@ -1,0 +1,103 @@
+"""The models: Hugging Face's, with another MLP."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from bert.config import PretrainConfig
+from bert.data import Vocabulary
+from bert.model import MaskedLM, build_model
+from smoe import METHODS, get_top_k, smoe_layers
+from smoe.dropout import Dropout
+from smoe.flops import count, masked_lm
+from smoe.methods import DenseMLP
+
+TINY = {"num_layers": 2, "d_model": 32, "num_heads": 4, "d_hidden": 64, "num_experts": 8, "seq_len": 16}
+VOCABULARIES = {
+    "bert": Vocabulary(size=100, pad=0, unknown=1, start=2, end=3, mask=4),
+    "roberta": Vocabulary(size=100, pad=1, unknown=3, start=0, end=2, mask=4),
+}
+
+
+def build(model, method="smoe_dropout", **options):
+    return build_model(PretrainConfig(model, method, "unused", **{**TINY, **options}), VOCABULARIES[model])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", VOCABULARIES)
+def test_each_layer_has_the_methods_mlp_and_keeps_the_rest(model, method):
+    built = build(model, method)
+    for layer in built.base_model.encoder.layer:
+        assert isinstance(layer.output.dense, nn.Identity)
+        assert isinstance(layer.output.LayerNorm, nn.LayerNorm) and isinstance(layer.output.dropout, Dropout)
+        x = torch.randn(2, 16, 32)
+        layer.eval()
+        y = layer.intermediate(x)
+        torch.testing.assert_close(layer.output(y, x), layer.output.LayerNorm(y + x))
+    assert len(smoe_layers(built)) == (2 if METHODS[method].routed else 0)
+    if not METHODS[method].routed:
+        assert isinstance(layer.intermediate, DenseMLP)
+        torch.testing.assert_close(layer.intermediate.activation(x), nn.functional.gelu(x))
+    else:
+        assert get_top_k(built) == METHODS[method].k_min(8)
+    assert not [m for m in built.modules() if type(m) is nn.Dropout]
+
+
+@pytest.mark.parametrize("model", VOCABULARIES)
+def test_a_dense_model_computes_what_hugging_faces_own_does(model):
+    import transformers
+
+    ours = build(model, "dense_dropout").eval()
+    own = getattr(transformers, type(ours).__name__)(ours.config).eval()
+    state = {
+        name.replace("intermediate.up.", "intermediate.dense.").replace("intermediate.down.", "output.dense."): value
+        for name, value in ours.state_dict().items()
+    }
+    own.load_state_dict(state)
+    ids = torch.randint(5, 100, (3, 16))
+    torch.testing.assert_close(ours(ids).logits, own(ids).logits)
+
+
+@pytest.mark.parametrize("model", VOCABULARIES)
+def test_the_head_at_the_predicted_places_gives_the_models_own_loss(model):
+    built = build(model).eval()
+    ids, positions = torch.randint(5, 100, (3, 16)), torch.tensor([[1, 4, 5], [0, 2, 15], [3, 8, 9]])
+    targets = torch.randint(5, 100, (3, 3))
+    targets[2, 2] = -100
+    labels = torch.full((3, 16), -100).scatter(1, positions, targets)
+    expected = built(ids, labels=labels)
+    output = MaskedLM(built)(ids, positions, targets)
+    torch.testing.assert_close(output.loss, expected.loss)
+    torch.testing.assert_close(output.logits[5], expected.logits[1, 15])
+
+
+def test_weights_are_drawn_as_the_model_draws_its_own():
+    for method in ("smoe", "dense_dropout"):
+        built = build("bert", method, d_model=64, d_hidden=512)
+        for name, weight in built.named_parameters():
+            if "intermediate" in name and weight.dim() > 1 and "bias" not in name:
+                assert weight.std().item() == pytest.approx(0.02, rel=0.2), name
+
+
+def test_routers_follow_the_seed_and_differ_from_layer_to_layer():
+    def routers(seed):
+        built = build("bert", seed=seed)
+        return [next(b for n, b in layer.router.named_buffers() if b.dim() == 2) for _, layer in smoe_layers(built)]
+
+    a, b, c = routers(1), routers(1), routers(2)
+    assert all(map(torch.equal, a, b)) and not torch.equal(a[0], c[0]) and not torch.equal(a[0], a[1])
+
+
+@pytest.mark.parametrize("model", VOCABULARIES)
+def test_flops_at_the_papers_sizes_are_table_1s(model):
+    size = {"bert": 30522, "roberta": 50265}[model]
+    config = PretrainConfig(model, "smoe_dropout", "unused")
+    assert config.d_hidden == {"bert": 6144, "roberta": 3072}[model]
+    with torch.device("meta"):
+        built = build_model(config, dataclasses.replace(VOCABULARIES[model], size=size))
+    inputs = {"input_ids": torch.empty(8, 512, dtype=torch.int64, device="meta")}
+    ours, paper = count(built, inputs, 8), count(masked_lm(model, "smoe_dropout", 8), inputs)
+    assert ours.paper_linear == paper.paper_linear
+    assert ours.params_total == paper.params_total

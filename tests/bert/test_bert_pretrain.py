@@ -1,0 +1,204 @@
+"""The trainer: run folder, resume bit for bit, several processes, and what it says when something is wrong."""
+
+import json
+import random
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smoe import METHODS
+from smoe.run.checkpoint import list_steps
+from smoe.run.metrics import read_metrics
+from smoe.run.report import check_result, slimming_table
+
+
+def weights(run, step=None):
+    step = list_steps(run / "checkpoints")[-1] if step is None else step
+    return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+
+
+def assert_same_weights(run_a, run_b):
+    a, b = weights(run_a), weights(run_b)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def lines(run):
+    return {line["step"]: line["train"] for line in read_metrics(run) if "train" in line}
+
+
+def losses(run):
+    return {step: line["loss"] for step, line in lines(run).items()}
+
+
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [*(("bert", method) for method in METHODS), ("roberta", "smoe_dropout"), ("roberta", "dense_dropout")],
+)
+def test_every_method_trains_and_leaves_a_full_run_folder(model, method, pretrain, prepared, tmp_path):
+    run = tmp_path / "run"
+    command = pretrain(model, method, run, "--learning_rate", "1e-2")
+    assert command.wait() == 0, command.err
+    result = check_result(json.loads((run / "result.json").read_text()))
+    assert (result["model"], result["method"], result["scale"], result["seed"]) == (model, method, "smoke", 1)
+    meta = json.loads((prepared(model) / "meta.json").read_text())
+    assert result["dataset"]["sha256"] == meta["sha256"] and result["dataset"]["name"] == "text"
+    keys = {"1", "2", "4", "8", "12", "16"} if METHODS[method].routed else {"dense"}
+    for split in ("valid", "test"):
+        assert result["bpc"][split].keys() == keys
+        assert all(3 < bpc < 9 for bpc in result["bpc"][split].values())
+    assert result["flops"].keys() == keys and result["tokens_per_step"] == 4 * 32
+    assert all(cell["true"] > 0 and cell["training_step"] > 0 for cell in result["flops"].values())
+    assert result["config"]["d_hidden"] == (128 if model == "bert" else 64)
+    assert model in slimming_table([result])
+    measured = losses(run)
+    assert list(measured) == [5, 10, 15, 20]
+    assert measured[20] < measured[5] - 0.1, "nothing was learned"
+    extra = {"thor": "consistency", "smoe": "balance", "dense_concrete_dropout": "concrete"}.get(method)
+    assert extra is None or lines(run)[20][extra] != 0
+    assert (run / "tokenizer.json").read_bytes() == (prepared(model) / "tokenizer.json").read_bytes()
+    assert not [path for path in run.rglob("*") if path.suffix in (".pt", ".bin", ".pkl", ".pth")]
+
+
+LONG = ("--steps", 30, "--eval_interval", 15, "--save_interval", 3, "--log_interval", 1)
+
+
+def test_k_and_learning_rate_follow_the_step_and_the_router_stays_fixed(pretrain, tmp_path):
+    run = tmp_path / "run"
+    assert pretrain("bert", "smoe_dropout", run, "--log_interval", 1, "--save_interval", 5).wait() == 0
+    assert [line["k"] for line in lines(run).values()] == [round(8 * step / 20) + 8 for step in range(20)]
+    assert [line["lr"] for line in lines(run).values()] == pytest.approx([1e-3 * (1 - s / 20) for s in range(20)])
+    early, late = weights(run, 15), weights(run, 20)
+    routers = [name for name in early if ".router." in name]
+    assert len(routers) >= 2
+    assert all(torch.equal(early[name], late[name]) for name in routers)
+    experts = [name for name in early if ".experts." in name]
+    assert experts and not any(torch.equal(early[name], late[name]) for name in experts)
+
+
+def test_a_run_killed_three_times_ends_with_the_same_bits(pretrain, tmp_path):
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    assert pretrain("bert", "smoe_dropout", alone, *LONG).wait() == 0
+    moments = sorted(random.Random().sample(range(2, 28), 3))
+    for moment in moments:
+        command = pretrain("bert", "smoe_dropout", killed, *LONG, "--resume", wait=False)
+        deadline = time.monotonic() + 240
+        while not (seen := losses(killed) if (killed / "metrics.jsonl").exists() else {}) or max(seen) < moment:
+            assert command.process.is_alive(), f"ended before step {moment}: {command.err}"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(random.random() * 0.03)
+        command.kill(signal.SIGKILL)
+        assert command.wait() == -signal.SIGKILL
+    last = pretrain("bert", "smoe_dropout", killed, *LONG, "--resume")
+    assert last.wait() == 0, last.err
+    assert "resumed after step" in last.out
+    assert_same_weights(alone, killed)
+    assert losses(alone) == losses(killed), f"killed at {moments}"
+    assert {step: line["k"] for step, line in lines(alone).items()} == {
+        step: line["k"] for step, line in lines(killed).items()
+    }
+    results = [json.loads((run / "result.json").read_text())["bpc"] for run in (alone, killed)]
+    assert results[0] == results[1]
+
+
+def test_sigterm_writes_a_checkpoint_that_resume_goes_on_from(pretrain, tmp_path):
+    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
+    # The stop falls between two lines of metrics: the losses before it count in the next one.
+    flags = ("--steps", 60, "--eval_interval", 60, "--log_interval", 20)
+    assert pretrain("roberta", "thor", alone, *flags).wait() == 0
+    command = pretrain("roberta", "thor", stopped, *flags, wait=False)
+    while not (stopped / "metrics.jsonl").exists() or not losses(stopped):
+        assert command.process.is_alive(), command.err
+        time.sleep(0.002)
+    command.kill(signal.SIGTERM)
+    assert command.wait() == 1
+    assert command.err.count("\n") == 1 and "a checkpoint is written" in command.err
+    assert 20 <= list_steps(stopped / "checkpoints")[-1] < 60
+    assert not (stopped / "result.json").exists()
+    again = pretrain("roberta", "thor", stopped, *flags, "--resume")
+    assert again.wait() == 0, again.err
+    assert_same_weights(alone, stopped)
+    assert losses(alone) == pytest.approx(losses(stopped), abs=1e-12)
+
+
+def test_a_run_whose_training_was_done_needs_the_sweep_alone(pretrain, tmp_path):
+    run = tmp_path / "run"
+    assert pretrain("bert", "smoe", run).wait() == 0
+    before = json.loads((run / "result.json").read_text())["bpc"]
+    (run / "result.json").unlink()
+    again = pretrain("bert", "smoe", run, "--resume")
+    assert again.wait() == 0, again.err
+    assert json.loads((run / "result.json").read_text())["bpc"] == before
+    finished = pretrain("bert", "smoe", run, "--resume")
+    assert finished.wait() == 0 and "is finished" in finished.out
+
+
+@pytest.mark.distributed
+def test_two_processes_equal_one_with_the_whole_batch(pretrain, tmp_path, free_port):
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = ("--dropout", 0.0, "--log_interval", 1)
+    assert pretrain("bert", "smoe_dropout", one, *flags).wait() == 0
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port), "LOCAL_WORLD_SIZE": "2"}
+    commands = [
+        pretrain("bert", "smoe_dropout", two, *flags, wait=False, env={**common, "RANK": str(r), "LOCAL_RANK": str(r)})
+        for r in range(2)
+    ]
+    for command in commands:
+        assert command.wait() == 0, command.err
+    a, b = losses(one), losses(two)
+    assert len(a) == 20 and a == pytest.approx(b, abs=1e-5)
+    results = [json.loads((run / "result.json").read_text()) for run in (one, two)]
+    assert results[1]["processes"] == 2
+    assert results[0]["bpc"]["test"] == pytest.approx(results[1]["bpc"]["test"], abs=1e-4)
+    for name, value in weights(one).items():
+        torch.testing.assert_close(value, weights(two)[name], atol=1e-4, rtol=0)
+
+
+def test_non_finite_loss_stops_before_the_optimizer_step(pretrain, tmp_path):
+    run = tmp_path / "run"
+    command = pretrain("bert", "smoe_dropout", run, "--learning_rate", "1e30", "--save_interval", 1)
+    assert command.wait() == 1
+    assert command.err.startswith("error: ") and command.err.count("\n") == 1, command.err
+    assert "not finite at step" in command.err
+    assert all(tensor.isfinite().all() for tensor in weights(run).values() if tensor.is_floating_point())
+    assert not (run / "result.json").exists()
+
+
+def assert_one_line(command, code, *words):
+    assert command.wait() == code, command.err
+    assert command.err.startswith("error: ") and command.err.count("\n") == 1, command.err
+    for word in words:
+        assert str(word) in command.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--k_max", "17"], ["k_max", "17", "16"]),
+        (["--d_hidden", "100"], ["d_hidden", "100", "96", "112"]),
+        (["--method", "smoe_dropuot"], ["method", "smoe_dropuot", "smoe_dropout"]),
+        (["--model", "gpt"], ["model", "gpt", "roberta"]),
+        (["--router", "hash"], ["router", "hash", "random"]),
+        (["--num_heads", "3"], ["num_heads", "3", "32"]),
+        (["--seq_len", "48"], ["seq_len", "48", "64"]),
+        (["--data", "/nowhere"], ["/nowhere", "prepare.py"]),
+        (["--model", "roberta"], ["tokens for bert", "--model roberta"]),
+        (["--batch_size", "100000"], ["batch_size", "100000"]),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(flags, words, pretrain, tmp_path):
+    run = tmp_path / "run"
+    assert_one_line(pretrain("bert", "smoe_dropout", run, *flags), 2, *words)
+    assert not run.exists()
+
+
+def test_existing_run_folder_needs_resume_and_the_same_config(pretrain, tmp_path):
+    run = tmp_path / "run"
+    assert pretrain("bert", "dense_dropblock", run, "--steps", 2).wait() == 0
+    assert_one_line(pretrain("bert", "dense_dropblock", run, "--steps", 2), 2, run, "--resume")
+    changed = pretrain("bert", "dense_dropblock", run, "--steps", 2, "--resume", "--seed", 2)
+    assert_one_line(changed, 2, "seed", 1, 2)
