@@ -70,6 +70,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     is_main = accelerator.is_main_process
+    environment = environment_record()  # now: the checkout may move on while this runs
 
     # The data first: what is wrong with it should be said before anything is written.
     splits = {name: load_split(config.data, name) for name in ("train", "valid", "test")}
@@ -182,6 +183,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             print(f"k = {k_name(k):>5}: BPC {figures}", flush=True)
     metrics.close()
     result = _result(config, bare_model, accelerator, sha256, bpc, progress, time.perf_counter() - started)
+    result["environment"] = environment
     folder.write_result(result)
     accelerator.end_training()
     return result
@@ -347,7 +349,6 @@ def _result(
         "processes": accelerator.num_processes,
         "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
         "config": to_dict(config),
-        "environment": environment_record(),
     }
 
 
