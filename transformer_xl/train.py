@@ -47,6 +47,9 @@ from transformer_xl.evaluate import evaluate, k_name, precision
 MAY_CHANGE = ("data", "scale", "save_interval", "log_interval", "progress")
 
 
+PLACES = ("run_dir", "data", "resume", "progress")
+
+
 class NonFiniteError(RunError):
     """The loss or its gradient is no longer a finite number."""
 
@@ -348,7 +351,8 @@ def _result(
         "tokens_per_second": tokens * config.steps / seconds,
         "processes": accelerator.num_processes,
         "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
-        "config": to_dict(config),
+        # Without where things were: a record is for others too.
+        "config": {name: value for name, value in to_dict(config).items() if name not in PLACES},
     }
 
 
