@@ -15,6 +15,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PRELOAD = ["bert.pretrain", "bert.evaluate"]
+# What they would import at their first use.
+PRELOAD += ["transformers.models.bert.modeling_bert", "transformers.models.roberta.modeling_roberta", "torch._dynamo"]
+PRELOAD += ["torch.utils.flop_counter", "torch.utils.tensorboard", "transformers.trainer"]
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -127,11 +130,15 @@ def start(tmp_path, _preload):
 
 @pytest.fixture
 def pretrain(start, prepared):
-    """pretrain(model, method, run_dir, *flags) -> Command: the trainer at smoke scale in fp32, waited for."""
+    """pretrain(model, method, run_dir, *flags) -> Command: the trainer at smoke scale in fp32, waited for.
+
+    The sweep has two k: counting FLOPs takes most of such a run's time.
+    """
 
     def pretrain(model: str, method: str, run_dir: Path, *flags: object, wait: bool = True, env=None) -> Command:
         argv = ["--model", model, "--method", method, "--scale", "smoke", "--run_dir", run_dir]
         argv += ["--data", prepared(model), "--precision", "fp32", "--progress", "false"]
+        argv += ["--sweep", "[1,16]"]
         command = start("bert.pretrain", *argv, *flags, env=env)
         if wait:
             command.wait()

@@ -50,8 +50,9 @@ def test_random_routing_is_evaluated_reproducibly_and_leaves_the_generator(prepa
 
 def test_command_gives_what_the_run_recorded(pretrain, start, tmp_path):
     run = tmp_path / "run"
-    assert pretrain("bert", "smoe_dropout", run).wait() == 0
+    assert pretrain("bert", "smoe_dropout", run, "--sweep", "[1,4,8,16,20]").wait() == 0
     recorded = json.loads((run / "result.json").read_text())["bpc"]
+    assert recorded["valid"].keys() == {"1", "4", "8", "16"}
     command = start("bert.evaluate", run, "--k", 1, 8, 16, "--json")
     assert command.wait() == 0, command.err
     assert json.loads(command.out)["bpc"] == {k: recorded["test"][k] for k in ("1", "8", "16")}
