@@ -8,16 +8,20 @@ from torch import Tensor
 
 from ..experts import Experts
 from ..router import Routing
-from . import dense, grouped, reference
+from . import dense, grouped, grouped_mm, reference
 
 Compute = Callable[[Tensor, Experts, Routing], Tensor]
 
-PATHS: dict[str, Compute] = {"reference": reference.compute, "grouped": grouped.compute, "dense": dense.compute}
+PATHS: dict[str, Compute] = {
+    "reference": reference.compute,
+    "grouped": grouped.compute,
+    "dense": dense.compute,
+    "grouped_mm": grouped_mm.compute,
+}
 
 
-# Below this many weights a matrix of an expert is so small that its products cost more to start than to compute. On a
-# CPU in bfloat16 each new number of rows moreover makes oneDNN generate a kernel, and in training every step has new
-# ones: at 64 x 128 weights and 1024 tokens a whole step took 0.38 s with `grouped` at k = 8, 0.22 s with `dense`.
+# Below this many weights a matrix of an expert is so small that its products cost more to start than to compute: at
+# 64 x 128 weights and 1024 tokens a training step took 0.38 s with `grouped` at k = 8, 0.22 s with `dense`.
 TINY_EXPERT = 1 << 14
 
 
@@ -26,7 +30,9 @@ def choose(name: str, x: Tensor, experts: Experts, routing: Routing) -> Compute:
     if name == "auto":
         everything = routing.indices.shape[1] == experts.num_experts
         tiny = experts.d_model * experts.d_expert <= TINY_EXPERT
-        return PATHS["dense" if everything or tiny else "grouped"]
+        if everything or tiny:
+            return PATHS["dense"]
+        return PATHS["grouped_mm" if grouped_mm.usable(x, experts) else "grouped"]
     return PATHS[name]
 
 

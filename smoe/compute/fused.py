@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..activation import Activation
+from ..activation import ACTIVATIONS, Activation
 from .plan import Plan, full_plan, gathered_plan, local_position
 from .products import combine, group_sums, hidden_units, linear, scale_
 
 # Bytes that the outputs of the pairs of one chunk may take: a chunk that stays in the cache is summed faster.
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 8 << 20
 # oneDNN, which runs products of 16 bits on a CPU, compiles a kernel for every new number of rows: several
 # milliseconds, more than the product itself takes, and routing makes new numbers at every step. So the rows of an
 # expert are padded to a multiple of this, or of about 1/16 of what an expert gets if that is more: the numbers soon
@@ -39,6 +39,8 @@ def run(x: Tensor, weights: Tensor, indices: Tensor | None, merge: int, experts)
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     parameters = (experts.up, experts.up_bias, experts.gate, experts.gate_bias, experts.down, experts.down_bias)
     with torch.autocast(x.device.type, enabled=False):
+        if torch.compiler.is_compiling() and experts.activation is ACTIVATIONS.get(experts.activation.name):
+            return experts_op(x.to(dtype), weights, indices, merge, experts.activation.name, *parameters)[0]
         if not torch.is_grad_enabled():
             cast = [None if p is None else p.to(dtype) for p in parameters]
             return forward(x.to(dtype), weights.to(dtype), indices, merge, experts.activation, cast, False)[0]
@@ -93,7 +95,7 @@ def forward(
     y = x.new_empty(x.shape)
     if x.shape[0] == 0:
         return y, []
-    plan = _plan(x, indices, num_experts, merge)
+    plan = make_plan(x, indices, num_experts, merge)
     gather = _Rows(plan, x)
     kept, gates = [], []
     for u in range(up.shape[0]):
@@ -145,7 +147,7 @@ def backward(
     up, gate, down = (_merged(p, merge) for p in (up, gate, down))
     num_units, width, d = up.shape
     gated = gate is not None
-    plan = _plan(x, indices, num_experts, merge)
+    plan = make_plan(x, indices, num_experts, merge)
     pair_weights = _by_pair(weights, plan, merge)
     pair_grad = torch.empty_like(pair_weights) if need_weights else None
     # Where to multiply with the routing weight. "narrow": hidden units and their gradient, after grad_weights has been
@@ -154,7 +156,7 @@ def backward(
     late = need_weights and not narrow
     longest = max(end - start for start, end in plan.spans)
     gather_x, gather_g = _Rows(plan, x), _Rows(plan, grad_y)
-    buffer = [x.new_empty(longest, width) for _ in range(4 if gated else 2)]
+    buffer = [x.new_empty(longest, width) for _ in range(2 if gated else 1)]
     scaled = [x.new_empty(longest, d) for _ in range(2 if late else 1)] if not narrow else []
     grad_pre: list[tuple[Tensor, ...]] = []
     for u, (start, end) in enumerate(plan.spans):
@@ -173,12 +175,12 @@ def backward(
         if gated:
             kept_gate = saved[num_units + u]
             act = kept_gate if activation.saves_output else activation(kept_gate)
-            hidden = torch.mul(act, kept, out=buffer[2][:n])
+            hidden = torch.mul(act, kept, out=buffer[1][:n])
         else:
             hidden = kept if activation.saves_output else activation(kept)
         if need_weights:
             group_sums(torch.mul(grad_hidden, hidden, out=buffer[0][:n]), merge, pair_grad[start:end])
-        _mm_into(g_down[u], scale_(hidden, wu, buffer[1][:n]).t() if narrow else hidden.t(), wg)
+        _mm_into(g_down[u], scale_(hidden, wu, buffer[0][:n]).t() if narrow else hidden.t(), wg)
         if gated:
             grad_act = torch.mul(grad_hidden, kept, out=x.new_empty(n, width))
             grads_here = (
@@ -195,6 +197,8 @@ def backward(
             if g_bias is not None:
                 g_bias[u].copy_(torch.mm(wu.t(), grad).squeeze(0) if late else grad.sum(0))
         grad_pre.append(grads_here)
+        del hidden, grad_hidden
+    del buffer, scaled, gather_x, gather_g
     for c, (first, end, spans) in enumerate(plan.chunks):
         out = _Outputs(x, spans)
         for u, (start, stop) in enumerate(spans):
@@ -243,17 +247,23 @@ class _Outputs:
         return self.pairs[self.filled - count : self.filled]
 
 
-def _plan(x: Tensor, indices: Tensor | None, num_experts: int, merge: int) -> Plan:
+def make_plan(x: Tensor, indices: Tensor | None, num_experts: int, merge: int) -> Plan:
+    """The plan for T > 0 tokens, in chunks of ``CHUNK_BYTES``."""
     num_tokens, d = x.shape
     pairs_a_token = num_experts // merge if indices is None else indices.shape[1]
     count = -(-num_tokens * pairs_a_token * d * x.element_size() // CHUNK_BYTES)
     chunk = -(-num_tokens // count)
     if indices is None:
         return full_plan(num_tokens, num_experts // merge, chunk, x.device)
-    multiple = 1
-    if x.device.type == "cpu" and x.element_size() == 2:
-        multiple = PADDING * max(1, round(indices.numel() / num_experts / 16 / PADDING))
+    multiple = multiple_of(x, indices.numel(), num_experts)
     return gathered_plan(indices, num_experts, chunk, multiple)
+
+
+def multiple_of(x: Tensor, num_pairs: int, num_experts: int) -> int:
+    """What the rows of an expert are padded to a multiple of (see ``PADDING``)."""
+    if x.device.type == "cpu" and x.element_size() == 2:
+        return PADDING * max(1, num_pairs // (16 * PADDING * num_experts))
+    return 1
 
 
 def _merged(parameter: Tensor | None, merge: int) -> Tensor | None:
@@ -293,3 +303,7 @@ def _mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b, out=out)
     else:
         out.copy_(a @ b)
+
+
+# At the end, since its operators call this module's functions.
+from .compiled import experts_op  # noqa: E402

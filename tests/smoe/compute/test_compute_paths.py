@@ -11,7 +11,7 @@ from smoe import Routing, SMoE
 from smoe.compute import PATHS, choose
 from smoe.router import SCORES
 
-FAST = sorted(set(PATHS) - {"reference"})
+FAST = ["dense", "grouped"]
 # Relative error (norm of the difference over norm of the reference's). The reference itself runs in bfloat16 there and
 # rounds every intermediate to 8 bits, so 2 % is a handful of roundings.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -236,10 +236,10 @@ def test_which_path_runs(monkeypatch):
 
 def test_padding_limits_the_number_of_kernel_shapes():
     """In bfloat16 every product of an expert has a multiple of 64 rows, whatever the routing; float32 isn't padded."""
-    from smoe.compute.fused import PADDING, _plan
+    from smoe.compute.fused import PADDING, make_plan
 
     indices = torch.rand(300, 4).topk(2).indices
-    padded, exact = (_plan(torch.zeros(300, 12, dtype=t), indices, 4, 1) for t in (torch.bfloat16, torch.float32))
+    padded, exact = (make_plan(torch.zeros(300, 12, dtype=t), indices, 4, 1) for t in (torch.bfloat16, torch.float32))
     assert all((end - start) % PADDING == 0 for start, end in padded.spans)
     assert exact.num_pairs == 600 <= padded.num_pairs <= 600 + 4 * PADDING
     for plan in (padded, exact):
@@ -248,3 +248,47 @@ def test_padding_limits_the_number_of_kernel_shapes():
         for expert, (start, end) in enumerate(plan.spans):
             here = (plan.position >= start) & (plan.position < end)
             assert torch.equal(here, indices == expert)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+def test_grouped_mm_on_the_cpu(dtype, gated):
+    """The CUDA path's logic, through PyTorch's own fallback."""
+    for k in (1, 3, 4):
+        for bias in (False, True):
+            layer = make(d=16, h=8, k=k, dtype=dtype, gated=gated, bias=bias, router="learned")
+            assert_equal(layer, "grouped_mm", torch.randn(50, 16).to(dtype))
+    assert_equal(make(d=16, h=8, dtype=dtype), "grouped_mm", torch.randn(0, 16).to(dtype))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("path", ["grouped_mm", "grouped", "dense"])
+def test_on_cuda(path):
+    layer, x = make(d=64, h=64, k=2, router="learned").bfloat16().cuda(), torch.randn(300, 64).bfloat16().cuda()
+    grad = torch.randn_like(x)
+    want, got = (gradients(layer, name, x, grad) for name in ("reference", path))
+    for name, value in want.items():
+        assert (got[name] - value).norm() <= 2e-2 * value.norm(), name
+    layer.compute = "auto"
+    from smoe.compute import grouped_mm
+
+    assert choose("auto", x, layer.experts, layer.router(x)) is grouped_mm.compute
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize("gated", [False, True])
+def test_compiles_into_one_graph(dtype, k, gated):
+    layer = make(d=16, h=8, k=k, dtype=dtype, gated=gated, compute="grouped" if k < 4 else "dense")
+    x, grad = torch.randn(40, 16).to(dtype), torch.randn(40, 16).to(dtype)
+    want = gradients(layer, layer.compute, x, grad)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    layer.zero_grad()
+    leaf = x.clone().requires_grad_()
+    y = compiled(leaf)
+    y.backward(grad)
+    torch.testing.assert_close(y, want["y"])
+    torch.testing.assert_close(leaf.grad, want["x"])
+    for name, p in layer.named_parameters():
+        torch.testing.assert_close(p.grad, want[name])

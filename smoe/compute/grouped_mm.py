@@ -1,0 +1,54 @@
+"""Grouped products on CUDA: one ``torch.nn.functional.grouped_mm`` a layer, whose offsets stay on the device.
+
+Nothing waits for the GPU, and everything is plain autograd, so torch.compile sees through it. Runs wherever PyTorch has
+``grouped_mm`` (its CPU fallback is how the tests reach it), but is chosen on CUDA in bfloat16 alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..experts import Experts
+from ..router import Routing
+
+
+def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
+    """x (T, d) -> y (T, d), the same numbers as ``reference.compute``."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    num_tokens, top_k = routing.indices.shape
+    if num_tokens == 0:
+        return x.to(dtype) + 0 * sum(p.sum().to(dtype) for p in experts.parameters())
+    with torch.autocast(device, enabled=False):
+        x = x.to(dtype)
+        expert, order = routing.indices.reshape(-1).sort(stable=True)
+        every = torch.arange(experts.num_experts, device=x.device)
+        offsets = torch.searchsorted(expert, every, right=True).to(torch.int32)
+        rows = x[order // top_k]
+        hidden = _linear(rows, experts.up, experts.up_bias, expert, offsets)
+        if experts.gate is None:
+            hidden = experts.activation(hidden)
+        else:
+            hidden = experts.activation(_linear(rows, experts.gate, experts.gate_bias, expert, offsets)) * hidden
+        out = F.grouped_mm(hidden, experts.down.to(dtype), offs=offsets)
+        if experts.down_bias is not None:
+            out = out + experts.down_bias.to(dtype)[expert]
+        # Back to the order of the tokens by a gather: sums are deterministic, and in float32 within the product.
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=x.device))
+        out = out[back].view(num_tokens, top_k, -1)
+        return torch.bmm(routing.weights.to(dtype).unsqueeze(1), out).squeeze(1)
+
+
+def usable(x: Tensor, experts: Experts) -> bool:
+    """Whether the CUDA kernel takes this input: bfloat16, rows of whole 16 bytes."""
+    if x.device.type != "cuda" or not hasattr(F, "grouped_mm"):
+        return False
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return dtype == torch.bfloat16 and experts.d_model % 8 == 0 and experts.d_expert % 8 == 0
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, expert: Tensor, offsets: Tensor) -> Tensor:
+    out = F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=offsets)
+    return out if bias is None else out + bias.to(rows.dtype)[expert]
