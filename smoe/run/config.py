@@ -146,7 +146,13 @@ def _build_parser(config_class: type, fields: Sequence[dataclasses.Field], hints
     documented = parse_from_object(config_class)
     notes = {param.arg_name: " ".join((param.description or "").split()) for param in documented.params}
     parser = ArgumentParser(
-        prog=prog, description=documented.short_description, exit_on_error=False, allow_abbrev=False
+        prog=prog,
+        usage="%(prog)s [--FIELD VALUE ...]",
+        description=documented.short_description,
+        epilog="Later wins: the defaults above, the YAML of the scale, --config, flags.",
+        formatter_class=_help_formatter(),
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", type=str, help="a YAML file of fields; flags win over it")
     for field in fields:
@@ -154,16 +160,53 @@ def _build_parser(config_class: type, fields: Sequence[dataclasses.Field], hints
             continue
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         default = None if field.default is dataclasses.MISSING else field.default
-        shown = "required" if required else f"default: {_plain(default)}"
+        shown = "required" if required else f"default: {_shown(default)}"
         parser.add_argument(
-            f"--{field.name}", type=hints[field.name], help=f"{notes.get(field.name, '')} ({shown})".strip()
+            f"--{field.name}",
+            type=hints[field.name],
+            metavar=_metavar(field.name, hints[field.name]),
+            help=f"{notes.get(field.name, '')} ({shown})".strip(),
         )
     return parser
 
 
+def _help_formatter() -> type:
+    """Help as written here: jsonargparse would add Python's names of the types, and a default of null to every flag."""
+    from jsonargparse import DefaultHelpFormatter
+
+    class HelpFormatter(DefaultHelpFormatter):
+        def _get_help_string(self, action: Any) -> str:
+            return action.help or ""
+
+    return HelpFormatter
+
+
+def _shown(value: Any) -> str:
+    """A default as one would write it as a flag's value."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _metavar(name: str, hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "{" + ",".join(map(str, get_args(hint))) + "}"
+    if hint is bool:
+        return "[{true,false}]"
+    return f"{name.upper()} ..." if _is_list(hint) else name.upper()
+
+
+def _is_list(hint: Any) -> bool:
+    return get_origin(hint) in (tuple, list, Sequence)
+
+
 def _normalise(argv: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
-    """Read `--run-dir` as `--run_dir`, and a boolean flag with no value after it as true."""
+    """Read `--run-dir` as `--run_dir`, a boolean flag with no value after it as true, `--ks 1 2` and `--ks 1,2` as
+    `--ks [1,2]` (brackets mean something to a shell)."""
     tokens: list[str] = []
+    argv = _joined_lists(argv, hints)
     for position, token in enumerate(argv):
         if re.match(r"--[A-Za-z]", token):
             name, equals, value = token[2:].partition("=")
@@ -173,6 +216,26 @@ def _normalise(argv: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
                 token += "=true"
         tokens.append(token)
     return tokens
+
+
+def _joined_lists(argv: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
+    """The values of each flag of a list as one token in brackets."""
+    joined: list[str] = []
+    waiting = list(argv)
+    while waiting:
+        token = waiting.pop(0)
+        name, equals, value = token[2:].partition("=")
+        if not token.startswith("--") or not _is_list(hints.get(name.replace("-", "_"))):
+            joined.append(token)
+            continue
+        values = [value] if equals else []
+        while waiting and not waiting[0].startswith("--"):
+            values.append(waiting.pop(0))
+        written = ",".join(values)
+        if values and not written.startswith("["):
+            written = f"[{written}]"
+        joined += [f"--{name}", written] if values else [token]
+    return joined
 
 
 def _parse_flags(parser: Any, hints: Mapping[str, Any], argv: list[str]) -> dict[str, Any]:

@@ -235,3 +235,22 @@ def test_a_command_ends_with_one_line_and_a_code(tmp_path, argv, code, out, erro
         assert done.stderr.startswith("Traceback") and done.stderr.endswith(error)
     else:
         assert done.stderr == error
+
+
+@pytest.mark.parametrize("given", [["--ks", "1", "2", "8"], ["--ks=1,2,8"], ["--ks", "1,2,8"], ["--ks", "[1, 2, 8]"]])
+def test_a_list_can_be_written_as_a_shell_likes_it(config_dir, given):
+    config = parse_config(Example, config_dir, ["--data", "d", *given, "--steps", "7"])
+    assert config.ks == (1, 2, 8) and config.steps == 7
+
+
+def test_one_value_is_a_list_of_one(config_dir):
+    assert parse_config(Example, config_dir, ["--ks", "4", "--data", "d"]).ks == (4,)
+
+
+def test_help_says_each_default_once_and_no_python_types(config_dir, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_config(Example, config_dir, ["--help"], prog="trainer")
+    said = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    assert "(default: 100)" in said and "(required)" in said and "(default: 1 2)" in said and "(default: false)" in said
+    assert "type:" not in said and "default: null" in said and said.count("default:") == 8
