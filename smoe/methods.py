@@ -95,14 +95,22 @@ class Method:
             dropout: the rate inside a dense MLP (an SMoE layer has none: leaving experts out is its dropout).
             router: replaces the method's own router (the ablations of Figure 5 (c)).
             layer_options: of :class:`SMoE`: top_k, score, output_scale, seed, vocab_size, ...
+
+        Raises:
+            ValueError: a dense method is given layer_options or a router, or Concrete Dropout a rate of 0, from which
+                it could not learn.
         """
         if self.routed:
             layer_options.setdefault("top_k", self.k_max(num_experts))
             return SMoE(
                 d_model, d_hidden, num_experts, activation=activation, router=router or self.router, **layer_options
             )
+        for option in (*layer_options, *(["router"] if router else [])):
+            raise ValueError(f"{option} is an option of experts, but {self.name} has none; leave it out")
         if self.dropout == "concrete":
-            inner: nn.Module = ConcreteDropout(init_p=dropout or 0.1)
+            if not dropout > 0:
+                raise ValueError(f"dropout is {dropout}; {self.name} learns its rate and must start above 0")
+            inner: nn.Module = ConcreteDropout(init_p=dropout)
         elif self.dropout == "dropblock":
             inner = DropBlock(dropout)
         else:

@@ -199,3 +199,15 @@ def test_unknown_names_are_listed():
         METHODS["dense_dropout"].make_mlp(D, H, activation="mish")
     with pytest.raises(ValueError, match="router is 'mine'"):
         METHODS["smoe"].make_mlp(D, H, num_experts=4, router="mine")
+
+
+def test_a_dense_method_takes_no_options_of_experts():
+    for options in ({"top_k": 2}, {"router": "hash"}, {"tpo_k": 2}):
+        with pytest.raises(ValueError, match="dense_dropout has none"):
+            METHODS["dense_dropout"].make_mlp(D, H, **options)
+
+
+def test_concrete_dropout_cannot_learn_from_a_rate_of_0():
+    with pytest.raises(ValueError, match="dropout is 0"):
+        METHODS["dense_concrete_dropout"].make_mlp(D, H, dropout=0.0)
+    assert METHODS["dense_concrete_dropout"].make_mlp(D, H, dropout=0.2).dropout.p.item() == pytest.approx(0.2)
