@@ -18,6 +18,8 @@ from transformer_xl.model import TransformerXL, TransformerXLConfig
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 
+_LARGEST_SEED = 2**53  # the routers' seeds are a thousand times that, and must fit into 64 bits
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -118,9 +120,17 @@ class TrainConfig:
             _at_least(name, getattr(self, name), 1)
         for name in ("mem_len", "eval_mem_len", "warmup_steps", "seed"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("save_interval", "eval_tokens"):
-            if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 1)
+        if self.seed > _LARGEST_SEED:
+            raise ValueError(f"seed is {self.seed}; it must be at most {_LARGEST_SEED}")
+        if self.save_interval is not None:
+            _at_least("save_interval", self.save_interval, 1)
+        if self.eval_tokens is not None and self.eval_tokens < self.eval_batch_size:
+            raise ValueError(
+                f"eval_tokens is {self.eval_tokens}; it must be at least eval_batch_size = {self.eval_batch_size}"
+            )
+        for name in ("balance_weight", "consistency_weight"):
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
         if not self.clip > 0:
@@ -143,6 +153,22 @@ class TrainConfig:
             k_min, k_max, _ = self.k_schedule()
             if k_min > k_max:
                 raise ValueError(f"k_min is {k_min}, above k_max = {k_max}; it must be 1 <= k_min <= k_max")
+            if not self.sweep_ks():
+                raise ValueError(
+                    f"sweep is {list(self.sweep)}; at least one k must be no larger than num_experts = "
+                    f"{self.num_experts}"
+                )
+        else:
+            self._check_dense(method)
+
+    def _check_dense(self, method: Method) -> None:
+        """What only experts have must not be asked of a model without any: the run would be named after it."""
+        for name in ("k_min", "k_max", "schedule", "router", "score", "output_scale", "balance_weight"):
+            value = getattr(self, name)
+            if value != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"{name} is {value!r}, but {self.method} has no experts; leave {name} out")
+        if method.dropout == "concrete" and self.dropout == 0:
+            raise ValueError(f"dropout is 0.0; {self.method} learns its rate and must start above 0")
 
     def model_config(self) -> TransformerXLConfig:
         """The sizes of the model alone."""

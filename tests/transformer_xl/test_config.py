@@ -63,3 +63,28 @@ def test_every_field_is_documented():
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
     assert fields - described == {"scale_reason"}
     assert Path(CONFIG_DIR).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "words"),
+    [
+        ("dense_dropout", {"k_min": 3}, "k_min is 3.*no experts"),
+        ("dense_dropout", {"router": "hash"}, "router is 'hash'.*no experts"),
+        ("dense_dropblock", {"output_scale": "k"}, "output_scale is 'k'.*no experts"),
+        ("dense_concrete_dropout", {"dropout": 0.0}, "dropout is 0.*above 0"),
+        ("smoe", {"balance_weight": -1.0}, "balance_weight is -1.*at least 0"),
+        ("thor", {"consistency_weight": float("nan")}, "consistency_weight is nan"),
+        ("smoe_dropout", {"sweep": (17, 32)}, r"sweep is \[17, 32\].*num_experts = 16"),
+        ("smoe_dropout", {"seed": 10**20}, "seed is 1.*at most"),
+        ("smoe_dropout", {"eval_tokens": 2, "eval_batch_size": 4}, "eval_tokens is 2.*eval_batch_size = 4"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(method, fields, words):
+    with pytest.raises(ValueError, match=words):
+        TrainConfig(method, "unused", **fields)
+
+
+def test_the_largest_seed_builds_a_model():
+    config = TrainConfig("smoe_dropout", "unused", seed=2**53, d_model=8, d_hidden=32, num_layers=1)
+    torch.manual_seed(config.seed)
+    config.build_model()
