@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -22,6 +23,13 @@ class RunError(Exception):
 
 class CheckpointError(RunError):
     """A checkpoint could not be written, or none of those there can be read."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line like any other, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def one_line(error: BaseException | str) -> str:
@@ -59,9 +67,10 @@ def clean_exit(*our_packages: str) -> Iterator[None]:
             _stop(_describe(error), BAD_INPUT)
         raise
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch.OutOfMemoryError, without importing torch here
+        # torch.OutOfMemoryError, without importing torch here; on a CPU torch raises a plain RuntimeError.
+        if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
             raise
-        _stop(f"out of memory on the device; a smaller batch needs less: {one_line(error)}", FAILURE)
+        _stop(f"out of memory; a smaller model or batch needs less: {one_line(error)}", FAILURE)
 
 
 def run_main(main: Callable[..., Any], *args: Any) -> None:

@@ -5,15 +5,14 @@ python -m smoe.run.report RUN [RUN ...] [--plot slimming.png] [--json]
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from smoe.run.errors import run_main
+from smoe.run.errors import Parser, run_main
 from smoe.run.folder import read_result, write_atomic
 
 Result = Mapping[str, Any]
@@ -109,7 +108,7 @@ def plot_slimming(results: Sequence[Result], path: str | Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see the module's docstring."""
-    parser = _Parser(prog="python -m smoe.run.report", description="Compare finished runs: test BPC at every k.")
+    parser = Parser(prog="python -m smoe.run.report", description="Compare finished runs: test BPC at every k.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder or a result.json")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figure (.png, .pdf or .svg)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -152,11 +151,6 @@ def paper_bpc() -> dict[str, dict[str, dict[str, float]]]:
             method, _, k = row.partition("_k_")
             bpc.setdefault(model, {}).setdefault(method, {})[k or "dense"] = cells["bpc"]
     return bpc
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 def _blocks(results: Sequence[Result]) -> dict[tuple[str, str, str], list[Result]]:

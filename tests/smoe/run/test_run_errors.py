@@ -18,7 +18,8 @@ from smoe.run.errors import CheckpointError, clean_exit, run_main
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.txt"), 2, "error: a.txt: No such file"),
         (CheckpointError("checkpoint step-3: broken"), 1, "error: checkpoint step-3: broken"),
         (KeyboardInterrupt(), 130, "error: interrupted"),
-        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), 1, "error: out of memory on the device"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), 1, "error: out of memory; "),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "error: out of memory; "),
     ],
 )
 def test_known_errors_are_one_line(capsys, error, code, line):
