@@ -5,7 +5,6 @@ python -m transformer_xl.evaluate RUN --k 1 2 4 8 16 [--split test] [--json]
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from smoe import set_top_k, smoe_layers
 from smoe.router import check_top_k
 from smoe.run.checkpoint import Checkpoint, load_checkpoint, load_latest
-from smoe.run.errors import CheckpointError, run_main
+from smoe.run.errors import CheckpointError, Parser, run_main
 from smoe.run.folder import RunFolder
 from transformer_xl.config import TrainConfig
 from transformer_xl.data import evaluation_segments, load_split
@@ -85,8 +84,12 @@ def load_run(path: str | Path, which: str = "best") -> tuple[TrainConfig, Transf
     """
     folder = RunFolder.existing(path)
     recorded = folder.read_config()
-    recorded["sweep"] = tuple(recorded["sweep"])
-    config = TrainConfig(**recorded)
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    if recorded.keys() != names:
+        name = sorted(recorded.keys() ^ names)[0]
+        has = "has" if name in recorded else "lacks"
+        raise ValueError(f"run: {folder.config_path} is not of a Transformer-XL of this version: it {has} {name}")
+    config = TrainConfig(**recorded | {"sweep": tuple(recorded["sweep"])})
     latest = load_latest(folder.checkpoints, groups=["model"])
     if latest is None:
         raise CheckpointError(f"run {folder.path} has no checkpoint yet")
@@ -100,7 +103,7 @@ def load_run(path: str | Path, which: str = "best") -> tuple[TrainConfig, Transf
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m transformer_xl.evaluate", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m transformer_xl.evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("run", help="a run folder of transformer_xl.train")
     parser.add_argument("--k", type=int, nargs="+", help="numbers of activated experts (default: the run's sweep)")
     parser.add_argument("--split", choices=("valid", "test"), default="test")
@@ -128,7 +131,8 @@ def main(argv: list[str] | None = None) -> None:
         for k in ks:
             result[k_name(k)] = evaluate(model, config, data, device, k=k)
             if not arguments.json:
-                print(f"k = {k_name(k):>5}  {arguments.split} BPC {result[k_name(k)]:.4f}", flush=True)
+                name = "dense" if k is None else f"k = {k:2}"
+                print(f"{name}: {arguments.split} BPC {result[k_name(k)]:.4f}", flush=True)
     if arguments.json:
         report = {"run": str(arguments.run), "step": checkpoint.step, "split": arguments.split, "bpc": result}
         print(json.dumps(report | {"eval_tokens": config.eval_tokens}, indent=2))

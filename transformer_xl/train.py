@@ -40,7 +40,7 @@ from smoe.run.folder import RunFolder
 from smoe.run.metrics import MetricsLogger
 from smoe.run.record import active_per_k, environment_record, parameter_counts
 from transformer_xl.config import CONFIG_DIR, TrainConfig
-from transformer_xl.data import SegmentStream, dataset_sha256, evaluation_segments, load_split
+from transformer_xl.data import SegmentStream, dataset_record, evaluation_segments, load_split
 from transformer_xl.evaluate import evaluate, k_name, precision
 
 # What may differ when a run is resumed: where things are and how often they are said, nothing that changes numbers.
@@ -77,10 +77,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     # The data first: what is wrong with it should be said before anything is written.
     splits = {name: load_split(config.data, name) for name in ("train", "valid", "test")}
-    sha256 = dataset_sha256(config.data)
+    dataset = dataset_record(config.data)
     stream = SegmentStream(splits["train"], config.batch_size, config.tgt_len, rank, world_size)
     for name in ("valid", "test"):
         evaluation_segments(splits[name], config.eval_batch_size, config.eval_tgt_len, max_tokens=config.eval_tokens)
+    # Then the model, which may be too large for this machine.
+    bare_model = config.build_model()
     folder = RunFolder.open(
         config.run_dir, to_dict(config), resume=config.resume, may_change=MAY_CHANGE, is_main=is_main
     )
@@ -91,7 +93,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
         return folder.read_result()
 
     method = config.get_method()
-    bare_model = config.build_model()
     torch.manual_seed(config.seed + 1000 * rank)  # equal weights everywhere, different dropout
     optimizer = torch.optim.Adam(bare_model.parameters(), lr=config.learning_rate, fused=True)
     checkpoint = load_latest(folder.checkpoints, groups=_groups(rank), clean=is_main)
@@ -101,7 +102,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     # seconds of training; best so far; nats and steps since the last line of metrics
     progress = {"seconds": 0.0, "best_step": None, "best_bpc": None, "nats": [0.0, 0.0]}
     if checkpoint is not None:
-        step, memory, progress = _restore(checkpoint, bare_model, optimizer.optimizer, device, rank, is_main)
+        step, memory, progress = _restore(checkpoint, bare_model, optimizer.optimizer, accelerator)
     metrics = MetricsLogger(folder, resume_step=step if checkpoint is not None else -1)
     stop = _StopRequest()
     if is_main:
@@ -150,7 +151,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             line |= {name: part.item() for name, part in loss.parts.items()}
             metrics.log(step, {"train": line, "seconds": progress["seconds"]})
             bar.set_postfix_str(
-                f"BPC {line['bpc']:.3f}, k {k_name(k)}, {line['tokens_per_second']:,.0f} tokens/s", refresh=False
+                f"BPC {line['bpc']:.3f}{_at_k(k)}, {line['tokens_per_second']:,.0f} tokens/s", refresh=False
             )
             progress["nats"] = [0.0, 0.0]
             interval_start, interval_tokens = time.perf_counter(), 0
@@ -161,7 +162,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             bpc = _evaluate(model, config, splits["valid"], accelerator, config.eval_k())
             metrics.log(step, {"valid": {"bpc": bpc}, "seconds": progress["seconds"]})
             if is_main:
-                bar.write(f"step {step}: valid BPC {bpc:.4f} at k = {k_name(config.eval_k())}")
+                bar.write(f"step {step}: valid BPC {bpc:.4f}{_at_k(config.eval_k())}")
             if progress["best_bpc"] is None or bpc < progress["best_bpc"]:
                 progress |= {"best_step": step, "best_bpc": bpc}
         stopping = stop.requested(accelerator)
@@ -172,6 +173,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             bar.close()
             raise RunError(f"stopped by a signal after step {step}; a checkpoint is written, --resume goes on from it")
     bar.close()
+    stop.release()
 
     # ---- the sweep over k, from the best checkpoint ---------------------------------------------------------------
     best_path = folder.checkpoints / f"step-{progress['best_step']:08d}"
@@ -183,9 +185,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
             bpc[split][k_name(k)] = _evaluate(model, config, splits[split], accelerator, k)
         if is_main:
             figures = ", ".join(f"{split} {bpc[split][k_name(k)]:.4f}" for split in bpc)
-            print(f"k = {k_name(k):>5}: BPC {figures}", flush=True)
+            print(f"{'dense' if k is None else f'k = {k:2}'}: BPC {figures}", flush=True)
     metrics.close()
-    result = _result(config, bare_model, accelerator, sha256, bpc, progress, time.perf_counter() - started)
+    result = _result(config, bare_model, accelerator, dataset, bpc, progress, time.perf_counter() - started)
     result["environment"] = environment
     folder.write_result(result)
     accelerator.end_training()
@@ -230,23 +232,21 @@ def _restore(
     checkpoint: Checkpoint,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    device: torch.device,
-    rank: int,
-    is_main: bool,
+    accelerator: Accelerator,
 ) -> tuple[int, Tensor | None, dict[str, Any]]:
-    for path, reason in checkpoint.skipped if is_main else ():
+    for path, reason in checkpoint.skipped if accelerator.is_main_process else ():
         print(f"warning: {path.name} is damaged ({reason}); going on from {checkpoint.path.name}", file=sys.stderr)
     state, tensors = checkpoint.state, checkpoint.tensors
-    if f"rng-rank{rank}" not in tensors:
-        saved = state["world_size"]
-        raise ValueError(f"the checkpoint is of {saved} processes; resume with as many, so that each finds its memory")
+    rank, saved, here = accelerator.process_index, state["world_size"], accelerator.num_processes
+    if saved != here:
+        raise ValueError(f"processes: {here}, but the checkpoint is of {saved}; resume with as many, each has a memory")
     model.load_state_dict(tensors["model"])
     restore_optimizer(optimizer, tensors["optimizer"], state["optimizer"], model.named_parameters())
     restore_rng(tensors[f"rng-rank{rank}"])
     own = tensors[f"memory-rank{rank}"]
     memory = own.get("memory")
     progress = {name: state[name] for name in ("seconds", "best_step", "best_bpc")} | {"nats": own["nats"].tolist()}
-    return checkpoint.step, None if memory is None else memory.to(device), progress
+    return checkpoint.step, None if memory is None else memory.to(accelerator.device), progress
 
 
 def _evaluate(model: nn.Module, config: TrainConfig, data: Any, accelerator: Accelerator, k: int | None) -> float:
@@ -279,7 +279,7 @@ def _check_finite(
     what = "the loss" if not values[:, 0].isfinite().all() else "the norm of the gradient"
     epoch, segment = divmod(step, stream.segments_per_epoch)
     raise NonFiniteError(
-        f"{what} is not finite at step {step + 1} (epoch {epoch}, segment {segment} of the data, k = {k_name(k)}); "
+        f"{what} is not finite at step {step + 1}{_at_k(k)} (epoch {epoch}, segment {segment} of the data); "
         f"stopped before the optimizer step; checkpoints up to the last good one are in {folder.checkpoints}"
     )
 
@@ -296,12 +296,21 @@ class _StopRequest:
         self._received = True
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process
 
+    def release(self) -> None:
+        """From here on the signals end the process at once: all is saved, and a sweep can be done again."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def requested(self, accelerator: Accelerator) -> bool:
         """Whether any process was asked; the same answer on all."""
         if accelerator.num_processes == 1:
             return self._received
         flag = torch.tensor(float(self._received), device=accelerator.device)
         return bool(accelerator.reduce(flag, "sum").item())
+
+
+def _at_k(k: int | None) -> str:
+    return "" if k is None else f" at k = {k}"
 
 
 def _print_header(config: TrainConfig, accelerator: Accelerator, model: nn.Module, step: int) -> None:
@@ -313,7 +322,7 @@ def _print_header(config: TrainConfig, accelerator: Accelerator, model: nn.Modul
     print(f"{method.title}{schedule}, seed {config.seed}, run folder {config.run_dir}")
     reason = f" ({config.scale_reason})" if config.scale_reason else ""
     print(
-        f"scale {config.scale}{reason}: {total / 1e6:.1f} M parameters, {config.steps} steps of {config.batch_size} x "
+        f"scale {config.scale}{reason}: {total:,} parameters, {config.steps} steps of {config.batch_size} x "
         f"{config.tgt_len} bytes, {accelerator.num_processes} x {accelerator.device.type}, "
         f"precision {'bf16' if accelerator.mixed_precision == 'bf16' else 'fp32'}"
     )
@@ -326,7 +335,7 @@ def _result(
     config: TrainConfig,
     model: nn.Module,
     accelerator: Accelerator,
-    sha256: str,
+    dataset: dict[str, str],
     bpc: dict[str, dict[str, float]],
     progress: dict[str, Any],
     sweep_seconds: float,
@@ -340,7 +349,7 @@ def _result(
         **_label(config),
         "scale": config.scale,
         "seed": config.seed,
-        "dataset": {"name": "enwik8", "sha256": sha256},
+        "dataset": dataset,
         "bpc": bpc,
         "eval_tokens": config.eval_tokens,
         "best": {name: progress[name] for name in ("best_step", "best_bpc")},

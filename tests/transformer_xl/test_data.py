@@ -1,10 +1,15 @@
+import hashlib
 import json
 
 import numpy as np
 import pytest
 import torch
 
-from transformer_xl.data import SegmentStream, dataset_sha256, evaluation_segments, load_split
+from transformer_xl.data import SegmentStream, dataset_record, evaluation_segments, load_split
+
+
+def _part(name, content):
+    return {"file": f"{name}.bin", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 @pytest.fixture
@@ -14,7 +19,7 @@ def data_dir(tmp_path):
         (tmp_path / f"{name}.bin").write_bytes(content)
     meta = {
         "sha256": "ab" * 32,
-        "splits": {name: {"file": f"{name}.bin", "bytes": len(content)} for name, content in splits.items()},
+        "splits": {name: _part(name, content) for name, content in splits.items()},
     }
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     return tmp_path
@@ -34,11 +39,11 @@ def test_split_is_memory_mapped_raw_bytes(data_dir):
     assert isinstance(train, np.memmap) and train.dtype == np.uint8 and not train.flags.writeable
     assert bytes(train) == bytes(range(200))
     assert bytes(load_split(str(data_dir), "test")) == b"test" * 5
-    assert dataset_sha256(data_dir) == "ab" * 32
+    assert dataset_record(data_dir) == {"name": "enwik8", "sha256": "ab" * 32}
 
 
 def test_missing_folder_names_it_and_the_command(tmp_path):
-    for call in (lambda: load_split(tmp_path / "none", "train"), lambda: dataset_sha256(tmp_path / "none")):
+    for call in (lambda: load_split(tmp_path / "none", "train"), lambda: dataset_record(tmp_path / "none")):
         with pytest.raises(ValueError) as error:
             call()
         assert f"data/enwik8/prepare.py --out {tmp_path / 'none'}" in one_line(error)
@@ -52,6 +57,13 @@ def test_missing_or_truncated_file(data_dir):
     (data_dir / "train.bin").write_bytes(bytes(150))
     with pytest.raises(ValueError, match=r"train\.bin has 150 bytes, but meta\.json says 200.*prepare\.py") as error:
         load_split(data_dir, "train")
+    one_line(error)
+
+
+def test_other_bytes_of_the_same_length_are_noticed(data_dir):
+    (data_dir / "test.bin").write_bytes(b"tEst" * 5)
+    with pytest.raises(ValueError, match=r"test\.bin has not the SHA-256 of meta\.json.*prepare\.py.*--force") as error:
+        dataset_record(data_dir)
     one_line(error)
 
 

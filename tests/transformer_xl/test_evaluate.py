@@ -66,7 +66,14 @@ def test_command_gives_what_the_run_recorded(train, start, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"), [(["--k", 17], ["17", "16"]), (["--k", 0], ["0"]), (["--tokens", -1], ["tokens", "-1"])]
+    ("flags", "words"),
+    [
+        (["--k", 17], ["17", "16"]),
+        (["--k", 0], ["0"]),
+        (["--k", "all"], ["k", "all"]),
+        (["--tokens", -1], ["tokens", "-1"]),
+        (["--tokens", 2], ["eval_tokens", "2", "4"]),
+    ],
 )
 def test_bad_k_is_one_line(flags, words, train, start, tmp_path):
     run = tmp_path / "run"
@@ -81,3 +88,11 @@ def test_a_folder_without_a_run_is_one_line(start, tmp_path):
     command = start("transformer_xl.evaluate", tmp_path / "nothing")
     assert command.wait() == 2
     assert command.err.count("\n") == 1 and "nothing" in command.err
+
+
+@pytest.mark.parametrize("content", ["", "model: bert\nsweep: [1]\n"])
+def test_a_run_of_something_else_is_one_line(content, start, tmp_path):
+    (tmp_path / "config.yaml").write_text(content)
+    command = start("transformer_xl.evaluate", tmp_path)
+    assert command.wait() == 2
+    assert command.err.count("\n") == 1 and "config.yaml is not of a Transformer-XL" in command.err

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from smoe import METHODS
-from smoe.run.checkpoint import list_steps, load_latest
+from smoe.run.checkpoint import CheckpointWriter, list_steps, load_latest
 from smoe.run.metrics import read_metrics
 from transformer_xl.config import TrainConfig
 from transformer_xl.train import learning_rate_at
@@ -186,6 +186,44 @@ def test_truncated_data_is_named(train, tmp_path, data_dir):
     (tmp_path / "valid.bin").write_bytes(b"short")
     assert_one_line(train("smoe_dropout", tmp_path / "run", "--data", tmp_path), 2, "valid.bin", 5, 6000)
     assert not (tmp_path / "run").exists()
+
+
+def test_data_that_is_not_what_its_record_says(train, tmp_path, data_dir):
+    for file in data_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "test.bin").write_bytes((data_dir / "valid.bin").read_bytes())
+    assert_one_line(train("smoe_dropout", tmp_path / "run", "--data", tmp_path), 2, "test.bin", "SHA-256", "--force")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_too_large_for_the_machine_leaves_nothing(train, tmp_path):
+    assert_one_line(train("dense_dropout", tmp_path / "run", "--d_hidden", 10**13), 1, "out of memory")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_more_processes_is_refused(train, tmp_path):
+    run = tmp_path / "run"
+    assert train("smoe_dropout", run, "--steps", 2).wait() == 0
+    (run / "result.json").unlink()
+    writer = CheckpointWriter(run / "checkpoints", 3)
+    last = load_latest(run / "checkpoints")
+    writer.begin()
+    for group, tensors in last.tensors.items():
+        writer.write(group, tensors)
+    writer.seal({**last.state, "world_size": 2})
+    assert_one_line(train("smoe_dropout", run, "--steps", 2, "--resume"), 2, "processes: 1", "of 2")
+
+
+def test_interrupted_in_the_final_sweep_it_ends_at_once_and_can_go_on(train, tmp_path):
+    run = tmp_path / "run"
+    command = train("dense_dropout", run, "--steps", 2, "--eval_tokens", 5000, "--eval_tgt_len", 1, wait=False)
+    while not (run / "checkpoints" / "step-00000002").exists():
+        assert command.process.is_alive(), command.err
+        time.sleep(0.002)
+    time.sleep(0.2)
+    command.kill(signal.SIGINT)
+    assert_one_line(command, 130, "interrupted")
+    assert not (run / "result.json").exists()
 
 
 def test_existing_run_folder_needs_resume_and_the_same_config(train, tmp_path):
