@@ -21,17 +21,7 @@ scale=$(flag_value scale "$@")
 data=$(flag_value data "$@")
 run_dir=$(flag_value run_dir "$@")
 if [ -z "$run_dir" ]; then
-    # NAME says model and method already.
-    flags=()
-    skip=0
-    for word in "$@"; do
-        case "$word" in
-            --model | --method) skip=2 ;;
-            --model=* | --method=*) skip=1 ;;
-        esac
-        [ "$skip" -gt 0 ] && skip=$((skip - 1)) || flags+=("$word")
-    done
-    run_dir=$(run_dir_of "$name" ${flags[@]+"${flags[@]}"})
+    run_dir=$(run_dir_of "$name" "$@")
     set -- "$@" --run_dir "$run_dir"
 fi
 

@@ -17,11 +17,21 @@ flag_value() {
 }
 
 # run_dir_of NAME WORD...: runs/NAME/<flags>, one folder per set of flags: "--scale smoke --seed 2" becomes
-# scale-smoke_seed-2; a very long one is cut, and told apart by its checksum.
+# scale-smoke_seed-2; a very long one is cut, and told apart by its checksum. NAME says model and method already.
 run_dir_of() {
-    local name=$1 flags slug
+    local name=$1 flags="" slug word skip=0
     shift
-    flags="$*"
+    for word in "$@"; do
+        case "$word" in
+            --model | --method) skip=2 ;;
+            --model=* | --method=*) skip=1 ;;
+        esac
+        if [ "$skip" -gt 0 ]; then
+            skip=$((skip - 1))
+        else
+            flags+="${flags:+ }$word"
+        fi
+    done
     slug=$(printf '%s' "$flags" | sed -E 's/(^| )--?/_/g; s/^_//; s/[ =]+/-/g; s/[^A-Za-z0-9._-]+/-/g')
     if [ "${#slug}" -gt 120 ]; then
         slug=${slug:0:100}-$(printf '%s' "$flags" | cksum | cut -d ' ' -f 1)

@@ -3,7 +3,7 @@
 #
 #   bash script/report.sh
 #
-# To put finished runs there: cp runs/table1/METHOD/scale-cpu/result.json results/table1/cpu/METHOD.json
+# To put finished runs there: cp runs/table1/METHOD/default/result.json results/table1/cpu/METHOD.json
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash script/setup.sh
