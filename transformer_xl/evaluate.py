@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +94,8 @@ def load_run(path: str | Path, which: str = "best") -> tuple[TrainConfig, Transf
     latest = load_latest(folder.checkpoints, groups=["model"])
     if latest is None:
         raise CheckpointError(f"run {folder.path} has no checkpoint yet")
+    for path, reason in latest.skipped:
+        print(f"warning: {path.name} is damaged ({reason}); going by {latest.path.name}", file=sys.stderr)
     checkpoint = latest
     best = latest.state.get("best_step")
     if which == "best" and best is not None and best != latest.step:

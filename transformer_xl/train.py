@@ -64,9 +64,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """Runs ``config`` to its end and returns what result.json holds."""
     torch.manual_seed(config.seed)
     on_cpu = not torch.cuda.is_available()
+    # Recorded as what it came to, so that a resume on another machine computes with the same numbers or says why not.
+    config = dataclasses.replace(config, precision=precision(config, torch.device("cpu" if on_cpu else "cuda")))
     accelerator = Accelerator(
         cpu=on_cpu,
-        mixed_precision="bf16" if precision(config, torch.device("cpu" if on_cpu else "cuda")) == "bf16" else "no",
+        mixed_precision="bf16" if config.precision == "bf16" else "no",
         # Fixed routers are the only buffers, equal everywhere by their seed. Sending them at every pass would change
         # them in place between THOR's two passes.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
@@ -324,7 +326,7 @@ def _print_header(config: TrainConfig, accelerator: Accelerator, model: nn.Modul
     print(
         f"scale {config.scale}{reason}: {total:,} parameters, {config.steps} steps of {config.batch_size} x "
         f"{config.tgt_len} bytes, {accelerator.num_processes} x {accelerator.device.type}, "
-        f"precision {'bf16' if accelerator.mixed_precision == 'bf16' else 'fp32'}"
+        f"precision {config.precision}"
     )
     if step:
         print(f"resumed after step {step}")
@@ -359,7 +361,7 @@ def _result(
         "tokens_per_step": tokens,
         "tokens_per_second": tokens * config.steps / seconds,
         "processes": accelerator.num_processes,
-        "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
+        "precision": config.precision,
         # Without where things were: a record is for others too.
         "config": {name: value for name, value in to_dict(config).items() if name not in PLACES},
     }

@@ -17,15 +17,6 @@ from smoe.run.folder import read_result, write_atomic
 
 Result = Mapping[str, Any]
 
-LABELS = {
-    "dense_dropout": "Dense, dropout",
-    "dense_concrete_dropout": "Dense, Concrete Dropout",
-    "dense_dropblock": "Dense, DropBlock",
-    "thor": "THOR",
-    "smoe": "Learned SMoE",
-    "smoe_dropout": "SMoE-Dropout",
-}
-
 
 def check_result(result: Result, name: str = "result") -> Result:
     """The result itself, if a table and a plot can be made of it; else ValueError naming `name` and the field."""
@@ -168,7 +159,10 @@ def _blocks(results: Sequence[Result]) -> dict[tuple[str, str, str], list[Result
 
 def _label(result: Result) -> str:
     """The run's own label if it gives one (an ablation), else its method's name in words."""
-    return str(result.get("label") or LABELS.get(result["method"], result["method"]))
+    from smoe.methods import METHODS
+
+    method = result["method"]
+    return str(result.get("label") or (METHODS[method].title if method in METHODS else method))
 
 
 def _paper_cell(figures: Mapping[str, float], test: Mapping[str, float]) -> str:

@@ -113,7 +113,7 @@ def test_figure_shows_every_method_once_and_the_mean_of_seeds(results, tmp_path,
     dense = [result("dense_dropout", b, parameters={"total": t}) for b, t in ((1.4, 3.3e6), (1.1623, 7e6))]
     plot_slimming([*results[1:], *dense, result("thor", 2.0, scale="smoke")], tmp_path / "a.png")
     axes, other = drawn[0].axes
-    assert sorted(text.get_text() for text in axes.texts) == ["Dense, dropout", "SMoE-Dropout", "hash router"]
+    assert sorted(text.get_text() for text in axes.texts) == ["Dense w. Dropout", "SMoE-Dropout", "hash router"]
     curve = axes.lines[0]
     assert list(curve.get_xdata()) == [3.25, 3.5, 4.0, 5.0, 7.0]
     assert list(curve.get_ydata()) == pytest.approx([1.44, 1.31, 1.22, 1.1738, 1.1443])
