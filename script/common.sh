@@ -1,5 +1,8 @@
 # What script/transformer_xl.sh and script/bert.sh share; to be sourced, with `set -euo pipefail`, at the repository's root.
 
+# Without cached bytecode every process would compile torch anew, a matter of seconds.
+unset PYTHONDONTWRITEBYTECODE
+
 # flag_value NAME WORD...: the value that a command line gives --NAME, the last one if it does so more than once.
 flag_value() {
     local name=$1 value="" previous="" word

@@ -5,6 +5,8 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$root/script/setup.sh"
 cd "$root"
+# Without cached bytecode every process would compile torch anew, a matter of seconds.
+unset PYTHONDONTWRITEBYTECODE
 # The tests' tensors are tiny: threads cost more than they bring.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 .venv/bin/ruff check .

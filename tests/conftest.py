@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import free_port, start  # noqa: F401 (fixtures)
 
 torch.set_num_threads(1)
 
@@ -28,11 +29,11 @@ def data_dir(tmp_path_factory) -> Path:
     text = b" ".join(words[i] for i in rng.integers(0, 50, size=20_000))[: sum(SIZES.values())]
     folder = tmp_path_factory.mktemp("data")
     meta = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest(), "splits": {}}
-    start = 0
+    position = 0
     for name, size in SIZES.items():
-        part = text[start : start + size]
+        part = text[position : position + size]
         (folder / f"{name}.bin").write_bytes(part)
         meta["splits"][name] = {"file": f"{name}.bin", "bytes": size, "sha256": hashlib.sha256(part).hexdigest()}
-        start += size
+        position += size
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder

@@ -1,24 +1,13 @@
-"""Prepared data of synthetic stories, and the trainer's commands in processes of their own that start at once."""
+"""Prepared data of synthetic stories, and the trainer of BERT and RoBERTa as a fixture."""
 
-import contextlib
-import importlib
 import importlib.util
-import multiprocessing
-import multiprocessing.forkserver
 import os
-import socket
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from commands import Command
 
 ROOT = Path(__file__).parents[2]
-PRELOAD = ["bert.pretrain", "bert.evaluate"]
-# What they would import at their first use.
-PRELOAD += ["transformers.models.bert.modeling_bert", "transformers.models.roberta.modeling_roberta", "torch._dynamo"]
-PRELOAD += ["torch.utils.flop_counter", "torch.utils.tensorboard", "transformers.trainer"]
-
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
@@ -61,73 +50,6 @@ def prepared(tmp_path_factory):
     return prepared
 
 
-# A server that has imported everything forks a child per command: what would take seconds of imports takes none.
-_server = multiprocessing.get_context("forkserver")
-
-
-@pytest.fixture(scope="session")
-def _preload():
-    # There is one server for the whole session: what others want it to import must stay.
-    there = multiprocessing.forkserver._forkserver._preload_modules
-    _server.set_forkserver_preload([*there, *PRELOAD])
-
-
-def _child(module: str, argv: list[str], environment: dict[str, str], output: str) -> None:
-    sys.stdout.flush()
-    for descriptor, name in ((1, "out"), (2, "err")):
-        file = os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, descriptor)
-    os.environ.update(environment)
-    os.setpgid(0, 0)
-    sys.argv = [module, *argv]
-    from smoe.run.errors import run_main
-
-    run_main(importlib.import_module(module).main)
-
-
-@dataclass
-class Command:
-    """A running command; `wait` gives its exit code."""
-
-    process: multiprocessing.Process
-    output: str
-
-    def wait(self, timeout: float = 240) -> int:
-        self.process.join(timeout)
-        assert self.process.exitcode is not None, f"still running after {timeout} s: {self.err}"
-        return self.process.exitcode
-
-    def kill(self, number: int) -> None:
-        os.kill(self.process.pid, number)
-
-    @property
-    def out(self) -> str:
-        return Path(f"{self.output}.out").read_text()
-
-    @property
-    def err(self) -> str:
-        return Path(f"{self.output}.err").read_text()
-
-
-@pytest.fixture
-def start(tmp_path, _preload):
-    """start(module, *argv, env={}) -> Command: `python -m module argv`, not waited for."""
-    commands = []
-
-    def start(module: str, *argv: object, env: dict[str, str] | None = None) -> Command:
-        output = str(tmp_path / f"command-{len(commands)}")
-        process = _server.Process(target=_child, args=(module, [str(a) for a in argv], env or {}, output))
-        process.start()
-        commands.append(Command(process, output))
-        return commands[-1]
-
-    yield start
-    for command in commands:
-        with contextlib.suppress(ProcessLookupError):
-            command.process.kill()
-        command.process.join()
-
-
 @pytest.fixture
 def pretrain(start, prepared):
     """pretrain(model, method, run_dir, *flags) -> Command: the trainer at smoke scale in fp32, waited for.
@@ -145,10 +67,3 @@ def pretrain(start, prepared):
         return command
 
     return pretrain
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

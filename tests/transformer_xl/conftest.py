@@ -1,76 +1,9 @@
-"""The trainer's commands in processes of their own that start at once."""
+"""The trainer of the Transformer-XL as a fixture."""
 
-import contextlib
-import multiprocessing
-import os
-import socket
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-# A server that has imported everything forks a child per command: what would take seconds of imports takes none.
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["transformer_xl.train", "transformer_xl.evaluate", "smoe.run.report"])
-
-
-def _child(module: str, argv: list[str], environment: dict[str, str], output: str) -> None:
-    sys.stdout.flush()
-    for descriptor, name in ((1, "out"), (2, "err")):
-        file = os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, descriptor)
-    os.environ.update(environment)
-    os.setpgid(0, 0)
-    sys.argv = [module, *argv]
-    import importlib
-
-    from smoe.run.errors import run_main
-
-    run_main(importlib.import_module(module).main)
-
-
-@dataclass
-class Command:
-    """A running command; `wait` gives its exit code."""
-
-    process: multiprocessing.Process
-    output: str
-
-    def wait(self, timeout: float = 120) -> int:
-        self.process.join(timeout)
-        assert self.process.exitcode is not None, f"still running after {timeout} s: {self.err}"
-        return self.process.exitcode
-
-    def kill(self, number: int) -> None:
-        os.kill(self.process.pid, number)
-
-    @property
-    def out(self) -> str:
-        return Path(f"{self.output}.out").read_text()
-
-    @property
-    def err(self) -> str:
-        return Path(f"{self.output}.err").read_text()
-
-
-@pytest.fixture
-def start(tmp_path):
-    """start(module, *argv, env={}) -> Command: `python -m module argv`, not waited for."""
-    commands = []
-
-    def start(module: str, *argv: object, env: dict[str, str] | None = None) -> Command:
-        output = str(tmp_path / f"command-{len(commands)}")
-        process = _server.Process(target=_child, args=(module, [str(a) for a in argv], env or {}, output))
-        process.start()
-        commands.append(Command(process, output))
-        return commands[-1]
-
-    yield start
-    for command in commands:
-        with contextlib.suppress(ProcessLookupError):
-            command.process.kill()
-        command.process.join()
+from commands import Command
 
 
 @pytest.fixture
@@ -85,10 +18,3 @@ def train(start, data_dir):
         return command
 
     return train
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

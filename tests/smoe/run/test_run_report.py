@@ -50,7 +50,7 @@ def test_table_has_a_row_a_run_and_a_column_a_k(results):
     lines = slimming_table(results).splitlines()
     assert lines[0] == "Test BPC (lower is better): transformer_xl on enwik8, scale cpu"
     assert lines[2].split() == ["method", "seed", "parameters", "k=1", "k=2", "k=4", "k=8", "k=16", "dense"]
-    assert lines[4].split() == ["Dense,", "dropout", "0", "7.00M", "-", "-", "-", "-", "-", "1.1623"]
+    assert lines[4].split() == ["Dense", "w.", "Dropout", "0", "7.00M", "-", "-", "-", "-", "-", "1.1623"]
     assert lines[5].split() == ["SMoE-Dropout", "0", "7.00M", "1.4500", "1.3200", "1.2300", "1.1776", "1.1486", "-"]
     assert lines[7].startswith("hash router")
     assert len({len(line) for line in lines[2:]}) == 1  # aligned
