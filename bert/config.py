@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from smoe import METHODS, Method, get_method
-from smoe.experts import check_divisible
-from smoe.router import SCORES
-from smoe.schedule import MODES
+from smoe import get_method
+from smoe.run.method_config import MethodConfig, at_least, one_of
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 MODELS = ("bert", "roberta")
@@ -18,7 +16,7 @@ ROUTERS = ("random", "learned", "uniform")
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(MethodConfig):
     """One pretraining run of a BERT or RoBERTa.
 
     Args:
@@ -111,21 +109,21 @@ class PretrainConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        _one_of("model", self.model, MODELS)
-        method = get_method(self.method)
+        one_of("model", self.model, MODELS)
+        get_method(self.method)
         if self.data is None:
             object.__setattr__(self, "data", f"data/bookcorpus/{self.model}-{self.scale}")
         if self.d_hidden is None:
             object.__setattr__(self, "d_hidden", self.d_hidden_bert if self.model == "bert" else self.d_hidden_roberta)
         for name in ("num_layers", "d_model", "num_heads", "d_hidden", "steps", "batch_size", "eval_interval",
                      "eval_batch_size", "log_interval"):  # fmt: skip
-            _at_least(name, getattr(self, name), 1)
-        _at_least("seq_len", self.seq_len, 8)
+            at_least(name, getattr(self, name), 1)
+        at_least("seq_len", self.seq_len, 8)
         for name in ("warmup_steps", "seed", "weight_decay"):
-            _at_least(name, getattr(self, name), 0)
+            at_least(name, getattr(self, name), 0)
         for name in ("save_interval", "eval_sequences"):
             if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 1)
+                at_least(name, getattr(self, name), 1)
         if self.d_model % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}; it must divide d_model = {self.d_model}")
         for name in ("dropout", "attention_dropout"):
@@ -136,53 +134,4 @@ class PretrainConfig:
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if not self.sweep or any(k < 1 for k in self.sweep):
-            raise ValueError(f"sweep is {list(self.sweep)}; it must list at least one k, each at least 1")
-        _one_of("score", self.score, SCORES)
-        if self.router is not None:
-            _one_of("router", self.router, ROUTERS)
-        if self.schedule is not None:
-            _one_of("schedule", self.schedule, MODES)
-        scale = self.output_scale
-        if scale not in ("k", "num_experts") and (isinstance(scale, str) or not scale > 0):
-            raise ValueError(f"output_scale is {scale!r}; it must be 'k', 'num_experts' or a positive number")
-        if method.routed:
-            check_divisible(self.d_hidden, self.num_experts)
-            for name in ("k_min", "k_max"):
-                k = getattr(self, name)
-                if k is not None and not 1 <= k <= self.num_experts:
-                    raise ValueError(f"{name} is {k}; it must be from 1 to num_experts = {self.num_experts}")
-            k_min, k_max, _ = self.k_schedule()
-            if k_min > k_max:
-                raise ValueError(f"k_min is {k_min}, above k_max = {k_max}; it must be 1 <= k_min <= k_max")
-
-    def get_method(self) -> Method:
-        """The method's builder, losses and defaults."""
-        return METHODS[self.method]
-
-    def k_schedule(self) -> tuple[int, int, str]:
-        """(k_min, k_max, mode); what is not given comes from the method."""
-        method = self.get_method()
-        k_max = method.k_max(self.num_experts) if self.k_max is None else self.k_max
-        k_min = min(method.k_min(self.num_experts), k_max) if self.k_min is None else self.k_min
-        return k_min, k_max, method.schedule if self.schedule is None else self.schedule
-
-    def eval_k(self) -> int | None:
-        """The k that the best checkpoint is chosen by: the largest one training visits. None for a dense method."""
-        return self.k_schedule()[1] if self.get_method().routed else None
-
-    def sweep_ks(self) -> list[int | None]:
-        """The k of the final sweep; [None] for a dense method."""
-        if not self.get_method().routed:
-            return [None]
-        return sorted({k for k in self.sweep if k <= self.num_experts})
-
-
-def _at_least(name: str, value: float, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} is {value}; it must be at least {least}")
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+        self.check_method(ROUTERS)

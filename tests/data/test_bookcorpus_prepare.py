@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers", reason="needs tokenizers: pip install .[hf]")
 from tokenizers import Tokenizer  # noqa: E402
 
 from bert import corpus as corpus_module  # noqa: E402
