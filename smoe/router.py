@@ -29,11 +29,14 @@ class Routing(NamedTuple):
     indices: (T, k) int64, the chosen experts of each token, all different.
     weights: (T, k) float32, what each chosen expert's output is multiplied with.
     balance_loss: scalar, Switch's load-balancing loss (learned router), else None.
+    absent: whether an index may be -1: a slot without an expert, whose weight counts for nothing and gets gradient 0.
+        No router leaves one; where experts are spread over ranks, a token's choice has gaps on each of them.
     """
 
     indices: Tensor
     weights: Tensor
     balance_loss: Tensor | None
+    absent: bool = False
 
 
 def check_top_k(top_k: int, num_experts: int) -> int:

@@ -28,7 +28,7 @@ TINY_EXPERT = 1 << 14
 def choose(name: str, x: Tensor, experts: Experts, routing: Routing) -> Compute:
     """The path called ``name``, or for ``auto`` the fastest one known for this input."""
     if name == "auto":
-        everything = routing.indices.shape[1] == experts.num_experts
+        everything = routing.indices.shape[1] == experts.num_experts and not routing.absent
         tiny = experts.d_model * experts.d_expert <= TINY_EXPERT
         if everything or tiny:
             return PATHS["dense"]

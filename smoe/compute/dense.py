@@ -18,9 +18,8 @@ MERGED_WIDTH = 512
 
 def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
     """x (T, d) -> y (T, d), the same numbers as ``reference.compute``. Not differentiable twice."""
-    weights = routing.weights
     # Scattered also at k = N: a custom router's indices need not be in the order of the experts.
-    weights = weights.new_zeros(x.shape[0], experts.num_experts).scatter(1, routing.indices, weights)
+    weights = fused.dense_weights(routing.weights, routing.indices, experts.num_experts, routing.absent)
     return fused.run(x, weights, None, merge_width(experts), experts)
 
 

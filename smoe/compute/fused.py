@@ -96,6 +96,7 @@ def forward(
     if x.shape[0] == 0:
         return y, []
     plan = make_plan(x, indices, num_experts, merge)
+    weights = _without_absent(weights, plan)
     gather = _Rows(plan, x)
     kept, gates = [], []
     for u in range(up.shape[0]):
@@ -119,7 +120,7 @@ def forward(
         position = local_position(plan, c, indices)
         combine(out.pairs, position, None if early else weights[first:end], y[first:end])
     if down_bias is not None:
-        y.addmm_(_dense_weights(weights, indices, num_experts), down_bias)
+        y.addmm_(dense_weights(weights, indices, num_experts, plan.absent is not None), down_bias)
     return y, (kept + gates if keep else [])
 
 
@@ -148,8 +149,10 @@ def backward(
     num_units, width, d = up.shape
     gated = gate is not None
     plan = make_plan(x, indices, num_experts, merge)
+    weights = _without_absent(weights, plan)
     pair_weights = _by_pair(weights, plan, merge)
-    pair_grad = torch.empty_like(pair_weights) if need_weights else None
+    # One more, for absent slots.
+    pair_grad = pair_weights.new_zeros(plan.num_pairs + 1, merge) if need_weights else None
     # Where to multiply with the routing weight. "narrow": hidden units and their gradient, after grad_weights has been
     # taken from it; else rows of x and grad_y (of grad_y alone, first thing, if grad_weights isn't asked for).
     narrow = merge > 1 or (width < d if need_weights else 2 * width < d)
@@ -199,6 +202,7 @@ def backward(
         grad_pre.append(grads_here)
         del hidden, grad_hidden
     del buffer, scaled, gather_x, gather_g
+    present = None if plan.absent is None else (~plan.absent).to(x.dtype)
     for c, (first, end, spans) in enumerate(plan.chunks):
         out = _Outputs(x, spans)
         for u, (start, stop) in enumerate(spans):
@@ -208,15 +212,19 @@ def backward(
                 torch.mm(grad_pre[u][0][part], up[u], out=target)
                 if gated:
                     target.addmm_(grad_pre[u][1][part], gate[u])
-        combine(out.pairs, local_position(plan, c, indices), weights[first:end] if late else None, grad_x[first:end])
+        factor = weights if late else present
+        factor = None if factor is None else factor[first:end]
+        combine(out.pairs, local_position(plan, c, indices), factor, grad_x[first:end])
     grad_weights = None
     if need_weights:
         grad_weights = pair_grad[plan.position.view(-1)].view(weights.shape)
     if down_bias is not None:
-        _mm_into(grads[5], _dense_weights(weights, indices, num_experts).t(), grad_y)
+        _mm_into(grads[5], dense_weights(weights, indices, num_experts, plan.absent is not None).t(), grad_y)
         if need_weights:
             of_bias = grad_y @ down_bias.t()
-            grad_weights += of_bias if indices is None else of_bias.gather(1, indices)
+            grad_weights += of_bias if indices is None else of_bias.gather(1, indices.clamp_min(0))
+    if grad_weights is not None:
+        grad_weights = _without_absent(grad_weights, plan)
     return grad_x, grad_weights, grads
 
 
@@ -286,16 +294,25 @@ def _activated(kept: Tensor, gate: Tensor | None, activation: Activation) -> Ten
 
 def _by_pair(weights: Tensor, plan: Plan, merge: int) -> Tensor:
     """Weights (T, k) -> (P, 1), in the order of the pairs, 0 for padding; merged: (T, N) -> (P, merge)."""
-    out = weights.new_zeros(plan.num_pairs, merge)
+    out = weights.new_zeros(plan.num_pairs + 1, merge)
     out[plan.position.view(-1)] = weights.reshape(-1, merge)
-    return out
+    return out[:-1]
 
 
-def _dense_weights(weights: Tensor, indices: Tensor | None, num_experts: int) -> Tensor:
-    """(T, N): the weight of every expert for every token, 0 where it isn't chosen."""
+def dense_weights(weights: Tensor, indices: Tensor | None, num_experts: int, absent: bool) -> Tensor:
+    """(T, N): the weight of every expert for every token, 0 where it isn't chosen; ``absent`` as in ``Routing``."""
     if indices is None:
         return weights
-    return weights.new_zeros(weights.shape[0], num_experts).scatter_(1, indices, weights)
+    if absent:
+        empty = indices < 0
+        # Added, since an empty slot's zero must not overwrite the weight of the expert it is put with.
+        zeros = weights.new_zeros(weights.shape[0], num_experts)
+        return zeros.scatter_add(1, indices.masked_fill(empty, 0), weights.masked_fill(empty, 0))
+    return weights.new_zeros(weights.shape[0], num_experts).scatter(1, indices, weights)
+
+
+def _without_absent(weights: Tensor, plan: Plan) -> Tensor:
+    return weights if plan.absent is None else weights.masked_fill(plan.absent, 0)
 
 
 def _mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:

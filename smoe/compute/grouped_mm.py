@@ -23,22 +23,34 @@ def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
         return x.to(dtype) + 0 * sum(p.sum().to(dtype) for p in experts.parameters())
     with torch.autocast(device, enabled=False):
         x = x.to(dtype)
-        expert, order = routing.indices.reshape(-1).sort(stable=True)
+        indices, weights, present = routing.indices, routing.weights, None
+        if routing.absent:
+            # Empty slots go to the end, beyond the last offset, where nothing is computed: neither what the kernels
+            # leave there nor its gradient may get any further.
+            weights = weights.masked_fill(indices < 0, 0)
+            indices = indices.masked_fill(indices < 0, experts.num_experts)
+        expert, order = indices.reshape(-1).sort(stable=True)
         every = torch.arange(experts.num_experts, device=x.device)
         offsets = torch.searchsorted(expert, every, right=True).to(torch.int32)
         rows = x[order // top_k]
-        hidden = _linear(rows, experts.up, experts.up_bias, expert, offsets)
+        if routing.absent:
+            present = (expert < experts.num_experts).unsqueeze(1)
+            rows = _keep(rows, present)
+            expert = expert.clamp_max(experts.num_experts - 1)
+        hidden = _linear(rows, experts.up, experts.up_bias, expert, offsets, present)
         if experts.gate is None:
             hidden = experts.activation(hidden)
         else:
-            hidden = experts.activation(_linear(rows, experts.gate, experts.gate_bias, expert, offsets)) * hidden
-        out = F.grouped_mm(hidden, experts.down.to(dtype), offs=offsets)
+            gate = _linear(rows, experts.gate, experts.gate_bias, expert, offsets, present)
+            hidden = experts.activation(gate) * hidden
+        hidden = _keep(hidden, present)
+        out = _keep(F.grouped_mm(hidden, experts.down.to(dtype), offs=offsets), present)
         if experts.down_bias is not None:
             out = out + experts.down_bias.to(dtype)[expert]
         # Back to the order of the tokens by a gather: sums are deterministic, and in float32 within the product.
         back = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=x.device))
         out = out[back].view(num_tokens, top_k, -1)
-        return torch.bmm(routing.weights.to(dtype).unsqueeze(1), out).squeeze(1)
+        return torch.bmm(weights.to(dtype).unsqueeze(1), out).squeeze(1)
 
 
 def usable(x: Tensor, experts: Experts) -> bool:
@@ -49,6 +61,13 @@ def usable(x: Tensor, experts: Experts) -> bool:
     return dtype == torch.bfloat16 and experts.d_model % 8 == 0 and experts.d_expert % 8 == 0
 
 
-def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, expert: Tensor, offsets: Tensor) -> Tensor:
-    out = F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=offsets)
+def _keep(rows: Tensor, present: Tensor | None) -> Tensor:
+    """The rows of empty slots and their gradients set to 0, whatever they hold (``0 * nan`` would be nan)."""
+    return rows if present is None else torch.where(present, rows, 0)
+
+
+def _linear(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, expert: Tensor, offsets: Tensor, present: Tensor | None
+) -> Tensor:
+    out = _keep(F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=offsets), present)
     return out if bias is None else out + bias.to(rows.dtype)[expert]

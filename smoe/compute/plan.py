@@ -16,7 +16,8 @@ class Plan(NamedTuple):
 
     rows: (P,) int64, the token of every pair; None if every unit takes all tokens, in their own order.
     spans: one (start, end) a unit, its part of the pairs.
-    position: (T, K) int64, the pairs of every token.
+    position: (T, K) int64, the pairs of every token; of an absent slot P.
+    absent: (T, K) bool, the slots without a unit; None if there are none.
     chunks: (first token, end token, one (start, end) a unit): the pairs of a chunk of the tokens, and maybe some more.
     """
 
@@ -24,6 +25,7 @@ class Plan(NamedTuple):
     spans: list[tuple[int, int]]
     position: Tensor
     chunks: list[tuple[int, int, list[tuple[int, int]]]]
+    absent: Tensor | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -31,16 +33,17 @@ class Plan(NamedTuple):
 
 
 def gathered_plan(indices: Tensor, num_experts: int, chunk: int, multiple: int = 1) -> Plan:
-    """The plan of (T, k) indices, with T > 0; ``chunk`` tokens (the last fewer) make a chunk.
+    """The plan of (T, k) indices, with T > 0; ``chunk`` tokens (the last fewer) make a chunk. An index of -1 is absent.
 
     Every expert's pairs, of a chunk as of all, are padded to a multiple of ``multiple``.
     Counting, not sorting: a sort of the pairs takes longer than the gathers it serves.
     """
     num_tokens = indices.shape[0]
-    member = torch.zeros((num_experts, num_tokens), dtype=torch.bool, device=indices.device)
-    member.t().scatter_(1, indices, True)
+    member = torch.zeros((num_experts + 1, num_tokens), dtype=torch.bool, device=indices.device)
+    member.t().scatter_(1, indices.remainder(num_experts + 1), True)  # absent slots go to a row of their own
+    member = member[:num_experts]
     ends = member.view(-1).cumsum(0).view(num_experts, num_tokens)
-    position = (ends - 1).t().gather(1, indices)
+    position = (ends - 1).t().gather(1, indices.clamp_min(0))
     rows = member.nonzero()[:, 1]
     edges = _edges(num_tokens, chunk)
     table = ends[:, [edge - 1 for edge in edges[1:]]].tolist()  # the one wait for the device
@@ -64,7 +67,10 @@ def gathered_plan(indices: Tensor, num_experts: int, chunk: int, multiple: int =
             start = min(row[c] + shift, span[1] - size)
             parts.append((start, start + size))
         chunks.append((first, end, parts))
-    return Plan(rows, spans, position, chunks)
+    absent = None if table[-1][-1] == indices.numel() else indices < 0
+    if absent is not None:
+        position.masked_fill_(absent, spans[-1][1])
+    return Plan(rows, spans, position, chunks, absent)
 
 
 def full_plan(num_tokens: int, num_units: int, chunk: int, device: torch.device) -> Plan:
@@ -82,6 +88,8 @@ def full_plan(num_tokens: int, num_units: int, chunk: int, device: torch.device)
 def local_position(plan: Plan, chunk: int, indices: Tensor | None) -> Tensor:
     """(tokens of the chunk, K): where the pairs of a chunk are once only they stand side by side, unit after unit.
 
+    Absent slots point at the first pair.
+
     indices: (T, K), the unit of every pair; None where every token visits all units in their order.
     """
     first, end, spans = plan.chunks[chunk]
@@ -90,7 +98,8 @@ def local_position(plan: Plan, chunk: int, indices: Tensor | None) -> Tensor:
         shifts.append(start - offset)
         offset += stop - start
     shift = torch.tensor(shifts, device=plan.position.device)
-    return plan.position[first:end] - (shift if indices is None else shift[indices[first:end]])
+    local = plan.position[first:end] - (shift if indices is None else shift[indices[first:end]])
+    return local if plan.absent is None else local.masked_fill_(plan.absent[first:end], 0)
 
 
 def _edges(num_tokens: int, chunk: int) -> list[int]:

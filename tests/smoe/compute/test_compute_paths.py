@@ -141,6 +141,31 @@ def test_custom_routing(path):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("path", [*FAST, "grouped_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_absent_slots_count_for_nothing(path, dtype, gated, share):
+    """An index of -1: no output, no gradient, whatever its weight is; all of a token's slots may be absent."""
+    layer = make(d=16, n=4, h=8, k=3, dtype=dtype, gated=gated)
+    x, grad = torch.randn(70, 16).to(dtype), torch.randn(70, 16).to(dtype)
+    indices = torch.rand(70, 4).argsort(1)[:, :3]
+    indices[torch.rand(70, 3) < share] = -1
+    weights = torch.rand(70, 3)
+    found = {}
+    for name in ("reference", path):
+        layer.zero_grad()
+        leaf, leaf_weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        y = PATHS[name](leaf, layer.experts, Routing(indices, leaf_weights, None, absent=True))
+        y.backward(grad)
+        found[name] = {"y": y.detach(), "x": leaf.grad, "weights": leaf_weights.grad}
+        found[name] |= {n: p.grad.clone() for n, p in layer.experts.named_parameters()}
+    assert (found[path]["weights"][indices < 0] == 0).all()
+    for name, want in found["reference"].items():
+        error = (found[path][name] - want).norm() / want.norm().clamp_min(0.1)
+        assert error <= TOLERANCE[dtype], f"{name}: relative error {error:.2e}"
+
+
 @pytest.mark.parametrize("path", FAST)
 def test_strided_input_and_gradient(path):
     layer = make(k=2)
