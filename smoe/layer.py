@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from .compute import check_compute, choose
 from .experts import Experts, check_divisible
-from .router import make_router
+from .router import Routing, make_router
+
+if TYPE_CHECKING:
+    from .parallel.dispatch import Dispatch
 
 ENGINES = ("auto", "torch")
 
@@ -81,6 +85,8 @@ class SMoE(nn.Module):
         self.experts = Experts(
             num_experts, d_model, d_expert, activation=activation, bias=bias, gated=gated, dropout=dropout
         )
+        # Takes tokens to experts on other ranks and back (see smoe.parallel); None: all experts are here.
+        self.dispatch: Dispatch | None = None
 
     @property
     def top_k(self) -> int:
@@ -106,6 +112,8 @@ class SMoE(nn.Module):
 
         A fixed router stays as it is: its seed alone decides it.
         """
+        if self.dispatch is not None:
+            raise ValueError("the experts are spread over ranks; draw weights before parallelize, whole")
         self.experts.reset_parameters(std)
         if any(True for _ in self.router.parameters()):
             self.router.reset_parameters(0.02 if std is None else std)
@@ -117,10 +125,14 @@ class SMoE(nn.Module):
         routing = self.router(flat, token_ids)
         if self.scale != 1:
             routing = routing._replace(weights=routing.weights * self.scale)
+        y = self._mix(flat, routing) if self.dispatch is None else self.dispatch(flat, routing, self._mix)
+        return y.view(x.shape)
+
+    def _mix(self, x: Tensor, routing: Routing) -> Tensor:
+        """x (T, d) -> y (T, d) through the experts that are here."""
         # A path with its own backward computes the activation twice, which would drop other units the second time.
         compute = "reference" if self.experts.drops else self.compute
-        y = choose(compute, flat, self.experts, routing)(flat, self.experts, routing)
-        return y.view(x.shape)
+        return choose(compute, x, self.experts, routing)(x, self.experts, routing)
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_hidden={self.d_hidden}, output_scale={self.output_scale}"

@@ -1,0 +1,116 @@
+"""Gradients of spread experts: what DDP does for all other parameters, and clipping by the norm of the whole model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .groups import ParallelGroups
+from .shard import bare, expert_parameters, spread_layers
+
+# Bytes of gradients that are reduced as one message.
+BUCKET_BYTES = 64 << 20
+
+
+@torch.no_grad()
+def sync_expert_gradients(model: nn.Module, groups: ParallelGroups) -> None:
+    """Makes the experts' gradients those of the mean loss over all W ranks, as DDP makes the others'.
+
+    After ``backward`` an expert's gradient is the sum over the tokens of all ranks of its group. This sums it over the
+    ranks that hold the same experts, and divides by W. Call it once a step on every rank, after the last ``backward``
+    and before clipping and the optimizer:
+
+    - accumulating gradients over several passes, after the last of them (DDP's ``no_sync`` has no meaning for
+      experts: nothing is reduced before this call);
+    - with several passes in one ``backward`` (THOR), after it, once.
+
+    A second call without a ``backward`` in between does nothing. With a gradient scaler, unscale before or after.
+    """
+    layers = spread_layers(model)
+    if not any(layer.dispatch.unsynced for _, layer in layers):
+        return
+    for _, layer in layers:
+        layer.dispatch.unsynced = False
+    # A rank may lack a gradient that others have (a layer it did not run); all must reduce the same tensors.
+    gradients = []
+    for parameter in expert_parameters(model):
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+    if groups.edp_group is None:
+        torch._foreach_mul_(gradients, 1 / groups.world_size)
+        return
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).mul_(1 / groups.world_size)
+        dist.all_reduce(flat, group=groups.edp_group)
+        for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
+    """The gradients in groups of one dtype and at most ``BUCKET_BYTES`` (or one tensor)."""
+    buckets: list[list[Tensor]] = []
+    filled = 0
+    for gradient in sorted(gradients, key=lambda g: str(g.dtype)):
+        size = gradient.numel() * gradient.element_size()
+        if not buckets or filled + size > BUCKET_BYTES or buckets[-1][0].dtype != gradient.dtype:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(gradient)
+        filled += size
+    return buckets
+
+
+@torch.no_grad()
+def clip_grad_norm_(model: nn.Module, max_norm: float, groups: ParallelGroups) -> Tensor:
+    """``torch.nn.utils.clip_grad_norm_`` with the 2-norm of the whole model: all experts once, everything else once.
+
+    Every rank calls it, and gets the same norm, that before clipping (a scalar). ``sync_expert_gradients`` is called if
+    it has not been since the last ``backward``; with a gradient scaler, unscale first.
+    """
+    sync_expert_gradients(model, groups)
+    experts = {id(parameter) for parameter in expert_parameters(model)}
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    shards = [p.grad for p in parameters if id(p) in experts]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if id(p) not in experts])
+    if shards:
+        square = torch.nn.utils.get_total_norm(shards).square()
+        dist.all_reduce(square, group=groups.ep_group)
+        norm = (norm.to(square.device).square() + square).sqrt()
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def attach(accelerator: Any, model: nn.Module, groups: ParallelGroups) -> None:
+    """Makes an ``accelerate.Accelerator`` clip by :func:`clip_grad_norm_`, and so sync the experts' gradients.
+
+    The whole integration with accelerate::
+
+        model = parallelize(model, groups)              # before prepare
+        model, optimizer = accelerator.prepare(model, optimizer)
+        attach(accelerator, model, groups)
+        ...
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), max_norm)    # max_norm = inf: sync alone
+
+    ``transformers.Trainer`` calls ``clip_grad_norm_`` once a step: parallelize the model before the Trainer is made,
+    and call ``attach(trainer.accelerator, model, groups)`` before ``train()``. An optimizer that steps without it would
+    use unsynced gradients; see :func:`sync_before_step` for a loop that never clips.
+    """
+
+    def clip(parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
+        if norm_type != 2:
+            raise ValueError(f"norm_type is {norm_type}; with spread experts it must be 2")
+        accelerator.unscale_gradients()
+        return clip_grad_norm_(bare(model), max_norm, groups)
+
+    accelerator.clip_grad_norm_ = clip
+
+
+def sync_before_step(optimizer: torch.optim.Optimizer, model: nn.Module, groups: ParallelGroups) -> None:
+    """Has ``optimizer`` call :func:`sync_expert_gradients` before every step, for loops that cannot call it."""
+    optimizer.register_step_pre_hook(lambda *_: sync_expert_gradients(model, groups))
