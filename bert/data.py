@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-EVALUATION_SEED = 0
 _ORDER, _MASK, _EVALUATION = 0, 1, 2  # what a generator is for: no two uses share their numbers
 
 
@@ -125,6 +124,11 @@ class TrainingBatches:
         masked = mask(tokens, self.vocabulary, self.mask_share, _generator(_MASK, self.seed, step))
         return MaskedBatch(*(torch.from_numpy(part[self.share]) for part in masked))
 
+    def where(self, step: int) -> str:
+        """What `step` reads, for an error message."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return f"epoch {epoch}, batch {within} of the data"
+
 
 def evaluation_batches(
     data: np.ndarray,
@@ -146,7 +150,7 @@ def evaluation_batches(
         rows = mine[start : start + batch_size]
         tokens = data[rows].astype(np.int64)
         parts = [
-            mask(tokens[i : i + 1], vocabulary, mask_share, _generator(_EVALUATION, EVALUATION_SEED, int(row)))
+            mask(tokens[i : i + 1], vocabulary, mask_share, _generator(_EVALUATION, 0, int(row)))
             for i, row in enumerate(rows)
         ]
         yield MaskedBatch(*(torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True)))

@@ -13,40 +13,39 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from bert.callback import RunCallback
 from bert.config import CONFIG_DIR, PretrainConfig
 from bert.data import Blocks, TrainingBatches
-from bert.evaluate import k_name, precision
 from bert.model import MaskedLM, build_model
 from smoe.flops import count, count_step
 from smoe.hf import TopKCallback
-from smoe.run.checkpoint import Checkpoint, load_checkpoint, load_latest
-from smoe.run.config import parse_config, to_dict
-from smoe.run.errors import RunError, run_main
-from smoe.run.folder import RunFolder
-from smoe.run.record import active_per_k, environment_record, parameter_counts
-
-# What may differ when a run is resumed: where things are and how often they are said, nothing that changes numbers.
-MAY_CHANGE = ("data", "scale", "save_interval", "log_interval", "progress")
+from smoe.methods import MethodLoss
+from smoe.run.checkpoint import load_checkpoint
+from smoe.run.config import parse_config
+from smoe.run.errors import run_main
+from smoe.run.precision import resolve_precision
+from smoe.run.record import environment_record
+from smoe.run.result import flops_per_k, run_result, sweep
+from smoe.run.resume import latest_checkpoint
+from smoe.run.training import TrainingRun, open_run, print_header
 
 
 class MaskedLMTrainer(Trainer):
     """`transformers.Trainer` with the method's whole loss, on batches that follow from the step."""
 
-    def __init__(self, config: PretrainConfig, batches: TrainingBatches, run: RunCallback, **kwargs: Any) -> None:
+    def __init__(self, config: PretrainConfig, batches: TrainingBatches, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.config, self.batches, self.run = config, batches, run
-        run.accelerator = self.accelerator
+        self.config, self.batches = config, batches
+        self.loss: MethodLoss | None = None  # of the last forward pass
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
 
@@ -63,7 +62,7 @@ class MaskedLMTrainer(Trainer):
             balance_weight=self.config.balance_weight,
             consistency_weight=self.config.consistency_weight,
         )
-        self.run.loss = loss
+        self.loss = loss
         return (loss.total, loss.output) if return_outputs else loss.total
 
 
@@ -81,60 +80,72 @@ class _Steps:
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Runs ``config`` to its end and returns what result.json holds."""
     transformers_logging.set_verbosity_error()
+    on_cpu = not torch.cuda.is_available()
+    # Recorded as what it came to, so that a resume on another machine computes with the same numbers or says why not.
+    precision = resolve_precision(config.precision, torch.device("cpu" if on_cpu else "cuda"))
+    config = dataclasses.replace(config, precision=precision)
+    environment = environment_record()  # now: the checkout may move on while this runs
+
     # The data first: what is wrong with it should be said before anything is written.
     blocks = Blocks(config.data, config.model)
-    splits = {name: blocks.sequences(name, config.seq_len) for name in ("train", "valid", "test")}
-    on_cpu = not torch.cuda.is_available()
-    bf16 = precision(config, torch.device("cpu" if on_cpu else "cuda")) == "bf16"
-    arguments = _arguments(config, bf16, on_cpu)
+    train = {name: blocks.sequences(name, config.seq_len) for name in ("train", "valid", "test")}["train"]
+    arguments = _arguments(config, on_cpu)
     rank, world_size, is_main = arguments.process_index, arguments.world_size, arguments.process_index == 0
     batches = TrainingBatches(
-        splits["train"], blocks.vocabulary, config.batch_size, config.mask_share, config.seed, rank, world_size
+        train, blocks.vocabulary, config.batch_size, config.mask_share, config.seed, rank, world_size
     )
-    folder = RunFolder.open(
-        config.run_dir, to_dict(config), resume=config.resume, may_change=MAY_CHANGE, is_main=is_main
-    )
-    if is_main:
-        shutil.copyfile(blocks.folder / "tokenizer.json", folder.path / "tokenizer.json")
-    _wait_for_everyone(world_size)
-    if config.resume and folder.result_path.exists():
-        if is_main:
-            print(f"{config.run_dir} is finished; its result is in {folder.result_path}")
-        return folder.read_result()
-
-    checkpoint = load_latest(folder.checkpoints, groups=["model", "optimizer", f"rng-rank{rank}"], clean=is_main)
+    # Then the model, which may be too large for this machine.
     torch.manual_seed(config.seed)
     model = MaskedLM(build_model(config, blocks.vocabulary))
-    if checkpoint is not None:
-        _check(checkpoint, rank, is_main)
-        model.model.load_state_dict(checkpoint.tensors["model"])
-    run = RunCallback(config, blocks, folder, checkpoint)
-    callbacks = [run]
+    folder, finished = open_run(config, is_main, lambda: _wait_for_everyone(world_size))
+    if finished:
+        return folder.read_result()
+    if is_main:
+        shutil.copyfile(blocks.folder / "tokenizer.json", folder.path / "tokenizer.json")
+
+    callbacks: list[TrainerCallback] = []
     if config.get_method().routed:
         k_min, k_max, mode = config.k_schedule()
-        callbacks = [TopKCallback(k_min, k_max, mode, seed=config.seed), run]
-    trainer = MaskedLMTrainer(config, batches, run, model=model, args=arguments, callbacks=callbacks)
-    if is_main:
-        _print_header(config, trainer, blocks, bf16, checkpoint)
+        callbacks = [TopKCallback(k_min, k_max, mode, seed=config.seed)]
+    trainer = MaskedLMTrainer(config, batches, model=model, args=arguments, callbacks=callbacks)
+    accelerator = trainer.accelerator
+    checkpoint = latest_checkpoint(folder, accelerator)
+    run = TrainingRun(config, folder, accelerator, tokens_per_step=config.batch_size * config.seq_len)
+    callback = RunCallback(trainer, blocks, run, checkpoint)
+    trainer.add_callback(callback)
+    note = f" ({blocks.meta['note']})" if blocks.meta["note"] else ""
+    print_header(
+        config,
+        model,
+        accelerator,
+        name=config.model,
+        shape=f"{config.batch_size} x {config.seq_len} tokens",
+        lines=[f"data: {blocks.meta['dataset']}{note}, vocabulary of {blocks.vocabulary.size}"],
+        resumed_after=None if checkpoint is None else checkpoint.step,
+    )
     if checkpoint is None or checkpoint.step < config.steps:
         trainer.train()
-    if run.stopped_at is not None:
-        raise RunError(
-            f"stopped by a signal after step {run.stopped_at}; a checkpoint is written, --resume goes on from it"
-        )
+        run.finish(callback.stopped_at)
 
     # ---- the sweep over k, from the best checkpoint ---------------------------------------------------------------
-    best_path = folder.checkpoints / f"step-{run.best['best_step']:08d}"
+    best_path = folder.checkpoints / f"step-{run.progress.best_step:08d}"
     model.model.load_state_dict(load_checkpoint(best_path, groups=["model"]).tensors["model"])
     started = time.perf_counter()
-    bpc: dict[str, dict[str, float]] = {"valid": {}, "test": {}}
-    for k in config.sweep_ks():
-        for split in bpc:
-            bpc[split][k_name(k)] = run.measure(model, splits[split], k)
-        if is_main:
-            figures = ", ".join(f"{split} {bpc[split][k_name(k)]:.4f}" for split in bpc)
-            print(f"k = {k_name(k):>5}: BPC {figures}", flush=True)
-    result = _result(config, model, blocks, bpc, run, world_size, bf16, time.perf_counter() - started)
+    bpc = sweep(config, callback.measure, is_main)
+    result = run_result(
+        config,
+        model,
+        name=config.model,
+        dataset=blocks.record,
+        bpc=bpc,
+        best=run.progress.best,
+        flops=_flops(config, model),
+        seconds=run.progress.seconds,
+        sweep_seconds=time.perf_counter() - started,
+        tokens_per_step=run.tokens_per_step,
+        processes=world_size,
+        environment=environment,
+    )
     folder.write_result(result)
     _wait_for_everyone(world_size)
     if torch.distributed.is_initialized():
@@ -142,7 +153,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     return result
 
 
-def _arguments(config: PretrainConfig, bf16: bool, on_cpu: bool) -> TrainingArguments:
+def _arguments(config: PretrainConfig, on_cpu: bool) -> TrainingArguments:
     """Trainer's settings; what the run folder does itself (logs, checkpoints, evaluation) is off."""
     arguments = TrainingArguments(
         output_dir=config.run_dir,
@@ -151,9 +162,9 @@ def _arguments(config: PretrainConfig, bf16: bool, on_cpu: bool) -> TrainingArgu
         weight_decay=config.weight_decay,
         lr_scheduler_type="linear",
         warmup_steps=config.warmup_steps,
-        max_grad_norm=config.clip,
+        max_grad_norm=0,  # the callback clips
         optim="adamw_torch_fused",
-        bf16=bf16,
+        bf16=config.precision == "bf16",
         use_cpu=on_cpu,
         seed=config.seed,
         ddp_backend="gloo" if on_cpu and int(os.environ.get("WORLD_SIZE", 1)) > 1 else None,
@@ -180,94 +191,19 @@ def _wait_for_everyone(world_size: int) -> None:
         torch.distributed.barrier()
 
 
-def _check(checkpoint: Checkpoint, rank: int, is_main: bool) -> None:
-    for path, reason in checkpoint.skipped if is_main else ():
-        print(f"warning: {path.name} is damaged ({reason}); going on from {checkpoint.path.name}", file=sys.stderr)
-    if f"rng-rank{rank}" not in checkpoint.tensors:
-        saved = checkpoint.state["world_size"]
-        raise ValueError(f"the checkpoint is of {saved} processes; resume with as many, so that each finds its state")
-
-
-def _print_header(
-    config: PretrainConfig, trainer: Trainer, blocks: Blocks, bf16: bool, checkpoint: Checkpoint | None
-) -> None:
-    method, total = config.get_method(), parameter_counts(trainer.model)["total"]
-    schedule = ""
-    if method.routed:
-        k_min, k_max, mode = config.k_schedule()
-        schedule = f", {config.num_experts} experts, k = {k_min}..{k_max} ({mode})"
-    print(f"{config.model}, {method.title}{schedule}, seed {config.seed}, run folder {config.run_dir}")
-    reason = f" ({config.scale_reason})" if config.scale_reason else ""
-    print(
-        f"scale {config.scale}{reason}: {total / 1e6:.1f} M parameters, {config.steps} steps of {config.batch_size} x "
-        f"{config.seq_len} tokens, {trainer.accelerator.num_processes} x {trainer.accelerator.device.type}, "
-        f"precision {'bf16' if bf16 else 'fp32'}"
-    )
-    note = f" ({blocks.meta['note']})" if blocks.meta["note"] else ""
-    print(f"data: {blocks.meta['dataset']}{note}, vocabulary of {blocks.vocabulary.size}")
-    if checkpoint is not None:
-        print(f"resumed after step {checkpoint.step}")
-    sys.stdout.flush()
-
-
-def _result(
-    config: PretrainConfig,
-    model: MaskedLM,
-    blocks: Blocks,
-    bpc: dict[str, dict[str, float]],
-    run: RunCallback,
-    world_size: int,
-    bf16: bool,
-    sweep_seconds: float,
-) -> dict[str, Any]:
-    tokens = config.batch_size * config.seq_len
-    counts: dict[str, Any] = parameter_counts(model)
-    counts["active_per_k"] = active_per_k(model, [k for k in config.sweep_ks() if k is not None])
-    return {
-        "model": config.model,
-        "method": config.method,
-        **_label(config),
-        "scale": config.scale,
-        "seed": config.seed,
-        "dataset": blocks.record,
-        "bpc": bpc,
-        "eval_sequences": config.eval_sequences,
-        "best": run.best,
-        "parameters": counts,
-        "flops": _flops(config, model),
-        "seconds": {"training": run.seconds, "sweep": sweep_seconds, "per_step": run.seconds / config.steps},
-        "tokens_per_step": tokens,
-        "tokens_per_second": tokens * config.steps / run.seconds,
-        "processes": world_size,
-        "precision": "bf16" if bf16 else "fp32",
-        "config": to_dict(config),
-        "environment": environment_record(),
-    }
-
-
-def _label(config: PretrainConfig) -> dict[str, str]:
-    """A name for a run that departs from its method (an ablation), to tell it from the method's own in tables."""
-    names = ("router", "score", "output_scale", "schedule", "k_min", "k_max", "balance_weight", "consistency_weight")
-    defaults = {field.name: field.default for field in dataclasses.fields(PretrainConfig)}
-    changed = [f"{name} {getattr(config, name)}" for name in names if getattr(config, name) != defaults[name]]
-    return {"label": ", ".join([config.get_method().title, *changed])} if changed else {}
-
-
 def _flops(config: PretrainConfig, model: MaskedLM) -> dict[str, dict[str, int]]:
-    """By k: one pass of the whole model by the paper's count and the true one, and one training step."""
-
     def ids(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.int64, device="meta")
 
     masked = max(round(config.mask_share * config.seq_len), 1)
     inputs = {"input_ids": ids(config.batch_size, config.seq_len)}
     inputs |= {name: ids(config.batch_size, masked) for name in ("positions", "targets")}
-    flops = {}
-    for k in config.sweep_ks():
+
+    def one_pass(k: int | None) -> tuple[int, int]:
         counted = count(model.model, {"input_ids": ids(config.eval_batch_size, config.seq_len)}, k)
-        step = count_step(model, config.method, inputs, k)
-        flops[k_name(k)] = {"paper": counted.paper_linear, "true": counted.true, "training_step": step}
-    return flops
+        return counted.paper_linear, counted.true
+
+    return flops_per_k(config, one_pass, lambda k: count_step(model, config.method, inputs, k))
 
 
 def main() -> None:

@@ -73,6 +73,7 @@ class SegmentStream:
                 f"a row holds {row_length}, and tgt_len must be at most {max(row_length - 1, 0)}"
             )
         self.tgt_len = tgt_len
+        self.share = _share(batch_size, rank, world_size)  # of the rows
         self._rows = _rows(data, batch_size, rank, world_size)
 
     def segment(self, step: int) -> tuple[Tensor, Tensor, bool]:
@@ -83,6 +84,11 @@ class SegmentStream:
         within = step % self.segments_per_epoch
         start = within * self.tgt_len
         return *_segment(self._rows, start, start + self.tgt_len), within == 0
+
+    def where(self, step: int) -> str:
+        """What `step` reads, for an error message."""
+        epoch, within = divmod(step, self.segments_per_epoch)
+        return f"epoch {epoch}, segment {within} of the data"
 
 
 def evaluation_segments(
@@ -121,7 +127,11 @@ def _rows(data: np.ndarray, batch_size: int, rank: int, world_size: int) -> np.n
     """This rank's rows, (rows, row length), a view."""
     row_length = len(data) // batch_size
     rows = data[: batch_size * row_length].reshape(batch_size, row_length)
-    return rows[rank * batch_size // world_size : (rank + 1) * batch_size // world_size]
+    return rows[_share(batch_size, rank, world_size)]
+
+
+def _share(rows: int, rank: int, world_size: int) -> slice:
+    return slice(rank * rows // world_size, (rank + 1) * rows // world_size)
 
 
 def _segment(rows: np.ndarray, start: int, stop: int) -> tuple[Tensor, Tensor]:

@@ -139,16 +139,27 @@ _Loader.add_implicit_resolver(
 )
 
 
+def field_notes(config_class: type) -> dict[str, str]:
+    """What the docstrings of the class and its bases say of each field, as one line."""
+    from docstring_parser import parse_from_object
+
+    return {
+        param.arg_name: " ".join((param.description or "").split())
+        for base in reversed(config_class.__mro__)
+        if dataclasses.is_dataclass(base)
+        for param in parse_from_object(base).params
+    }
+
+
 def _build_parser(config_class: type, fields: Sequence[dataclasses.Field], hints: Mapping[str, Any], prog: str | None):
     from docstring_parser import parse_from_object
     from jsonargparse import ArgumentParser
 
-    documented = parse_from_object(config_class)
-    notes = {param.arg_name: " ".join((param.description or "").split()) for param in documented.params}
+    notes = field_notes(config_class)
     parser = ArgumentParser(
         prog=prog,
         usage="%(prog)s [--FIELD VALUE ...]",
-        description=documented.short_description,
+        description=parse_from_object(config_class).short_description,
         epilog="Later wins: the defaults above, the YAML of the scale, --config, flags.",
         formatter_class=_help_formatter(),
         exit_on_error=False,

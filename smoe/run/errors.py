@@ -25,6 +25,10 @@ class CheckpointError(RunError):
     """A checkpoint could not be written, or none of those there can be read."""
 
 
+class NonFiniteError(RunError):
+    """The loss or its gradient is no longer a finite number."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are one line like any other, without the usage before it."""
 

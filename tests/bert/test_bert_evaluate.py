@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 def test_bpc_equals_a_naive_pass_with_labels(prepared):
     blocks = Blocks(prepared("roberta"), "roberta")
-    config = PretrainConfig("roberta", "smoe_dropout", "unused", **TINY)
+    config = PretrainConfig("smoe_dropout", "unused", model="roberta", **TINY)
     model = build_model(config, blocks.vocabulary).train()
     set_top_k(model, 4)
     data = blocks.sequences("test", 32)
@@ -38,7 +38,7 @@ def test_bpc_equals_a_naive_pass_with_labels(prepared):
 
 def test_random_routing_is_evaluated_reproducibly_and_leaves_the_generator(prepared):
     blocks = Blocks(prepared("bert"), "bert")
-    config = PretrainConfig("bert", "thor", "unused", **TINY)
+    config = PretrainConfig("thor", "unused", model="bert", **TINY)
     model, data = MaskedLM(build_model(config, blocks.vocabulary)), blocks.sequences("valid", 32)
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -58,10 +58,15 @@ def test_command_gives_what_the_run_recorded(pretrain, start, tmp_path):
     assert json.loads(command.out)["bpc"] == {k: recorded["test"][k] for k in ("1", "8", "16")}
     config, model, _ = load_run(run)
     assert config.method == "smoe_dropout" and model.config.intermediate_size == 128
+    last = run / "checkpoints" / "step-00000020" / "model.safetensors"
+    last.write_bytes(last.read_bytes()[:-1])
+    command = start("bert.evaluate", run, "--k", 1, "--checkpoint", "last")
+    assert command.wait() == 0 and "going by step-00000010" in command.err
     for flags, words in ((["--k", 17], ["17", "16"]), (["--sequences", -1], ["sequences", "-1"])):
         command = start("bert.evaluate", run, *flags)
         assert command.wait() == 2
-        assert command.err.startswith("error: ") and command.err.count("\n") == 1
+        *warnings, error = command.err.splitlines()
+        assert error.startswith("error: ") and all(line.startswith("warning: ") for line in warnings)
         assert all(word in command.err for word in words)
 
 
@@ -69,3 +74,13 @@ def test_a_folder_without_a_run_is_one_line(start, tmp_path):
     command = start("bert.evaluate", tmp_path / "nothing")
     assert command.wait() == 2
     assert command.err.count("\n") == 1 and "nothing" in command.err
+
+
+@pytest.mark.parametrize(
+    "content", ["", "method: smoe\nrun_dir: x\nd_head: 64\n", "method: x\nrun_dir: y\nmodel: bert\n"]
+)
+def test_a_run_of_something_else_is_one_line(content, start, tmp_path):
+    (tmp_path / "config.yaml").write_text(content)
+    command = start("bert.evaluate", tmp_path)
+    assert command.wait() == 2
+    assert command.err.count("\n") == 1 and "config.yaml is not of a BERT or RoBERTa" in command.err

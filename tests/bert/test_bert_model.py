@@ -22,7 +22,7 @@ VOCABULARIES = {
 
 
 def build(model, method="smoe_dropout", **options):
-    return build_model(PretrainConfig(model, method, "unused", **{**TINY, **options}), VOCABULARIES[model])
+    return build_model(PretrainConfig(method, "unused", model=model, **{**TINY, **options}), VOCABULARIES[model])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -93,7 +93,7 @@ def test_routers_follow_the_seed_and_differ_from_layer_to_layer():
 @pytest.mark.parametrize("model", VOCABULARIES)
 def test_flops_at_the_papers_sizes_are_table_1s(model):
     size = {"bert": 30522, "roberta": 50265}[model]
-    config = PretrainConfig(model, "smoe_dropout", "unused")
+    config = PretrainConfig("smoe_dropout", "unused", model=model)
     assert config.d_hidden == {"bert": 6144, "roberta": 3072}[model]
     with torch.device("meta"):
         built = build_model(config, dataclasses.replace(VOCABULARIES[model], size=size))

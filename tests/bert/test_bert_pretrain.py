@@ -56,6 +56,7 @@ def test_every_method_trains_and_leaves_a_full_run_folder(model, method, pretrai
     assert all(cell["true"] > 0 and cell["training_step"] > 0 for cell in result["flops"].values())
     assert result["config"]["d_hidden"] == (128 if model == "bert" else 64)
     assert model in slimming_table([result])
+    assert not {"run_dir", "data"} & result["config"].keys(), "a record says nothing of places"
     measured = losses(run)
     assert list(measured) == [5, 10, 15, 20]
     assert measured[20] < measured[5] - 0.1, "nothing was learned"

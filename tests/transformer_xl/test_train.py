@@ -4,6 +4,7 @@ import json
 import math
 import random
 import resource
+import shutil
 import signal
 import time
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from smoe import METHODS
-from smoe.run.checkpoint import CheckpointWriter, list_steps, load_latest
+from smoe.run.checkpoint import list_steps, load_checkpoint, load_latest, save_checkpoint
 from smoe.run.metrics import read_metrics
 from transformer_xl.config import TrainConfig
 from transformer_xl.train import learning_rate_at
@@ -201,17 +202,20 @@ def test_a_model_too_large_for_the_machine_leaves_nothing(train, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_of_more_processes_is_refused(train, tmp_path):
-    run = tmp_path / "run"
-    assert train("smoe_dropout", run, "--steps", 2).wait() == 0
+def test_a_checkpoint_of_more_processes_goes_on_with_generators_drawn_anew(train, tmp_path):
+    run, again = tmp_path / "run", tmp_path / "again"
+    flags = ("--steps", 4, "--eval_interval", 2)
+    assert train("smoe_dropout", run, *flags).wait() == 0
     (run / "result.json").unlink()
-    writer = CheckpointWriter(run / "checkpoints", 3)
-    last = load_latest(run / "checkpoints")
-    writer.begin()
-    for group, tensors in last.tensors.items():
-        writer.write(group, tensors)
-    writer.seal({**last.state, "world_size": 2})
-    assert_one_line(train("smoe_dropout", run, "--steps", 2, "--resume"), 2, "processes: 1", "of 2")
+    first = load_checkpoint(run / "checkpoints" / "step-00000002")
+    shutil.rmtree(run / "checkpoints")
+    save_checkpoint(run / "checkpoints", 2, first.tensors, {**first.state, "world_size": 2})
+    shutil.copytree(run, again)
+    for folder in (run, again):
+        command = train("smoe_dropout", folder, *flags, "--resume")
+        assert command.wait() == 0, command.err
+        assert "the checkpoint is of 2 processes, this run of 1" in command.out
+    assert_same_weights(run, again)
 
 
 def test_interrupted_in_the_final_sweep_it_ends_at_once_and_can_go_on(train, tmp_path):

@@ -1,6 +1,9 @@
-"""What the configurations of both trainers share: the method, its k, and what may be asked of it."""
+"""What the configurations of both trainers share: the run, the method, its k, and what may be asked of them."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
 
 from smoe.experts import check_divisible
 from smoe.layer import check_output_scale
@@ -8,14 +11,84 @@ from smoe.methods import METHODS, Method, get_method
 from smoe.router import SCORES
 from smoe.schedule import MODES, k_at
 
+# What may differ when a run is resumed: where things are and how often they are said, nothing that changes numbers.
+MAY_CHANGE = ("data", "scale", "save_interval", "log_interval", "progress")
 
-class MethodConfig:
-    """Base of a trainer's frozen dataclass with the fields ``method``, ``d_hidden``, ``dropout``, ``num_experts``,
-    ``k_min``, ``k_max``, ``schedule``, ``router``, ``score``, ``output_scale``, ``balance_weight``,
-    ``consistency_weight``, ``sweep``, ``steps`` and ``seed``."""
+_LARGEST_SEED = 2**53  # the routers' seeds are a thousand times that, and must fit into 64 bits
 
-    def check_method(self, routers: tuple[str, ...]) -> None:
-        """ValueError in one line for a field of the method that can't be used; ``routers`` are those that can."""
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Base of a trainer's configuration, which adds ``data``, the sizes of the model, ``steps``, ``batch_size``,
+    ``learning_rate``, ``clip``, ``eval_interval``, ``eval_batch_size`` and ``log_interval``.
+
+    Args:
+        method: a row of Table 1: dense_dropout, dense_concrete_dropout, dense_dropblock, thor, smoe, smoe_dropout
+        run_dir: the folder the run lives in
+        scale: paper, cpu (two cores, minutes), smoke (seconds), or auto: paper with a CUDA device, else cpu
+        seed: of weights, routers, data order, masks, dropout
+        resume: continue the run in run_dir from its newest good checkpoint; starts it if there is none
+        precision: bf16, fp32, or auto: bf16 where the device has instructions for it
+        dropout: after attention and MLP, on embeddings, and inside a dense MLP
+        num_experts: N, the experts an MLP is cut into
+        k_min: activated experts at the start; null: the method's own
+        k_max: activated experts at the end; null: the method's own
+        schedule: how k moves from k_min to k_max; null: the method's own
+        router: random, learned, uniform or (Transformer-XL) hash; null: the method's own
+        score: how router logits become weights
+        output_scale: one multiplier on an SMoE layer's output: a number, k or num_experts
+        balance_weight: coefficient of the load-balancing loss; null: the method's own
+        consistency_weight: coefficient of THOR's consistency loss; null: the method's own
+        warmup_steps: steps in which the learning rate rises to its full value
+        save_interval: steps between checkpoints; null: eval_interval
+        sweep: the k of the final sweep; those above num_experts are left out
+        progress: show a progress bar
+    """
+
+    method: str
+    run_dir: str
+    scale: str = "auto"
+    scale_reason: str = ""
+    seed: int = 1
+    resume: bool = False
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    dropout: float = 0.1
+
+    num_experts: int = 16
+    k_min: int | None = None
+    k_max: int | None = None
+    schedule: str | None = None
+    router: str | None = None
+    score: str = "softmax_after_topk"
+    output_scale: float | str = 1
+    balance_weight: float | None = None
+    consistency_weight: float | None = None
+
+    warmup_steps: int = 0
+    save_interval: int | None = None
+    sweep: tuple[int, ...] = (1, 2, 4, 8, 12, 16)
+    progress: bool = True
+
+    def check(self, routers: tuple[str, ...]) -> None:
+        """ValueError in one line for a field that can't be used; ``routers`` are those the model can have."""
+        get_method(self.method)
+        for name in ("steps", "batch_size", "eval_interval", "eval_batch_size", "log_interval"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "seed"):
+            at_least(name, getattr(self, name), 0)
+        if self.seed > _LARGEST_SEED:
+            raise ValueError(f"seed is {self.seed}; it must be at most {_LARGEST_SEED}")
+        if self.save_interval is not None:
+            at_least("save_interval", self.save_interval, 1)
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        self._check_method(routers)
+
+    def _check_method(self, routers: tuple[str, ...]) -> None:
         method = get_method(self.method)
         for name in ("balance_weight", "consistency_weight"):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
