@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .groups import ParallelGroups
-from .shard import bare, expert_parameters, spread_layers
+from .shard import check_ddp, expert_parameters, spread_layers
 
 # Bytes of gradients that are reduced as one message.
 BUCKET_BYTES = 64 << 20
@@ -32,6 +32,7 @@ def sync_expert_gradients(model: nn.Module, groups: ParallelGroups) -> None:
     layers = spread_layers(model)
     if not any(layer.dispatch.unsynced for _, layer in layers):
         return
+    check_ddp(model)
     for _, layer in layers:
         layer.dispatch.unsynced = False
     # A rank may lack a gradient that others have (a layer it did not run); all must reduce the same tensors.
@@ -42,7 +43,8 @@ def sync_expert_gradients(model: nn.Module, groups: ParallelGroups) -> None:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
     if groups.edp_group is None:
-        torch._foreach_mul_(gradients, 1 / groups.world_size)
+        if gradients:
+            torch._foreach_mul_(gradients, 1 / groups.world_size)
         return
     for bucket in _buckets(gradients):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).mul_(1 / groups.world_size)
@@ -106,7 +108,7 @@ def attach(accelerator: Any, model: nn.Module, groups: ParallelGroups) -> None:
         if norm_type != 2:
             raise ValueError(f"norm_type is {norm_type}; with spread experts it must be 2")
         accelerator.unscale_gradients()
-        return clip_grad_norm_(bare(model), max_norm, groups)
+        return clip_grad_norm_(model, max_norm, groups)
 
     accelerator.clip_grad_norm_ = clip
 

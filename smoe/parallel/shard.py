@@ -85,8 +85,21 @@ def ignore_experts_in_ddp(model: nn.Module) -> None:
 
     ``parallelize`` does it for the model it is given; call this again for a module around it, if DDP is to wrap that.
     """
-    names = expert_names(model) | set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    names = expert_names(model)
+    names |= {f"_orig_mod.{name}" for name in names}  # what torch.compile makes of them
+    names |= set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(names))
+
+
+def check_ddp(model: nn.Module) -> None:
+    """A ValueError if a DDP in ``model`` averages the spread experts, which would mix different ones up."""
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            mixed = sorted(expert_names(module.module) - module.parameters_to_ignore)
+            if mixed:
+                raise ValueError(
+                    f"DDP averages {mixed[0]}, a spread expert; call ignore_experts_in_ddp before it wraps"
+                )
 
 
 def bare(model: nn.Module) -> nn.Module:

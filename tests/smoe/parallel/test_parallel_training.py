@@ -34,7 +34,7 @@ class Tiny(nn.Module):
         for norm, mlp in zip(self.norms, self.mlps, strict=True):
             x = x + mlp(norm(x))
         logits = self.out(x)
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / max(labels.numel(), 1)
         return {"loss": loss, "logits": logits}
 
 
@@ -59,10 +59,10 @@ def k_of(step: int) -> int:
     return k_at(step, STEPS, 1, N)
 
 
-def one_process(max_norm: float = 0.5):
+def one_process(max_norm: float = 0.5, **adam):
     """(losses, norms, final weights) of plain PyTorch."""
     model = make_model()
-    optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
+    optimizer = torch.optim.AdamW(model.parameters(), **{**ADAM, **adam})
     losses, norms = [], []
     for step in range(STEPS):
         set_top_k(model, k_of(step))
@@ -121,3 +121,61 @@ def wanted():
 )
 def test_by_hand(world_size, expert_parallel, accumulate, wanted):
     run_ranks(train_by_hand, world_size, expert_parallel, accumulate, wanted)
+
+
+def train_uneven(rank: int, expert_parallel: int, wanted) -> None:
+    """Shares of other sizes, one of them empty: a loss that is a mean over all, times W / W."""
+    rows = [0, 5, 2, 1]
+    groups = ParallelGroups.create(expert_parallel, timeout=60)
+    bare = parallelize(make_model(), groups)
+    model = DistributedDataParallel(bare)
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
+    losses, norms = [], []
+    for step in range(STEPS):
+        set_top_k(model, k_of(step))
+        optimizer.zero_grad()
+        mine = tuple(part.split(rows)[rank] for part in batch(step))
+        loss = model(*mine)["loss"] * (rows[rank] * len(rows) / BATCH)
+        loss.backward()
+        norms.append(clip_grad_norm_(model, 0.5, groups).item())
+        optimizer.step()
+        total = loss.detach() / len(rows)
+        torch.distributed.all_reduce(total)
+        losses.append(total.item())
+    check(losses, norms, gather_state(bare.state_dict(), model, groups), wanted)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("expert_parallel", [4, 2])
+def test_uneven_and_empty_ranks(expert_parallel, wanted):
+    run_ranks(train_uneven, 4, expert_parallel, wanted)
+
+
+def two_passes(rank: int, compiled: bool) -> None:
+    """THOR's way: two forward passes with different k, one backward."""
+
+    def gradients(model, call, clip):
+        torch.manual_seed(4)
+        losses = []
+        for k in (2, 5):
+            set_top_k(model, k)
+            losses.append(call(model)["loss"])
+        (losses[0] + losses[1] ** 2).backward()
+        return clip(model)
+
+    groups = ParallelGroups.create(2, timeout=60)
+    # A square is no sum over ranks: every rank has the same batch.
+    whole, bare = make_model(), parallelize(make_model(), groups)
+    model = DistributedDataParallel(torch.compile(bare, backend="eager") if compiled else bare)
+    want = gradients(whole, lambda m: m(*batch(0)), lambda m: nn.utils.clip_grad_norm_(m.parameters(), 0.1))
+    norm = gradients(model, lambda m: m(*batch(0)), lambda m: clip_grad_norm_(m, 0.1, groups))
+    torch.testing.assert_close(norm, want)
+    for name, parameter in whole.named_parameters():
+        expected = groups.scatter_experts(parameter.grad) if ".experts." in name else parameter.grad
+        torch.testing.assert_close(bare.get_parameter(name).grad, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_passes_in_one_backward(compiled):
+    run_ranks(two_passes, 2, compiled)
