@@ -98,7 +98,7 @@ def check_ddp(model: nn.Module) -> None:
             mixed = sorted(expert_names(module.module) - module.parameters_to_ignore)
             if mixed:
                 raise ValueError(
-                    f"DDP averages {mixed[0]}, a spread expert; call ignore_experts_in_ddp before it wraps"
+                    f"DDP averages {mixed[0]}, a spread expert; call ignore_experts_in_ddp(its module) before wrapping"
                 )
 
 
