@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from .compute import check_compute, choose
+from .engine import make_fastmoe
 from .experts import Experts, check_divisible
 from .router import Routing, make_router
 
 if TYPE_CHECKING:
     from .parallel.dispatch import Dispatch
-
-ENGINES = ("auto", "torch")
 
 
 def check_output_scale(value: float | str) -> float | str:
@@ -42,7 +41,8 @@ class SMoE(nn.Module):
         output_scale: a number, ``"k"`` or ``"num_experts"``: one multiplier on the output. With softmax scores the
             weights sum to 1, so the layer starts N times smaller than the dense MLP it replaces; ``"num_experts"``
             makes up for it the way inverted dropout does, ``"k"`` by the number of experts that are active.
-        engine: ``torch``, or ``auto`` for the best there is.
+        engine: ``torch``; ``fastmoe`` (needs fmoe and CUDA, see docs/fastmoe.md); ``auto``: torch, and where it would
+            loop over the experts on a CUDA device, FMoE if fmoe is installed.
         bias: whether both linear layers of an expert have one.
         gated: Llama-style experts, ``act(gate(x)) * up(x)``.
         dropout: rate of a dropout on the hidden units, for models that have one there; while it drops anything the
@@ -75,8 +75,6 @@ class SMoE(nn.Module):
     ) -> None:
         super().__init__()
         d_expert = check_divisible(d_hidden, num_experts)
-        if engine not in ENGINES:
-            raise ValueError(f"engine is {engine!r}; it must be one of {', '.join(ENGINES)}")
         self.d_model, self.d_hidden, self.num_experts = d_model, d_hidden, num_experts
         self.output_scale = check_output_scale(output_scale)
         self.compute = check_compute(compute)
@@ -85,6 +83,9 @@ class SMoE(nn.Module):
         self.experts = Experts(
             num_experts, d_model, d_expert, activation=activation, bias=bias, gated=gated, dropout=dropout
         )
+        # Has no parameters: what there is to save is the same with every engine.
+        self.fmoe = make_fastmoe(engine, compute, num_experts, d_model)
+        self.engine = "torch" if self.fmoe is None else engine
         # Takes tokens to experts on other ranks and back (see smoe.parallel); None: all experts are here.
         self.dispatch: Dispatch | None = None
 
@@ -130,9 +131,11 @@ class SMoE(nn.Module):
 
     def _mix(self, x: Tensor, routing: Routing) -> Tensor:
         """x (T, d) -> y (T, d) through the experts that are here."""
+        if self.engine == "fastmoe":
+            return self.fmoe(x, self.experts, routing)
         # A path with its own backward computes the activation twice, which would drop other units the second time.
         compute = "reference" if self.experts.drops else self.compute
-        return choose(compute, x, self.experts, routing)(x, self.experts, routing)
+        return choose(compute, x, self.experts, routing, self.fmoe)(x, self.experts, routing)
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_hidden={self.d_hidden}, output_scale={self.output_scale}"

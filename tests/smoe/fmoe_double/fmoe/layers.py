@@ -1,0 +1,1 @@
+fmoe_faster_schedule = False

@@ -1,0 +1,1 @@
+"""Only to be found: a module in Python, not a CUDA extension."""

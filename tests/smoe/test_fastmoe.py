@@ -1,0 +1,263 @@
+"""The layer on fastmoe's FMoE against the layer on PyTorch alone.
+
+Where fmoe can't be imported, the tests of one process run on a double of its interface (``fmoe_double``), and those
+that only fmoe itself can answer say that they are skipped.
+"""
+
+import copy
+import importlib
+import importlib.machinery
+import pickle
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import smoe
+from benchmarks.fastmoe_parity import KS, D, H, N, cases, compare, make_layer
+from smoe import SMoE, record_routing
+from smoe.engine import fastmoe_obstacle, kernels_are_compiled
+
+DOUBLE = Path(__file__).with_name("fmoe_double")
+TOLERANCE = 1e-5
+REASON = fastmoe_obstacle()
+HAS_FMOE = REASON is None
+needs_fmoe = pytest.mark.skipif(
+    not HAS_FMOE, reason=f"{REASON}: install fastmoe (docs/fastmoe.md), or put fmoe and an fmoe_cuda on PYTHONPATH"
+)
+
+
+def forget(*names: str) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] in names or name == "smoe.fastmoe"]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+
+
+@pytest.fixture
+def fmoe(monkeypatch):
+    """fmoe itself where it is, else its double."""
+    if HAS_FMOE and not kernels_are_compiled():
+        yield
+        return
+    forget("fmoe", "fmoe_cuda")
+    monkeypatch.syspath_prepend(str(DOUBLE))
+    yield
+    forget("fmoe", "fmoe_cuda")
+
+
+@pytest.fixture
+def no_fmoe(monkeypatch, tmp_path):
+    """A Python without fmoe, and a folder on its path to put one there."""
+    forget("fmoe", "fmoe_cuda")
+    hidden = {Path(spec.origin).parent for name in ("fmoe", "fmoe_cuda") if (spec := find_spec(name))}
+    roots = {str(path) for folder in hidden for path in (folder, folder.parent)}
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(path for path in sys.path if path not in roots)])
+    yield tmp_path
+    forget("fmoe", "fmoe_cuda")
+
+
+def name_of(options) -> str:
+    return "-".join(str(value) for value in options.values())
+
+
+@pytest.mark.parametrize("options", cases(), ids=name_of)
+def test_equals_the_torch_engine_while_k_changes(fmoe, options):
+    assert {1, 2, N // 2, N} <= set(KS)
+    differences = compare(options)
+    assert max(differences.values()) <= TOLERANCE, differences
+
+
+def test_equals_it_in_double_precision(fmoe):
+    differences = compare({"router": "learned", "score": "softmax_before_topk"}, dtype=torch.float64)
+    assert max(differences.values()) <= 1e-12, differences
+
+
+def engines(**options):
+    fast, plain = (make_layer(engine, "cpu", **options) for engine in ("fastmoe", "torch"))
+    plain.load_state_dict(fast.state_dict())
+    return fast, plain
+
+
+def test_it_is_fmoe_that_computes(fmoe):
+    import fmoe as package
+
+    layer, plain = engines()
+    assert isinstance(layer.fmoe, package.FMoE) and layer.engine == "fastmoe"
+    assert list(layer.state_dict()) == list(plain.state_dict()) and plain.fmoe is None
+    asked = []
+    layer.fmoe.gate.register_forward_hook(lambda gate, args, output: asked.append(output[0].shape))
+    layer.top_k = 3
+    layer(torch.randn(2, 5, D))
+    assert asked == [(10, 3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", ["autocast", "weights"])
+def test_half_precision(fmoe, dtype, way):
+    fast, plain = engines(router="learned", top_k=3)
+    if way == "weights":
+        fast, plain = fast.to(dtype), plain.to(dtype)
+    x = torch.randn(30, D).to(dtype if way == "weights" else torch.float32)
+    outputs, gradients = [], []
+    for layer in (fast, plain):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=way == "autocast"):
+            y = layer(leaf)
+        y.float().sum().backward()
+        assert leaf.grad.dtype == x.dtype
+        outputs.append(y)
+        gradients.append([leaf.grad, *(p.grad for p in layer.parameters())])
+        assert all(p.grad.dtype == p.dtype for p in layer.parameters())
+    tolerance = {torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    torch.testing.assert_close(*outputs, atol=tolerance, rtol=tolerance)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=4 * b.abs().max().item() * tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("router", ["random", "learned", "uniform", "hash"])
+def test_no_tokens(fmoe, router):
+    layer, _ = engines(router=router, top_k=3)
+    x = torch.randn(2, 0, D, requires_grad=True)
+    with record_routing(layer) as routings:
+        y = layer(x, token_ids=torch.zeros(2, 0, dtype=torch.int64))
+    assert routings[0].indices.shape == (0, 3)
+    y.sum().backward()
+    assert y.shape == x.shape == x.grad.shape
+    assert all((p.grad == 0).all() for p in layer.experts.parameters())
+
+
+def test_input_that_is_not_contiguous(fmoe):
+    fast, plain = engines(top_k=N)
+    x = torch.randn(D, 4, 6).permute(2, 1, 0)
+    torch.testing.assert_close(fast(x), plain(x), atol=TOLERANCE, rtol=TOLERANCE)
+    wide = torch.randn(5, 3 * D)
+    torch.testing.assert_close(fast(wide[:, ::3]), plain(wide[:, ::3]), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_experts_without_tokens_and_slots_without_experts(fmoe):
+    fast, plain = engines(router="learned", top_k=2)
+    x = torch.randn(6, D)
+    indices = torch.tensor([[1, 2], [2, -1], [-1, -1], [1, 5], [-1, 5], [2, 1]])
+    routing = smoe.Routing(indices, torch.rand(6, 2), None, absent=True)
+    wanted = smoe.compute.PATHS["grouped"](x, plain.experts, routing)
+    torch.testing.assert_close(fast.fmoe(x, fast.experts, routing), wanted, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_layer_can_be_copied_pickled_and_run_without_gradients(fmoe):
+    layer, _ = engines(router="learned", top_k=3)
+    x = torch.randn(8, D)
+    y = layer(x)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), y)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(layer(x), y)
+
+
+def test_a_compiled_model_runs_it_uncompiled(fmoe):
+    layer, _ = engines(router="learned", top_k=3)
+    x = torch.randn(8, D)
+    assert torch.equal(torch.compile(layer, backend="eager")(x), layer(x))
+    torch.compiler.reset()  # what is compiled counts towards a limit on recompilations of the same code
+
+
+def test_slimmed_experts_and_dropout(fmoe):
+    layer, plain = engines(router="random", top_k=3)
+    x = torch.randn(20, D)
+    votes = {"": torch.tensor([5, 1, 4, 0, 3, 2, 9, 8])}
+    for each in (layer, plain):
+        smoe.slim(each, votes, keep=4)
+    torch.testing.assert_close(layer(x), plain(x), atol=TOLERANCE, rtol=TOLERANCE)
+    dropping = SMoE(D, H, N, 2, engine="fastmoe", dropout=1.0, bias=False)
+    assert (dropping(x) == 0).all() and (dropping.eval()(x) != 0).any()
+
+
+def test_modulize_takes_the_engine(fmoe):
+    encoder = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    x = torch.randn(2, 3, 16)
+    wanted = encoder(x)
+    smoe.modulize(encoder, num_experts=4, score="sum", engine="fastmoe")
+    (layer,) = (layer for _, layer in smoe.smoe_layers(encoder))
+    assert layer.engine == "fastmoe"
+    torch.testing.assert_close(encoder(x), wanted, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    message = str(error.value)
+    assert "\n" not in message and message.startswith("engine is 'fastmoe'") and "docs/fastmoe.md" in message
+    return message
+
+
+def test_without_fmoe_asking_for_it_is_one_clear_line(no_fmoe):
+    with pytest.raises(ValueError) as error:
+        SMoE(D, H, N, engine="fastmoe")
+    assert "no package fmoe" in one_line(error)
+    assert SMoE(D, H, N).engine == SMoE(D, H, N, engine="torch").engine == "torch"
+
+
+def test_compiled_kernels_without_cuda_are_never_called(no_fmoe, monkeypatch):
+    (no_fmoe / "fmoe").mkdir()
+    (no_fmoe / "fmoe" / "__init__.py").write_text("raise SystemExit('imported')")
+    with pytest.raises(ValueError) as error:
+        SMoE(D, H, N, engine="fastmoe")
+    assert "no package fmoe_cuda" in one_line(error)
+    (no_fmoe / f"fmoe_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}").touch()
+    importlib.invalidate_caches()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError) as error:
+        SMoE(D, H, N, engine="fastmoe")
+    assert "CUDA" in one_line(error)
+    assert SMoE(D, H, N).engine == "torch"
+
+
+def test_an_fmoe_that_does_not_import_is_named(no_fmoe, monkeypatch):
+    (no_fmoe / "fmoe.py").write_text("import a_package_it_needs")
+    (no_fmoe / "fmoe_cuda.py").touch()
+    with pytest.raises(ValueError) as error:
+        SMoE(D, H, N, engine="fastmoe")
+    assert "a_package_it_needs" in one_line(error)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert SMoE(D, H, N).engine == "torch"
+
+
+def test_options_that_say_nothing_with_fmoe(fmoe):
+    with pytest.raises(ValueError, match="compute is 'grouped'.*'auto'"):
+        SMoE(D, H, N, engine="fastmoe", compute="grouped")
+
+
+def test_auto_finds_it_with_cuda_alone(fmoe, monkeypatch):
+    assert SMoE(D, H, N).engine == "torch"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    layer = SMoE(D, H, N, 2)
+    assert layer.engine == "auto" and layer.fmoe is not None
+    assert SMoE(D, H, N, compute="grouped").engine == "torch"
+    wanted = make_layer("torch", "cpu", top_k=2)
+    layer.load_state_dict(wanted.state_dict())
+    x = torch.randn(4, D)
+    assert torch.equal(layer(x), wanted(x))  # on a CPU
+
+
+def test_a_model_on_the_cpu_is_told_so(fmoe, monkeypatch):
+    layer, _ = engines()
+    monkeypatch.setattr("smoe.fastmoe.kernels_are_compiled", lambda: True)
+    with pytest.raises(ValueError, match="x is on cpu.*CUDA"):
+        layer(torch.randn(2, D))
+
+
+@needs_fmoe
+def test_fmoe_itself_was_tested():
+    import fmoe as package
+
+    assert DOUBLE not in Path(package.__file__).parents
+
+
+@needs_fmoe
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda():
+    for options in cases():
+        differences = compare(options, device="cuda")
+        # Sums in another order, on another device.
+        assert max(differences.values()) <= 1e-4, (options, differences)
