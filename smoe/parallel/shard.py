@@ -33,6 +33,10 @@ def parallelize(model: nn.Module, groups: ParallelGroups) -> nn.Module:
             raise ValueError(f"{where} has {layer.num_experts} experts, which expert_parallel = {size} does not divide")
         if layer.dispatch is not None:
             raise ValueError(f"the experts of {where} are spread over ranks already; parallelize a model once")
+        if layer.engine == "fastmoe":
+            from ..fastmoe import check_spread
+
+            check_spread(groups)
     if size == 1:
         return model
     seen: set[int] = set()
@@ -44,7 +48,8 @@ def parallelize(model: nn.Module, groups: ParallelGroups) -> nn.Module:
         if id(layer.experts) not in seen:  # layers may share their experts
             seen.add(id(layer.experts))
             _keep_slice(layer, groups)
-        layer.dispatch = Dispatch(layer.num_experts, groups)
+        fastmoe = layer.engine == "fastmoe"
+        layer.dispatch = layer.fmoe.spread(groups) if fastmoe else Dispatch(layer.num_experts, groups)
     ignore_experts_in_ddp(model)
     return model
 

@@ -9,16 +9,18 @@ import importlib
 import importlib.machinery
 import pickle
 import sys
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
 import smoe
 from benchmarks.fastmoe_parity import KS, D, H, N, cases, compare, make_layer
 from smoe import SMoE, record_routing
 from smoe.engine import fastmoe_obstacle, kernels_are_compiled
+from smoe.parallel import ParallelGroups, parallelize
 
 DOUBLE = Path(__file__).with_name("fmoe_double")
 TOLERANCE = 1e-5
@@ -49,11 +51,10 @@ def fmoe(monkeypatch):
 
 @pytest.fixture
 def no_fmoe(monkeypatch, tmp_path):
-    """A Python without fmoe, and a folder on its path to put one there."""
+    """A Python that sees no fmoe but what is put into the folder."""
     forget("fmoe", "fmoe_cuda")
-    hidden = {Path(spec.origin).parent for name in ("fmoe", "fmoe_cuda") if (spec := find_spec(name))}
-    roots = {str(path) for folder in hidden for path in (folder, folder.parent)}
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *(path for path in sys.path if path not in roots)])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("smoe.engine.find_spec", lambda name: PathFinder.find_spec(name, [str(tmp_path)]))
     yield tmp_path
     forget("fmoe", "fmoe_cuda")
 
@@ -157,9 +158,16 @@ def test_a_layer_can_be_copied_pickled_and_run_without_gradients(fmoe):
 
 
 def test_a_compiled_model_runs_it_uncompiled(fmoe):
-    layer, _ = engines(router="learned", top_k=3)
+    compiling = []
+
+    def activation(x):
+        compiling.append(torch.compiler.is_compiling())
+        return x.relu()
+
+    layer, _ = engines(router="learned", top_k=3, activation=activation)
     x = torch.randn(8, D)
     assert torch.equal(torch.compile(layer, backend="eager")(x), layer(x))
+    assert compiling == [False, False]
     torch.compiler.reset()  # what is compiled counts towards a limit on recompilations of the same code
 
 
@@ -251,6 +259,37 @@ def test_fmoe_itself_was_tested():
     import fmoe as package
 
     assert DOUBLE not in Path(package.__file__).parents
+
+
+def spread_equals_one_process(rank: int, expert_parallel: int, some: slice) -> dict[str, float]:
+    groups = ParallelGroups.create(expert_parallel, timeout=60)
+    results = [compare(options, groups) for options in cases()[some]]
+    return {what: max(result[what] for result in results) for what in results[0]}
+
+
+@needs_fmoe
+@pytest.mark.distributed
+@pytest.mark.parametrize(("world_size", "expert_parallel", "some"), [(2, 2, slice(None)), (4, 2, slice(3, 6))])
+def test_spread_over_ranks_equals_one_process(world_size, expert_parallel, some):
+    for differences in run_ranks(spread_equals_one_process, world_size, expert_parallel, some):
+        assert max(differences.values()) <= TOLERANCE, differences
+
+
+def test_spreading_needs_nccl_and_one_group(fmoe, monkeypatch):
+    import fmoe_cuda
+
+    layer, _ = engines()
+    one, other = (ParallelGroups(0, 2, 2, 0, object(), 1, None) for _ in range(2))
+    monkeypatch.delattr(fmoe_cuda, "global_scatter", raising=False)
+    with pytest.raises(ValueError, match="expert_parallel.*NCCL"):
+        parallelize(layer, one)
+    monkeypatch.setattr(fmoe_cuda, "global_scatter", None, raising=False)
+    from smoe.fastmoe import check_spread
+
+    check_spread(one), check_spread(one)
+    with pytest.raises(ValueError, match="one expert-parallel group a process"):
+        parallelize(layer, other)
+    assert layer.dispatch is None and layer.experts.up.shape[0] == N
 
 
 @needs_fmoe
