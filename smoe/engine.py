@@ -15,26 +15,35 @@ ENGINES = ("auto", "torch", "fastmoe")
 _HELP = "docs/fastmoe.md says how to install it, engine='torch' needs nothing"
 
 
-def make_fastmoe(engine: str, compute: str, num_experts: int, d_model: int) -> FastMoE | None:
-    """The FMoE layer that ``engine`` asks for: always with ``fastmoe``, with ``auto`` where there are fmoe and CUDA.
+def resolve_engine(engine: str, compute: str = "auto") -> str:
+    """What ``engine`` comes to here: ``auto`` is ``torch`` unless there are fmoe and a CUDA device.
+
+    ``compute`` is SMoE's: with the name of a path PyTorch computes.
 
     Raises:
         ValueError: the engine is unknown; or it is ``fastmoe`` and fmoe can't run here, or ``compute`` names a path.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}; it must be one of {', '.join(ENGINES)}")
-    if engine == "torch" or engine == "auto" and (compute != "auto" or not torch.cuda.is_available()):
-        return None
+    if engine == "torch":
+        return engine
+    if engine == "auto":
+        found = compute == "auto" and torch.cuda.is_available() and fastmoe_obstacle() is None
+        return "auto" if found else "torch"
     if compute != "auto":
         raise ValueError(f"compute is {compute!r}; with engine 'fastmoe' it must be 'auto': fmoe has its own ways")
-    obstacle = fastmoe_obstacle()
-    if obstacle is None:
-        from .fastmoe import FastMoE
-
-        return FastMoE(num_experts, d_model)
-    if engine == "fastmoe":
+    if obstacle := fastmoe_obstacle():
         raise ValueError(f"engine is 'fastmoe', but {obstacle}; {_HELP}")
-    return None
+    return engine
+
+
+def make_fastmoe(engine: str, num_experts: int, d_model: int) -> FastMoE | None:
+    """The FMoE layer that a resolved ``engine`` needs."""
+    if engine == "torch":
+        return None
+    from .fastmoe import FastMoE
+
+    return FastMoE(num_experts, d_model)
 
 
 def fastmoe_obstacle() -> str | None:

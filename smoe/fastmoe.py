@@ -83,9 +83,7 @@ class FastMoE(FMoE):
     def _run(self, x: Tensor, experts: Experts, routing: Routing) -> Tensor:
         device = x.device.type
         if device != "cuda" and kernels_are_compiled():
-            raise ValueError(
-                f"x is on {device}; fastmoe computes on CUDA devices alone: move the model or engine='torch'"
-            )
+            raise ValueError(f"x is on {device}; engine 'fastmoe' computes on CUDA devices alone, 'torch' on all")
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         num_tokens = x.shape[0]
         if num_tokens == 0:

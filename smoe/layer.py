@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from .compute import check_compute, choose
-from .engine import make_fastmoe
+from .engine import make_fastmoe, resolve_engine
 from .experts import Experts, check_divisible
 from .router import Routing, make_router
 
@@ -84,8 +84,8 @@ class SMoE(nn.Module):
             num_experts, d_model, d_expert, activation=activation, bias=bias, gated=gated, dropout=dropout
         )
         # Has no parameters: what there is to save is the same with every engine.
-        self.fmoe = make_fastmoe(engine, compute, num_experts, d_model)
-        self.engine = "torch" if self.fmoe is None else engine
+        self.engine = resolve_engine(engine, compute)
+        self.fmoe = make_fastmoe(self.engine, num_experts, d_model)
         # Takes tokens to experts on other ranks and back (see smoe.parallel); None: all experts are here.
         self.dispatch: Dispatch | None = None
 

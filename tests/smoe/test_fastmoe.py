@@ -11,6 +11,7 @@ import pickle
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from ranks import run_ranks
 import smoe
 from benchmarks.fastmoe_parity import KS, D, H, N, cases, compare, make_layer
 from smoe import SMoE, record_routing
+from smoe.compute import PATHS, choose
 from smoe.engine import fastmoe_obstacle, kernels_are_compiled
 from smoe.parallel import ParallelGroups, parallelize
 
@@ -142,7 +144,7 @@ def test_experts_without_tokens_and_slots_without_experts(fmoe):
     x = torch.randn(6, D)
     indices = torch.tensor([[1, 2], [2, -1], [-1, -1], [1, 5], [-1, 5], [2, 1]])
     routing = smoe.Routing(indices, torch.rand(6, 2), None, absent=True)
-    wanted = smoe.compute.PATHS["grouped"](x, plain.experts, routing)
+    wanted = PATHS["grouped"](x, plain.experts, routing)
     torch.testing.assert_close(fast.fmoe(x, fast.experts, routing), wanted, atol=TOLERANCE, rtol=TOLERANCE)
 
 
@@ -244,6 +246,20 @@ def test_auto_finds_it_with_cuda_alone(fmoe, monkeypatch):
     layer.load_state_dict(wanted.state_dict())
     x = torch.randn(4, D)
     assert torch.equal(layer(x), wanted(x))  # on a CPU
+
+
+def test_auto_takes_it_for_the_loop_over_experts_on_cuda_alone():
+    layer, mine = SMoE(128, 8 * 256, 8, 4), object()
+
+    def chosen(device: str, dtype: torch.dtype, k: int):
+        x = SimpleNamespace(device=torch.device(device), dtype=dtype)  # there need be no such device
+        layer.top_k = k
+        return choose("auto", x, layer.experts, layer.router(torch.randn(3, 128)), mine)
+
+    assert chosen("cuda", torch.float32, 4) is mine
+    assert chosen("cuda", torch.bfloat16, 4) is PATHS["grouped_mm"]
+    assert chosen("cuda", torch.float32, 8) is PATHS["dense"]
+    assert chosen("cpu", torch.float32, 4) is PATHS["grouped"]
 
 
 def test_a_model_on_the_cpu_is_told_so(fmoe, monkeypatch):
