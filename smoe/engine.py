@@ -7,6 +7,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+
+from .compute import PATHS
+from .compute.choose import Compute
 
 if TYPE_CHECKING:
     from .fastmoe import FastMoE
@@ -44,6 +48,17 @@ def make_fastmoe(engine: str, num_experts: int, d_model: int) -> FastMoE | None:
     from .fastmoe import FastMoE
 
     return FastMoE(num_experts, d_model)
+
+
+def replace_grouped(path: Compute, fmoe: FastMoE | None, x: Tensor) -> Compute:
+    """The path that ``auto`` takes for x: what ``smoe.compute`` chose, or ``fmoe`` in place of ``grouped`` on CUDA.
+
+    Both compute one expert after the other, FMoE on several streams. Where another path was chosen FMoE would lose: it
+    copies every row k times, waits for the device several times a pass, and can't be compiled.
+    """
+    if fmoe is None or x.device.type != "cuda" or torch.compiler.is_compiling():
+        return path
+    return fmoe if path is PATHS["grouped"] else path
 
 
 def fastmoe_obstacle() -> str | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from .compute import check_compute, choose
-from .engine import make_fastmoe, resolve_engine
+from .engine import make_fastmoe, replace_grouped, resolve_engine
 from .experts import Experts, check_divisible
 from .router import Routing, make_router
 
@@ -135,7 +135,8 @@ class SMoE(nn.Module):
             return self.fmoe(x, self.experts, routing)
         # A path with its own backward computes the activation twice, which would drop other units the second time.
         compute = "reference" if self.experts.drops else self.compute
-        return choose(compute, x, self.experts, routing, self.fmoe)(x, self.experts, routing)
+        path = choose(compute, x, self.experts, routing)
+        return replace_grouped(path, self.fmoe, x)(x, self.experts, routing)
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_hidden={self.d_hidden}, output_scale={self.output_scale}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from ..experts import Experts
@@ -26,21 +25,14 @@ PATHS: dict[str, Compute] = {
 TINY_EXPERT = 1 << 14
 
 
-def choose(name: str, x: Tensor, experts: Experts, routing: Routing, fastmoe: Compute | None = None) -> Compute:
-    """The path called ``name``, or for ``auto`` the fastest one known for this input.
-
-    ``fastmoe``, where there is one, takes the place of ``grouped`` on CUDA devices: both compute one expert after the
-    other, it on several streams. At k = N it would copy every row N times, and it cannot be compiled.
-    """
+def choose(name: str, x: Tensor, experts: Experts, routing: Routing) -> Compute:
+    """The path called ``name``, or for ``auto`` the fastest one known for this input."""
     if name == "auto":
         everything = routing.indices.shape[1] == experts.num_experts and not routing.absent
         tiny = experts.d_model * experts.d_expert <= TINY_EXPERT
         if everything or tiny:
             return PATHS["dense"]
-        if grouped_mm.usable(x, experts):
-            return PATHS["grouped_mm"]
-        replaced = fastmoe is not None and x.device.type == "cuda" and not torch.compiler.is_compiling()
-        return fastmoe if replaced else PATHS["grouped"]
+        return PATHS["grouped_mm" if grouped_mm.usable(x, experts) else "grouped"]
     return PATHS[name]
 
 
