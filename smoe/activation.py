@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# (gradient of the output, saved, tensor that may take the result or None) -> gradient of the input
+# (gradient of the output, saved, tensor that takes the result or None) -> gradient of the input
 Backward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -21,20 +21,26 @@ class Activation:
 
     saves_output = False
 
-    def __init__(self, name: str, forward: Callable[[Tensor], Tensor], backward: Backward):
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[[Tensor], Tensor],
+        backward: Backward,
+        forward_out: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):
         self.name = name
         self._forward = forward
         self._backward = backward
+        self._forward_out = forward_out
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._forward(x)
-
-    def forward_(self, x: Tensor) -> Tensor:
-        """The same, and x may be overwritten with it."""
-        return self._forward(x)
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The function of x; without gradients it may be written to ``out``, which then is what is returned."""
+        if out is None:
+            return self._forward(x)
+        return out.copy_(self._forward(x)) if self._forward_out is None else self._forward_out(x, out)
 
     def backward(self, grad: Tensor, saved: Tensor, out: Tensor | None = None) -> Tensor:
-        """d loss / d input, from d loss / d output and what was saved; ``out`` may be used for it (and be ``grad``)."""
+        """d loss / d input, from d loss / d output and what was saved; written to ``out``, which may be one of them."""
         return self._backward(grad, saved, out)
 
     def __reduce__(self):
@@ -60,15 +66,13 @@ class _ReLU(Activation):
     def __init__(self) -> None:
         super().__init__("relu", F.relu, _out_variant(torch.ops.aten.threshold_backward, 0))
 
-    def forward_(self, x: Tensor) -> Tensor:
-        return x.relu_()
-
 
 def _by_autograd(function: Callable[[Tensor], Tensor]) -> Backward:
     def backward(grad: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            return torch.autograd.grad(function(x), x, grad)[0]
+            (grad_x,) = torch.autograd.grad(function(x), x, grad)
+        return grad_x if out is None else out.copy_(grad_x)
 
     return backward
 
@@ -76,13 +80,14 @@ def _by_autograd(function: Callable[[Tensor], Tensor]) -> Backward:
 _aten = torch.ops.aten
 ACTIVATIONS = {
     "relu": _ReLU(),
-    "gelu": Activation("gelu", F.gelu, _out_variant(_aten.gelu_backward)),
+    "gelu": Activation("gelu", F.gelu, _out_variant(_aten.gelu_backward), lambda x, out: _aten.gelu.out(x, out=out)),
     "gelu_tanh": Activation(
         "gelu_tanh",
         lambda x: F.gelu(x, approximate="tanh"),
         _out_variant(_aten.gelu_backward, approximate="tanh"),
+        lambda x, out: _aten.gelu.out(x, approximate="tanh", out=out),
     ),
-    "silu": Activation("silu", F.silu, _out_variant(_aten.silu_backward)),
+    "silu": Activation("silu", F.silu, _out_variant(_aten.silu_backward), lambda x, out: _aten.silu.out(x, out=out)),
 }
 
 

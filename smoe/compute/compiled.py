@@ -1,7 +1,7 @@
 """The fast paths as operators that torch.compile takes into its graph whole, instead of breaking the graph at them.
 
 A graph needs sizes that don't depend on the routing, so what forward keeps for backward comes as one tensor of the
-largest size that it can have: (k * T + N * padding, h). Filling it is one copy of the hidden units.
+largest size that it can have. Filling it is one copy of the hidden units.
 """
 
 from __future__ import annotations
@@ -10,16 +10,22 @@ import torch
 from torch import Tensor
 
 from ..activation import ACTIVATIONS
-from . import fused
 
 
-def capacity(x: Tensor, weights: Tensor, indices: Tensor | None, merge: int, up: Tensor, gated: bool) -> tuple:
-    """The shape of the tensor that holds all that is kept."""
-    num_experts, h = up.shape[0], up.shape[1]
-    rows = weights.numel() // merge
+def _kernel(indices: Tensor | None):
+    from . import dense, grouped
+
+    return dense.KERNEL if indices is None else grouped.KERNEL
+
+
+def capacity(x: Tensor, weights: Tensor, indices: Tensor | None, up: Tensor, gated: bool) -> int:
+    """The most elements that all that is kept can have."""
+    from .grouped import row_multiple
+
+    pairs, (num_experts, h) = weights.numel(), up.shape[:2]
     if indices is not None:
-        rows = rows + num_experts * fused.multiple_of(x, weights.numel(), num_experts)
-    return (rows * (2 if gated else 1), merge * h)
+        pairs = pairs + num_experts * row_multiple(x, pairs, num_experts)
+    return pairs * h * (2 if gated else 1)
 
 
 @torch.library.custom_op("smoe::experts", mutates_args=())
@@ -27,7 +33,6 @@ def experts_op(
     x: Tensor,
     weights: Tensor,
     indices: Tensor | None,
-    merge: int,
     activation: str,
     up: Tensor,
     up_bias: Tensor | None,
@@ -37,16 +42,16 @@ def experts_op(
     down_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     parameters = [None if p is None else p.to(x.dtype) for p in (up, up_bias, gate, gate_bias, down, down_bias)]
-    y, saved = fused.forward(x, weights.to(x.dtype), indices, merge, ACTIVATIONS[activation], parameters, True)
-    kept = x.new_empty(capacity(x, weights, indices, merge, up, gate is not None))
+    y, saved = _kernel(indices).forward(x, weights.to(x.dtype), indices, ACTIVATIONS[activation], parameters, True)
+    kept = x.new_empty(capacity(x, weights, indices, up, gate is not None))
     if saved:
-        torch.cat(saved, out=kept[: sum(s.shape[0] for s in saved)])
+        torch.cat([s.view(-1) for s in saved], out=kept[: sum(s.numel() for s in saved)])
     return y, kept
 
 
 @experts_op.register_fake
-def _(x, weights, indices, merge, activation, up, up_bias, gate, gate_bias, down, down_bias):
-    return torch.empty_like(x), x.new_empty(capacity(x, weights, indices, merge, up, gate is not None))
+def _(x, weights, indices, activation, up, up_bias, gate, gate_bias, down, down_bias):
+    return torch.empty_like(x), x.new_empty(capacity(x, weights, indices, up, gate is not None))
 
 
 @torch.library.custom_op("smoe::experts_backward", mutates_args=())
@@ -56,7 +61,6 @@ def experts_backward_op(
     x: Tensor,
     weights: Tensor,
     indices: Tensor | None,
-    merge: int,
     activation: str,
     up: Tensor,
     up_bias: Tensor | None,
@@ -71,39 +75,36 @@ def experts_backward_op(
     dtypes = [None if p is None else p.dtype for p in originals]
     saved = []
     if x.shape[0]:
-        plan = fused.make_plan(x, indices, up.shape[0], merge)
-        sizes = [end - start for start, end in plan.spans] * (1 if gate is None else 2)
-        saved = list(kept[: sum(sizes)].split(sizes))
-    grad_x, grad_weights, grads = fused.backward(
-        grad_y.contiguous(), x, weights.to(x.dtype), indices, merge, ACTIVATIONS[activation], cast, saved,
-        need_weights, dtypes,
+        shapes = _kernel(indices).shapes(x, indices, *up.shape[:2]) * (1 if gate is None else 2)
+        sizes = [rows * width for rows, width in shapes]
+        parts = kept[: sum(sizes)].split(sizes)
+        saved = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    grad_x, grad_weights, grads = _kernel(indices).backward(
+        grad_y.contiguous(), x, weights.to(x.dtype), indices, ACTIVATIONS[activation], cast, saved,
+        need_weights, dtypes, False,
     )  # fmt: skip
     grad_weights = torch.zeros_like(weights) if grad_weights is None else grad_weights.to(weights.dtype)
     return [grad_x, grad_weights, *(g for g in grads if g is not None)]
 
 
 @experts_backward_op.register_fake
-def _(
-    grad_y, kept, x, weights, indices, merge, activation, up, up_bias, gate, gate_bias, down, down_bias, need_weights
-):
+def _(grad_y, kept, x, weights, indices, activation, up, up_bias, gate, gate_bias, down, down_bias, need_weights):
     present = [p for p in (up, up_bias, gate, gate_bias, down, down_bias) if p is not None]
     return [torch.empty_like(x), torch.empty_like(weights), *(torch.empty_like(p) for p in present)]
 
 
 def _setup(ctx, inputs, output):
-    x, weights, indices, merge, activation, *parameters = inputs
+    x, weights, indices, activation, *parameters = inputs
     ctx.save_for_backward(output[1], x, weights, indices, *parameters)
-    ctx.merge, ctx.activation = merge, activation
+    ctx.activation = activation
 
 
 def _backward(ctx, grad_y, grad_kept):
     kept, x, weights, indices, *parameters = ctx.saved_tensors
-    grads = experts_backward_op(
-        grad_y, kept, x, weights, indices, ctx.merge, ctx.activation, *parameters, ctx.needs_input_grad[1]
-    )
+    grads = experts_backward_op(grad_y, kept, x, weights, indices, ctx.activation, *parameters, ctx.needs_input_grad[1])
     grad_x, grad_weights, *rest = grads
     rest = iter(rest)
-    return grad_x, grad_weights, None, None, None, *(None if p is None else next(rest) for p in parameters)
+    return grad_x, grad_weights, None, None, *(None if p is None else next(rest) for p in parameters)
 
 
 experts_op.register_autograd(_backward, setup_context=_setup)

@@ -1,14 +1,232 @@
-"""Grouped: every expert computes the tokens that chose it, and no others. k/N of the dense MLP's arithmetic."""
+"""Grouped: every expert computes the tokens that chose it, and no others. k/N of the dense MLP's arithmetic.
+
+What makes it fast, on a CPU above all:
+
+- the outputs of a token's experts are summed by one embedding bag, which applies the routing weights in passing;
+- temporaries are one expert's or one chunk's, used again and again, so that they stay in the cache and no fresh pages
+  have to be fetched from the system (for the dense MLP of PyTorch that costs as much as some of its products);
+- the product with the routing weight, where it has to be made, is made on the narrower side, d or h;
+- backward keeps x and one tensor of hidden units, whose gradient takes its place, and gathers rows anew; the bias of
+  the second layer, its gradient, and its part in the gradient of the routing weights are one small product each for all
+  experts together.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
+import torch
 from torch import Tensor
 
+from ..activation import Activation
 from ..experts import Experts
 from ..router import Routing
-from . import fused
+from .dense import activated
+from .function import Kernel, empty_gradients, run
+from .plan import Plan, dense_weights, local_position, make_plan
+from .products import combine, group_dots, hidden_units, linear, mm_into
+
+# Bytes that the outputs of the pairs of one chunk may take: a chunk that stays in the cache is summed faster, a larger
+# one makes larger products.
+CHUNK_BYTES = 24 << 20
+# oneDNN, which runs products of 16 bits on a CPU, compiles a kernel for every new number of rows: several
+# milliseconds, more than the product itself takes, and routing makes new numbers at every step. So the rows of an
+# expert are padded to a multiple of this, or of about 1/16 of what an expert gets if that is more: the numbers soon
+# repeat, and all kernels fit into oneDNN's cache (1024 of them). It costs about 3 % of superfluous rows.
+PADDING = 64
 
 
 def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
     """x (T, d) -> y (T, d), the same numbers as ``reference.compute``. Not differentiable twice."""
-    return fused.run(x, routing.weights, routing.indices, 1, experts)
+    return run(KERNEL, x, routing.weights, routing.indices, experts)
+
+
+def forward(
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    activation: Activation,
+    parameters: list[Tensor | None],
+    keep: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """y (T, d), and (if ``keep``) what ``backward`` wants saved: one tensor an expert, two if they are gated."""
+    num_experts, gated = parameters[0].shape[0], parameters[2] is not None
+    up, up_bias, gate, gate_bias, down, _ = (_each(p, num_experts) for p in parameters)
+    y = x.new_empty(x.shape)
+    if x.shape[0] == 0:
+        return y, []
+    plan = plan_for(x, indices, num_experts)
+    weights = _without_absent(weights, plan)
+    gather = _Rows(plan, x)
+    kept = []
+    for e in range(num_experts):
+        xe = gather(e)
+        if not gated:
+            kept.append([hidden_units(xe, up[e], up_bias[e], activation)])
+        else:
+            kept.append([linear(xe, up[e], up_bias[e]), hidden_units(xe, gate[e], gate_bias[e], activation)])
+    outputs, longest = _Outputs(plan, x), max(stop - start for c in plan.chunks for start, stop in c[2])
+    buffer = x.new_empty(longest, up[0].shape[0])
+    for c, (first, end, spans) in enumerate(plan.chunks):
+        pairs = outputs.of(spans)
+        for e, (start, stop) in enumerate(spans):
+            part = slice(start - plan.spans[e][0], stop - plan.spans[e][0])
+            hidden = activated([k[part] for k in kept[e]], activation, buffer[: stop - start])
+            torch.mm(hidden, down[e], out=next(pairs))
+        combine(outputs.filled, local_position(plan, c, indices), weights[first:end], y[first:end])
+    if parameters[5] is not None:
+        y.addmm_(dense_weights(weights, indices, num_experts, plan.absent is not None), parameters[5])
+    return y, ([k for ke in zip(*kept, strict=True) for k in ke] if keep else [])
+
+
+def backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    activation: Activation,
+    parameters: list[Tensor | None],
+    saved: list[Tensor],
+    need_weights: bool,
+    dtypes: list[torch.dtype | None],
+    reuse: bool,
+) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    """See ``Kernel``."""
+    grads = empty_gradients(parameters, dtypes, zero=x.shape[0] == 0)
+    grad_x = torch.empty_like(x)
+    if x.shape[0] == 0:
+        return grad_x, torch.zeros_like(weights) if need_weights else None, grads
+    (num_experts, width, d), gated = parameters[0].shape, parameters[2] is not None
+    up, _, gate, _, down, _ = (_each(p, num_experts) for p in parameters)
+    g_up, g_up_bias, g_gate, g_gate_bias, g_down, _ = (_each(g, num_experts) for g in grads)
+    plan = plan_for(x, indices, num_experts)
+    weights = _without_absent(weights, plan)
+    pair_weights = _by_pair(weights, plan)
+    # One more, for absent slots.
+    pair_grad = pair_weights.new_zeros(plan.num_pairs + 1, 1) if need_weights else None
+    # Where to multiply with the routing weight. "narrow": hidden units and their gradient, after grad_weights has been
+    # taken from it; else rows of x and grad_y (of grad_y alone, first thing, if grad_weights isn't asked for).
+    narrow = width < d if need_weights else 2 * width < d
+    late = need_weights and not narrow
+    longest = max(end - start for start, end in plan.spans)
+    gather_x, gather_g = _Rows(plan, x), _Rows(plan, grad_y)
+    buffers = [x.new_empty(longest, width) for _ in range(3 if gated else 2)]
+    scaled = [x.new_empty(longest, d) for _ in range(2 if late else 1)] if not narrow else []
+    grad_pre = []
+    for e, (start, end) in enumerate(plan.spans):
+        n = end - start
+        kept = [saved[e], saved[num_experts + e]] if gated else [saved[e]]
+        # What was kept is read for the last time where the gradient that takes its place is written.
+        grad_pre.append(kept if reuse else [torch.empty_like(s) for s in kept])
+        if n == 0:
+            for g in (g_up, g_up_bias, g_gate, g_gate_bias, g_down):
+                if g[e] is not None:
+                    g[e].zero_()
+            continue
+        xe, ge, we = gather_x(e), gather_g(e), pair_weights[start:end]
+        wg = ge if narrow else torch.mul(ge, we, out=scaled[0][:n])
+        grad_hidden, block, *more = (b[:n] for b in buffers)
+        torch.mm(ge if narrow or late else wg, down[e].t(), out=grad_hidden)
+        hidden = activated(kept, activation, block)
+        if need_weights:
+            group_dots(grad_hidden, hidden, 1, pair_grad[start:end])
+        mm_into(g_down[e], torch.mul(hidden, we, out=block).t() if narrow else hidden.t(), wg)
+        if narrow:
+            grad_hidden.mul_(we)
+        if gated:  # hidden = act(gate) * up
+            act = kept[1] if activation.saves_output else activation(kept[1], out=block)
+            grad_act = torch.mul(grad_hidden, kept[0], out=more[0])
+            torch.mul(grad_hidden, act, out=grad_pre[e][0])
+            activation.backward(grad_act, kept[1], out=grad_pre[e][1])
+        else:
+            activation.backward(grad_hidden, kept[0], out=grad_pre[e][0])
+        wx = torch.mul(xe, we, out=scaled[1][:n]) if late else xe
+        for grad, g_weight, g_bias in zip(grad_pre[e], (g_up, g_gate), (g_up_bias, g_gate_bias), strict=False):
+            mm_into(g_weight[e], grad.t(), wx)
+            if g_bias[e] is not None:
+                g_bias[e].copy_(torch.mm(we.t(), grad).squeeze(0) if late else grad.sum(0))
+    del buffers, scaled, gather_x, gather_g
+    outputs = _Outputs(plan, x)
+    # With gradients that carry no weight yet, the sum over a token's experts applies it.
+    factor = weights if late else None if plan.absent is None else (~plan.absent).to(x.dtype)
+    for c, (first, end, spans) in enumerate(plan.chunks):
+        pairs = outputs.of(spans)
+        for e, (start, stop) in enumerate(spans):
+            target, part = next(pairs), slice(start - plan.spans[e][0], stop - plan.spans[e][0])
+            if stop > start:
+                torch.mm(grad_pre[e][0][part], up[e], out=target)
+                if gated:
+                    target.addmm_(grad_pre[e][1][part], gate[e])
+        position = local_position(plan, c, indices)
+        combine(outputs.filled, position, None if factor is None else factor[first:end], grad_x[first:end])
+    grad_weights = pair_grad[plan.position.view(-1)].view(weights.shape) if need_weights else None
+    down_bias = parameters[5]
+    if down_bias is not None:
+        mm_into(grads[5], dense_weights(weights, indices, num_experts, plan.absent is not None).t(), grad_y)
+        if need_weights:
+            grad_weights += (grad_y @ down_bias.t()).gather(1, indices.clamp_min(0))
+    return grad_x, None if grad_weights is None else _without_absent(grad_weights, plan), grads
+
+
+def shapes(x: Tensor, indices: Tensor, num_experts: int, h: int) -> list[tuple[int, int]]:
+    """See ``Kernel``."""
+    return [(end - start, h) for start, end in plan_for(x, indices, num_experts).spans]
+
+
+KERNEL = Kernel(forward, backward, shapes)
+
+
+def plan_for(x: Tensor, indices: Tensor, num_experts: int) -> Plan:
+    """The plan for T > 0 tokens, in chunks of ``CHUNK_BYTES`` with padding where ``PADDING`` asks for it."""
+    num_tokens, d = x.shape
+    count = -(-num_tokens * indices.shape[1] * d * x.element_size() // CHUNK_BYTES)
+    return make_plan(indices, num_experts, -(-num_tokens // count), row_multiple(x, indices.numel(), num_experts))
+
+
+def row_multiple(x: Tensor, num_pairs: int, num_experts: int) -> int:
+    """What the rows of an expert are padded to a multiple of (see ``PADDING``)."""
+    if x.device.type == "cpu" and x.element_size() == 2:
+        return PADDING * max(1, num_pairs // (16 * PADDING * num_experts))
+    return 1
+
+
+class _Rows:
+    """The rows of ``x`` that an expert takes, gathered into one buffer that the next expert overwrites."""
+
+    def __init__(self, plan: Plan, x: Tensor) -> None:
+        self.plan, self.x = plan, x
+        self.buffer = x.new_empty(max(end - start for start, end in plan.spans), x.shape[1])
+
+    def __call__(self, expert: int) -> Tensor:
+        start, end = self.plan.spans[expert]
+        return torch.index_select(self.x, 0, self.plan.rows[start:end], out=self.buffer[: end - start])
+
+
+class _Outputs:
+    """The (pairs, d) outputs of one chunk after the other, expert after expert, in one buffer."""
+
+    def __init__(self, plan: Plan, x: Tensor) -> None:
+        most = max(sum(stop - start for start, stop in spans) for _, _, spans in plan.chunks)
+        self.buffer = x.new_empty(most, x.shape[1])
+
+    def of(self, spans: list[tuple[int, int]]) -> Iterator[Tensor]:
+        """Where each expert's outputs of a chunk go; ``filled`` are all of them."""
+        sizes = [stop - start for start, stop in spans]
+        self.filled = self.buffer[: sum(sizes)]
+        return iter(self.filled.split(sizes))
+
+
+def _each(parameter: Tensor | None, num_experts: int) -> Sequence[Tensor | None]:
+    """One view an expert, or one None an expert."""
+    return [None] * num_experts if parameter is None else parameter.unbind(0)
+
+
+def _by_pair(weights: Tensor, plan: Plan) -> Tensor:
+    """Weights (T, k) -> (P, 1), in the order of the pairs, 0 for padding."""
+    out = weights.new_zeros(plan.num_pairs + 1)
+    out[plan.position.view(-1)] = weights.reshape(-1)
+    return out[:-1].unsqueeze(1)
+
+
+def _without_absent(weights: Tensor, plan: Plan) -> Tensor:
+    return weights if plan.absent is None else weights.masked_fill(plan.absent, 0)

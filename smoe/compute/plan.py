@@ -9,19 +9,18 @@ from torch import Tensor
 
 
 class Plan(NamedTuple):
-    """The P (token, unit) pairs, unit after unit, and in the order of the tokens within a unit.
+    """The P (token, expert) pairs, expert after expert, and in the order of the tokens within an expert.
 
-    A unit is what one matrix product computes: an expert, or several side by side where all tokens visit them.
-    A unit's pairs may be followed by padding: repetitions of its last pair, whose outputs nobody reads.
+    An expert's pairs may be followed by padding: repetitions of its last pair, whose outputs nobody reads.
 
-    rows: (P,) int64, the token of every pair; None if every unit takes all tokens, in their own order.
-    spans: one (start, end) a unit, its part of the pairs.
-    position: (T, K) int64, the pairs of every token; of an absent slot P.
-    absent: (T, K) bool, the slots without a unit; None if there are none.
-    chunks: (first token, end token, one (start, end) a unit): the pairs of a chunk of the tokens, and maybe some more.
+    rows: (P,) int64, the token of every pair.
+    spans: one (start, end) an expert, its part of the pairs.
+    position: (T, k) int64, the pairs of every token; of an absent slot P.
+    absent: (T, k) bool, the slots without an expert; None if there are none.
+    chunks: (first token, end token, one (start, end) an expert): the pairs of a chunk of tokens, and maybe some more.
     """
 
-    rows: Tensor | None
+    rows: Tensor
     spans: list[tuple[int, int]]
     position: Tensor
     chunks: list[tuple[int, int, list[tuple[int, int]]]]
@@ -32,7 +31,7 @@ class Plan(NamedTuple):
         return self.spans[-1][1]
 
 
-def gathered_plan(indices: Tensor, num_experts: int, chunk: int, multiple: int = 1) -> Plan:
+def make_plan(indices: Tensor, num_experts: int, chunk: int, multiple: int = 1) -> Plan:
     """The plan of (T, k) indices, with T > 0; ``chunk`` tokens (the last fewer) make a chunk. An index of -1 is absent.
 
     Every expert's pairs, of a chunk as of all, are padded to a multiple of ``multiple``.
@@ -45,7 +44,7 @@ def gathered_plan(indices: Tensor, num_experts: int, chunk: int, multiple: int =
     ends = member.view(-1).cumsum(0).view(num_experts, num_tokens)
     position = (ends - 1).t().gather(1, indices.clamp_min(0))
     rows = member.nonzero()[:, 1]
-    edges = _edges(num_tokens, chunk)
+    edges = [*range(0, num_tokens, chunk), num_tokens]
     table = ends[:, [edge - 1 for edge in edges[1:]]].tolist()  # the one wait for the device
     starts = [0, *(row[-1] for row in table[:-1])]
     table = [[start, *row] for start, row in zip(starts, table, strict=True)]
@@ -73,24 +72,10 @@ def gathered_plan(indices: Tensor, num_experts: int, chunk: int, multiple: int =
     return Plan(rows, spans, position, chunks, absent)
 
 
-def full_plan(num_tokens: int, num_units: int, chunk: int, device: torch.device) -> Plan:
-    """The plan in which every unit takes all T > 0 tokens."""
-    starts = [unit * num_tokens for unit in range(num_units)]
-    position = torch.arange(num_tokens, device=device).unsqueeze(1) + torch.tensor(starts, device=device)
-    edges = _edges(num_tokens, chunk)
-    chunks = [
-        (first, end, [(start + first, start + end) for start in starts])
-        for first, end in zip(edges[:-1], edges[1:], strict=True)
-    ]
-    return Plan(None, [(start, start + num_tokens) for start in starts], position, chunks)
-
-
-def local_position(plan: Plan, chunk: int, indices: Tensor | None) -> Tensor:
-    """(tokens of the chunk, K): where the pairs of a chunk are once only they stand side by side, unit after unit.
+def local_position(plan: Plan, chunk: int, indices: Tensor) -> Tensor:
+    """(tokens of the chunk, k): where the pairs of a chunk are once only they stand side by side, expert after expert.
 
     Absent slots point at the first pair.
-
-    indices: (T, K), the unit of every pair; None where every token visits all units in their order.
     """
     first, end, spans = plan.chunks[chunk]
     shifts, offset = [], 0
@@ -98,12 +83,19 @@ def local_position(plan: Plan, chunk: int, indices: Tensor | None) -> Tensor:
         shifts.append(start - offset)
         offset += stop - start
     shift = torch.tensor(shifts, device=plan.position.device)
-    local = plan.position[first:end] - (shift if indices is None else shift[indices[first:end]])
+    local = plan.position[first:end] - shift[indices[first:end]]
     return local if plan.absent is None else local.masked_fill_(plan.absent[first:end], 0)
 
 
-def _edges(num_tokens: int, chunk: int) -> list[int]:
-    return [*range(0, num_tokens, chunk), num_tokens]
+def dense_weights(weights: Tensor, indices: Tensor, num_experts: int, absent: bool) -> Tensor:
+    """(T, N): the weight of every expert for every token, 0 where it isn't chosen; ``absent`` as in
+    ``Routing``."""
+    zeros = weights.new_zeros(weights.shape[0], num_experts)
+    if not absent:
+        return zeros.scatter(1, indices, weights)
+    empty = indices < 0
+    # Added, since an empty slot's zero must not overwrite the weight of the expert it is put with.
+    return zeros.scatter_add(1, indices.masked_fill(empty, 0), weights.masked_fill(empty, 0))
 
 
 def _round_up(count: int, multiple: int) -> int:

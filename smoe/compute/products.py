@@ -8,6 +8,9 @@ from torch import Tensor
 
 from ..activation import Activation
 
+# Bytes of the products that `group_dots` sums at a time.
+DOT_BYTES = 1 << 20
+
 
 def _onednn_linear_exists() -> bool:
     try:
@@ -62,6 +65,19 @@ def scale_(hidden: Tensor, weights: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def group_sums(x: Tensor, groups: int, out: Tensor) -> None:
-    """(n, m * h) -> out (n, m), sums over h neighbours."""
-    torch.sum(x.view(x.shape[0], groups, -1), 2, out=out)
+def mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out[:] = a @ b``, also where ``out`` has a wider dtype."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+def group_dots(a: Tensor, b: Tensor, groups: int, out: Tensor) -> None:
+    """a and b (n, m * h) -> out (n, m): the sums of ``a * b`` over h neighbours, a block of rows at a time."""
+    rows = max(DOT_BYTES // max(a.shape[1] * a.element_size(), 1), 1)
+    buffer = a.new_empty(min(rows, a.shape[0]), a.shape[1])
+    for first in range(0, a.shape[0], rows):
+        part = slice(first, first + rows)
+        product = torch.mul(a[part], b[part], out=buffer[: a[part].shape[0]])
+        torch.sum(product.view(product.shape[0], groups, -1), 2, out=out[part])

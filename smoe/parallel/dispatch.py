@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..router import Routing
+from ..router import PartialRouting, Routing
 from .agreement import raise_disagreement
 from .groups import ParallelGroups
 from .plan import Plan, make_plan
@@ -73,8 +73,8 @@ class Dispatch:
         exchange = Exchange(self, plan, x.shape[0], Row.of(x, min(k, share)), k)
         local = routing.indices.remainder(share)
         rows, weights, indices = _Forward.apply(x, routing.weights, local, exchange)
-        absent = routing.absent or k < self.num_experts
-        y = compute(rows, Routing(indices, weights, None, absent))
+        kind = PartialRouting if routing.absent or k < self.num_experts else Routing
+        y = compute(rows, kind(indices, weights, None))
         return _Output.apply(y, exchange)
 
 

@@ -306,3 +306,16 @@ def test_bad_k_and_score_are_named(kind):
         build(kind, 1, "best")
     with pytest.raises(ValueError, match="router is 'clever'; .*random, learned, uniform, hash"):
         build("clever")
+
+
+@pytest.mark.parametrize("kind", [RandomRouter, LearnedRouter])
+def test_gradients_of_16_bit_tokens(kind):
+    """Logits are float32 whatever x is; gradients agree with those of a float32 router, to x's own precision."""
+    router, x = kind(32, 8, 3), torch.randn(50, 32).bfloat16().requires_grad_()
+    exact = x.detach().float().requires_grad_()
+    logits, want = router.logits(x), torch.nn.functional.linear(exact, router.weight, router.bias)
+    assert logits.dtype == torch.float32 and torch.equal(logits, want)
+    grad = torch.randn(50, 8)
+    wanted = torch.autograd.grad(want, [exact, *router.parameters()], grad)
+    for got, right in zip(torch.autograd.grad(logits, [x, *router.parameters()], grad), wanted, strict=True):
+        assert (got.float() - right).norm() <= 1e-2 * right.norm()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from smoe import Routing, SMoE
 from smoe.compute import PATHS, choose
-from smoe.router import SCORES
+from smoe.router import SCORES, PartialRouting
 
 FAST = ["dense", "grouped"]
 # Relative error (norm of the difference over norm of the reference's). The reference itself runs in bfloat16 there and
@@ -105,9 +107,10 @@ def test_all_tokens_to_one_expert(path, dtype, tokens):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_chunks(path, dtype, monkeypatch):
     """Chunks bound the temporaries; they must not show in the numbers."""
-    from smoe.compute import fused
+    from smoe.compute import dense, grouped
 
-    monkeypatch.setattr(fused, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(grouped, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(dense, "BLOCK_BYTES", 2000)
     for k in (1, 3, 4):
         for gated in (False, True):
             assert_equal(make(k=k, dtype=dtype, gated=gated), path, torch.randn(333, 12).to(dtype))
@@ -156,7 +159,7 @@ def test_absent_slots_count_for_nothing(path, dtype, gated, share):
     for name in ("reference", path):
         layer.zero_grad()
         leaf, leaf_weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
-        y = PATHS[name](leaf, layer.experts, Routing(indices, leaf_weights, None, absent=True))
+        y = PATHS[name](leaf, layer.experts, PartialRouting(indices, leaf_weights, None))
         y.backward(grad)
         found[name] = {"y": y.detach(), "x": leaf.grad, "weights": leaf_weights.grad}
         found[name] |= {n: p.grad.clone() for n, p in layer.experts.named_parameters()}
@@ -209,11 +212,10 @@ def test_bfloat16_is_as_accurate_as_the_dense_mlp():
 
 @pytest.mark.parametrize("path", FAST)
 def test_no_grad_keeps_nothing(path, monkeypatch):
-    from smoe.compute import fused
-
-    kept = []
-    original = fused.forward
-    monkeypatch.setattr(fused, "forward", lambda *args: kept.append(original(*args)) or kept[-1])
+    module = importlib.import_module(f"smoe.compute.{path}")
+    kept, kernel = [], module.KERNEL
+    spy = kernel._replace(forward=lambda *args: kept.append(kernel.forward(*args)) or kept[-1])
+    monkeypatch.setattr(module, "KERNEL", spy)
     layer, x = make(k=2, compute=path), torch.randn(20, 12)
     y = layer(x)
     assert kept[-1][1]
@@ -261,10 +263,10 @@ def test_which_path_runs(monkeypatch):
 
 def test_padding_limits_the_number_of_kernel_shapes():
     """In bfloat16 every product of an expert has a multiple of 64 rows, whatever the routing; float32 isn't padded."""
-    from smoe.compute.fused import PADDING, make_plan
+    from smoe.compute.grouped import PADDING, plan_for
 
     indices = torch.rand(300, 4).topk(2).indices
-    padded, exact = (make_plan(torch.zeros(300, 12, dtype=t), indices, 4, 1) for t in (torch.bfloat16, torch.float32))
+    padded, exact = (plan_for(torch.zeros(300, 12, dtype=t), indices, 4) for t in (torch.bfloat16, torch.float32))
     assert all((end - start) % PADDING == 0 for start, end in padded.spans)
     assert exact.num_pairs == 600 <= padded.num_pairs <= 600 + 4 * PADDING
     for plan in (padded, exact):

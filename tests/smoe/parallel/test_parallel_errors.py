@@ -56,7 +56,9 @@ def test_one_clear_line_on_every_rank():
     ]
     assert lines[:6] == expected
     assert lines[6].startswith("top_k is 2 on rank 0, 3 on rank 1; ")
-    assert lines[7].startswith("DDP averages inner.mlps.0.experts.down, a spread expert; call ignore_experts_in_ddp(its")
+    assert lines[7].startswith(
+        "DDP averages inner.mlps.0.experts.down, a spread expert; call ignore_experts_in_ddp(its"
+    )
 
 
 def one_stays_away(rank: int) -> float:

@@ -1,0 +1,95 @@
+"""The fast paths as one autograd function: a kernel's own forward and backward, keeping only what backward needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..activation import ACTIVATIONS
+from ..experts import Experts
+
+
+class Kernel(NamedTuple):
+    """How experts are computed and differentiated.
+
+    forward(x, weights, indices, activation, parameters, keep) -> y, and (if ``keep``) what backward wants saved.
+    backward(grad_y, x, weights, indices, activation, parameters, saved, need_weights, dtypes, reuse) -> gradients of x,
+        of weights (None unless ``need_weights``) and of the parameters, these in ``dtypes``; with ``reuse`` what was
+        saved may be overwritten.
+    shapes(x, indices, num_experts, h) -> the shapes of what forward saves for T > 0 tokens; gated experts: twice those.
+
+    x (T, d) and everything else are of one dtype; weights (T, k) or (T, N); indices (T, k) or None (all N experts).
+    parameters: up, up_bias, gate, gate_bias, down, down_bias of :class:`~smoe.experts.Experts`, None where it has none.
+    """
+
+    forward: Callable
+    backward: Callable
+    shapes: Callable
+
+
+def run(kernel: Kernel, x: Tensor, weights: Tensor, indices: Tensor | None, experts: Experts) -> Tensor:
+    """x (T, d) -> y (T, d) through ``experts``. Not differentiable twice."""
+    # Under autocast the matrix products run in its dtype, as those of nn.Linear do.
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    parameters = (experts.up, experts.up_bias, experts.gate, experts.gate_bias, experts.down, experts.down_bias)
+    with torch.autocast(x.device.type, enabled=False):
+        if torch.compiler.is_compiling() and experts.activation is ACTIVATIONS.get(experts.activation.name):
+            return experts_op(x.to(dtype), weights, indices, experts.activation.name, *parameters)[0]
+        if not torch.is_grad_enabled():
+            return kernel.forward(
+                x.to(dtype), weights.to(dtype), indices, experts.activation, cast(parameters, dtype), False
+            )[0]
+        return _Function.apply(kernel, x.to(dtype), weights, indices, experts.activation, *parameters)
+
+
+def cast(parameters: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tensor | None]:
+    """Parameters in the dtype of the products."""
+    return [None if p is None else p.to(dtype) for p in parameters]
+
+
+def empty_gradients(
+    parameters: list[Tensor | None], dtypes: list[torch.dtype | None], zero: bool
+) -> list[Tensor | None]:
+    """Where a kernel writes the gradients of its parameters; with ``zero`` they are 0."""
+    make = torch.zeros_like if zero else torch.empty_like
+    return [None if p is None else make(p, dtype=dtype) for p, dtype in zip(parameters, dtypes, strict=True)]
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernel, x, weights, indices, activation, *parameters):
+        in_dtype = cast(parameters, x.dtype)
+        keep = any(ctx.needs_input_grad)
+        y, saved = kernel.forward(x, weights.to(x.dtype), indices, activation, in_dtype, keep)
+        if keep:
+            ctx.save_for_backward(x, weights, indices, *in_dtype, *saved)
+            ctx.kernel, ctx.activation = kernel, activation
+            ctx.dtypes = [None if p is None else p.dtype for p in parameters]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        x, weights, indices, *rest = ctx.saved_tensors
+        grad_x, grad_weights, grads = ctx.kernel.backward(
+            grad_y.contiguous(),
+            x,
+            weights.to(x.dtype),
+            indices,
+            ctx.activation,
+            rest[:6],
+            rest[6:],
+            ctx.needs_input_grad[2],
+            ctx.dtypes,
+            not torch._C._autograd._get_current_graph_task_keep_graph(),
+        )
+        grad_weights = None if grad_weights is None else grad_weights.to(weights.dtype)
+        return None, grad_x, grad_weights, None, None, *grads
+
+
+# At the end, since its operators call the kernels, which import this module.
+from .compiled import experts_op  # noqa: E402
