@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +93,10 @@ class Experts(nn.Module):
     @property
     def gated(self) -> bool:
         return self.gate is not None
+
+    def forward(self, x: Tensor, routing: Any, compute: Callable[[Tensor, Experts, Any], Tensor]) -> Tensor:
+        """``compute(x, self, routing)``; a call of the module, since FSDP gathers its weights then."""
+        return compute(x, self, routing)
 
     def reset_parameters(self, std: float | None = None) -> None:
         """Draws the weights anew.

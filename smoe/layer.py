@@ -132,11 +132,11 @@ class SMoE(nn.Module):
     def _mix(self, x: Tensor, routing: Routing) -> Tensor:
         """x (T, d) -> y (T, d) through the experts that are here."""
         if self.engine == "fastmoe":
-            return self.fmoe(x, self.experts, routing)
+            return self.experts(x, routing, self.fmoe)
         # A path with its own backward computes the activation twice, which would drop other units the second time.
         compute = "reference" if self.experts.drops else self.compute
         path = choose(compute, x, self.experts, routing)
-        return replace_grouped(path, self.fmoe, x)(x, self.experts, routing)
+        return self.experts(x, routing, replace_grouped(path, self.fmoe, x))
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_hidden={self.d_hidden}, output_scale={self.output_scale}"

@@ -17,6 +17,7 @@ that is out of tokens runs it with none. With ``accelerate`` and ``transformers.
 """
 
 from .agreement import check_agreement
+from .fsdp import fully_shard_model
 from .gradients import attach, clip_grad_norm_, sync_before_step, sync_expert_gradients
 from .groups import ParallelGroups
 from .shard import expert_parameters, ignore_experts_in_ddp, parallelize
@@ -31,6 +32,7 @@ __all__ = [
     "clip_grad_norm_",
     "count_bytes",
     "expert_parameters",
+    "fully_shard_model",
     "gather_state",
     "ignore_experts_in_ddp",
     "parallelize",

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .groups import ParallelGroups
+from .fsdp import is_sharded
+from .groups import ParallelGroups, communication_device
 from .shard import check_ddp, expert_parameters, spread_layers
 
 # Bytes of gradients that are reduced as one message.
@@ -35,13 +36,20 @@ def sync_expert_gradients(model: nn.Module, groups: ParallelGroups) -> None:
     check_ddp(model)
     for _, layer in layers:
         layer.dispatch.unsynced = False
-    # A rank may lack a gradient that others have (a layer it did not run); all must reduce the same tensors.
-    gradients = []
+    gradients, averaged = [], []
     for parameter in expert_parameters(model):
-        if parameter.requires_grad:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
+        if not parameter.requires_grad:
+            continue
+        if is_sharded(parameter):
+            if parameter.grad is not None:
+                averaged.append(parameter.grad.to_local())
+            continue
+        # A rank may lack a gradient that others have (a layer it did not run); all must reduce the same tensors.
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
+    if averaged:  # FSDP has averaged over the ranks with the same experts
+        torch._foreach_mul_(averaged, 1 / groups.expert_parallel)
     if groups.edp_group is None:
         if gradients:
             torch._foreach_mul_(gradients, 1 / groups.world_size)
@@ -76,14 +84,25 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, groups: ParallelGroups) -
     """
     sync_expert_gradients(model, groups)
     experts = {id(parameter) for parameter in expert_parameters(model)}
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    shards = [p.grad for p in parameters if id(p) in experts]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if id(p) not in experts])
-    if shards:
-        square = torch.nn.utils.get_total_norm(shards).square()
-        dist.all_reduce(square, group=groups.ep_group)
-        norm = (norm.to(square.device).square() + square).sqrt()
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    equal, of_group, of_rank = [], [], []  # the same on every rank; one's own in the group; one's own among all
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            continue
+        if is_sharded(parameter.grad):
+            of_rank.append(parameter.grad.to_local())
+        else:
+            (of_group if id(parameter) in experts else equal).append(parameter.grad)
+    square = torch.nn.utils.get_total_norm(equal).square()
+    for gradients, group in ((of_group, groups.ep_group), (of_rank, None)):
+        if gradients:
+            part = torch.nn.utils.get_total_norm(gradients).square().to(communication_device(gradients[0]))
+            dist.all_reduce(part, group=group)
+            square = square.to(part.device) + part
+    norm = square.sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
+    gradients = [*equal, *of_group, *of_rank]
+    for device in {gradient.device for gradient in gradients}:
+        torch._foreach_mul_([g for g in gradients if g.device == device], factor.to(device))
     return norm
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .fsdp import distribute, is_sharded
 from .groups import ParallelGroups, communication_device
 from .shard import bare, expert_names
 
@@ -17,7 +18,7 @@ def gather_state(tensors: Mapping[str, Tensor], model: nn.Module, groups: Parall
     """The whole tensors, as one process without expert parallelism would have them; None on all ranks but 0.
 
     Every rank calls it, with the same keys. What belongs to spread experts is gathered along its first dimension, to
-    the CPU; everything else is passed on as rank 0 has it.
+    the CPU; what FSDP shards is put together; everything else is passed on as rank 0 has it.
 
     Args:
         tensors: a state dict of ``model`` (DDP's ``module.`` left out), or an optimizer's state with the name of the
@@ -25,13 +26,10 @@ def gather_state(tensors: Mapping[str, Tensor], model: nn.Module, groups: Parall
             without a dimension for the experts (a step count) counts as equal everywhere.
         model: the parallelized model, DDP around it or not.
     """
-    names = expert_names(bare(model))
-    if not names:
-        return dict(tensors) if groups.is_main else None
-    whole = {}
+    names, whole = expert_names(bare(model)), {}
     # In the order of the first group, whose ranks hold every expert; the others have nothing to send.
     for key in sorted(tensors):
-        tensor = tensors[key]
+        tensor = tensors[key].full_tensor() if is_sharded(tensors[key]) else tensors[key]
         if not _is_spread(key, tensor, names):
             whole[key] = tensor
         elif groups.rank < groups.expert_parallel:
@@ -47,15 +45,22 @@ def gather_state(tensors: Mapping[str, Tensor], model: nn.Module, groups: Parall
 def shard_state(whole: Mapping[str, Tensor], model: nn.Module, groups: ParallelGroups) -> dict[str, Tensor]:
     """This rank's tensors of ``whole`` ones (the inverse of :func:`gather_state`), whatever number of ranks wrote them.
 
+    With FSDP they are its shards, for ``model.load_state_dict`` and an optimizer's state alike.
+
     Args:
         whole: as ``gather_state`` returned it, or a checkpoint of one process; the same on every rank.
-        model: the parallelized model; with one that is not, ``whole`` comes back as it is.
+        model: the parallelized model; with one that is neither spread nor sharded, ``whole`` comes back as it is.
     """
-    names = expert_names(bare(model))
-    return {
-        key: groups.scatter_experts(tensor).clone() if _is_spread(key, tensor, names) else tensor
-        for key, tensor in whole.items()
-    }
+    model = bare(model)
+    names, parameters, mine = expert_names(model), dict(model.named_parameters()), {}
+    for key, tensor in whole.items():
+        if _is_spread(key, tensor, names):
+            tensor = groups.scatter_experts(tensor).clone()
+        parameter = next((parameters[part] for part in key.split("/") if part in parameters), None)
+        if is_sharded(parameter) and tensor.shape == parameter.shape:  # FSDP's part of it
+            tensor = distribute(tensor, parameter)
+        mine[key] = tensor
+    return mine
 
 
 def _is_spread(key: str, tensor: Tensor, names: set[str]) -> bool:

@@ -1,0 +1,197 @@
+"""What one layer sends in a training step, as the system's TCP counters saw it, beside the formulas.
+
+    python -m benchmarks.wire [--ranks 2 4] [--tokens 512] [--json results/wire_bytes.json]
+    python -m benchmarks.wire --show results/wire_bytes.json      # the tables of docs/scaling.md
+
+Processes on this machine talk by gloo over TCP, and each asks the system how many bytes its connections have sent: all
+that went out, with gloo's own headers, and nothing of our own counting. Three schemes do the same step: data parallel
+(DDP around the whole layer), a copy per expert (what fastmoe sends: a token's vector for every expert it chose that
+is elsewhere, out and back, forward and backward), and `smoe.parallel`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import socket
+import struct
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.layer import SHAPES
+from smoe import SMoE, record_routing
+from smoe.parallel import ParallelGroups, parallelize, wire_bytes
+from smoe.parallel.wire import count_pairs
+
+KS = (1, 2, 4, 8, 12, 16)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def bytes_sent() -> int:
+    """What all TCP connections of this process have sent so far, by Linux's tcp_info; what was sent again, once."""
+    total = 0
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            if not os.readlink(f"/proc/self/fd/{descriptor}").startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(descriptor))) as connection:
+                information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        except OSError:  # closed meanwhile, or no TCP
+            continue
+        sent, again = struct.unpack_from("QQ", information, 200)  # tcpi_bytes_sent, tcpi_bytes_retrans
+        total += sent - again
+    return total
+
+
+def measured(step: Callable[[], None]) -> int:
+    """Bytes that ``step`` makes this process send."""
+    step()  # the first time makes connections and buckets
+    dist.barrier()
+    time.sleep(0.05)  # what is handed to the system has left by now
+    before = bytes_sent()
+    step()
+    dist.barrier()
+    time.sleep(0.05)
+    return bytes_sent() - before - barrier_bytes()
+
+
+def barrier_bytes() -> int:
+    before = bytes_sent()
+    dist.barrier()
+    time.sleep(0.05)
+    return bytes_sent() - before
+
+
+def copy_per_expert(indices: Tensor, num_experts: int, x: Tensor) -> None:
+    """Sends what a step sends that gives every expert its own copy of a token; computes nothing."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    counts = torch.bincount(indices.flatten(), minlength=num_experts)
+    theirs = torch.empty_like(counts)
+    dist.all_to_all_single(theirs, counts)
+    there, back = (c.view(world, -1).sum(1).tolist() for c in (counts, theirs))
+    there[rank] = back[rank] = 0
+    order = indices.flatten().argsort(stable=True)
+    rows = x[order // indices.shape[1]]
+    elsewhere = (indices.flatten()[order] // (num_experts // world)) != rank
+    out, come = rows[elsewhere].contiguous(), x.new_empty(sum(back), x.shape[1])
+    for _ in range(2):  # forward, backward
+        dist.all_to_all_single(come, out, back, there)
+        dist.all_to_all_single(out, come, there, back)
+
+
+def run_rank(rank: int, world: int, store: str, shapes: list[str], tokens: int, output: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=Path(store).as_uri(), rank=rank, world_size=world)
+    groups = ParallelGroups.create(world)
+    rows = []
+    for shape in shapes:
+        d, n, h, _, activation = SHAPES[shape]
+        for dtype, k in ((dtype, k) for dtype in DTYPES for k in KS):
+            torch.manual_seed(0)
+            activation_name = {"ReLU": "relu", "GELU": "gelu"}[activation.__name__]
+            layer = parallelize(SMoE(d, n * h, n, k, activation=activation_name, seed=1), groups)
+            torch.manual_seed(1 + rank)
+            x = torch.randn(tokens, d, requires_grad=True)
+
+            def step(module: torch.nn.Module, x: Tensor = x, dtype: str = dtype) -> None:
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+                    module(x).float().sum().backward()
+
+            with record_routing(layer) as routings:
+                step(layer)
+            indices = routings[0].indices
+            sent = {"ours": measured(lambda layer=layer, step=step: step(layer))}
+            wide = x.detach().to(DTYPES[dtype])
+            sent["copies"] = measured(lambda i=indices, wide=wide, n=n: copy_per_expert(i, n, wide))
+            whole = DistributedDataParallel(SMoE(d, n * h, n, k, activation=activation_name, seed=1))
+            sent["data_parallel"] = measured(lambda whole=whole, step=step: step(whole))
+            pairs, copies = count_pairs(indices, n, world, rank)
+            # Averaged over the ranks, as many rows come as go.
+            exact = wire_bytes(tokens, d, k, n, world, d_expert=h, itemsize=wide.element_size(),
+                               rows=(pairs, pairs), copies=(copies, copies))  # fmt: skip
+            random = wire_bytes(tokens, d, k, n, world, d_expert=h, itemsize=wide.element_size())
+            numbers = [*sent.values(), exact.ours, exact.fastmoe, exact.data_parallel]
+            mean = torch.tensor(numbers, dtype=torch.float64)
+            dist.all_reduce(mean.div_(world))
+            names = ("ours", "copies", "data_parallel")
+            rows.append({
+                "shape": shape, "d_model": d, "num_experts": n, "d_expert": h, "tokens": tokens, "ranks": world,
+                "dtype": dtype, "top_k": k,
+                "measured": dict(zip(names, (round(v) for v in mean[:3].tolist()), strict=True)),
+                "formula": dict(zip(names, (round(v) for v in mean[3:].tolist()), strict=True)),
+                "random_routing": {"ours": round(random.ours), "copies": round(random.fastmoe)},
+            })  # fmt: skip
+    if rank == 0:
+        Path(output).write_text(json.dumps(rows))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(world: int, shapes: list[str], tokens: int) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (world, f"{folder}/store", shapes, tokens, f"{folder}/rows.json")
+        torch.multiprocessing.spawn(run_rank, arguments, world)
+        return json.loads(Path(arguments[-1]).read_text())
+
+
+def tables(record: dict[str, Any]) -> str:
+    """Markdown: measured bytes and how far from the formula, a table for each shape, dtype and number of ranks."""
+    rows, parts = record["rows"], []
+    for key in dict.fromkeys((row["shape"], row["dtype"], row["ranks"]) for row in rows):
+        chosen = [row for row in rows if (row["shape"], row["dtype"], row["ranks"]) == key]
+        first = chosen[0]
+        parts.append(
+            f"{first['shape']} (d {first['d_model']}, {first['num_experts']} x {first['d_expert']}), "
+            f"{first['dtype']}, {first['ranks']} ranks of {first['tokens']} tokens:\n\n"
+            "| k | data parallel | a copy per expert | ours | ours / copies |\n|---|---|---|---|---|\n"
+            + "".join(
+                f"| {row['top_k']} | "
+                + " | ".join(_cell(row, name) for name in ("data_parallel", "copies", "ours"))
+                + f" | {row['measured']['ours'] / row['measured']['copies']:.2f} |\n"
+                for row in chosen
+            )
+        )
+    return "\n".join(parts)
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    got, want = row["measured"][name], row["formula"][name]
+    return f"{got:,} ({100 * (got - want) / want:+.2f} %)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--shapes", nargs="+", default=["txl", "bert", "roberta"], choices=SHAPES)
+    parser.add_argument("--tokens", type=int, default=512, help="of each rank")
+    parser.add_argument("--json", type=Path, help="write the record here")
+    parser.add_argument("--show", type=Path, help="print the tables of this record and measure nothing")
+    arguments = parser.parse_args()
+    if arguments.show:
+        record = json.loads(arguments.show.read_text())
+    else:
+        rows = [row for world in arguments.ranks for row in run(world, arguments.shapes, arguments.tokens)]
+        record = {
+            "what": "bytes sent per rank by one layer in one training step, mean over the ranks",
+            "measured_by": "tcpi_bytes_sent of all TCP connections (gloo, one machine)",
+            "torch": torch.__version__,
+            "platform": platform.platform(),
+            "rows": rows,
+        }
+        if arguments.json:
+            arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    print(tables(record))
+
+
+if __name__ == "__main__":
+    main()

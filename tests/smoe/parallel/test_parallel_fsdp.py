@@ -1,0 +1,117 @@
+"""FSDP2, alone and with spread experts: losses, norms and weights of one process; checkpoints go in and out."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
+from test_parallel_training import ADAM, STEPS, Tiny, batch, check, k_of, make_model, one_process, share
+from torch import nn
+
+from smoe import set_top_k
+from smoe.parallel import ParallelGroups, clip_grad_norm_, fully_shard_model, gather_state, parallelize, shard_state
+from smoe.run.state import flatten_optimizer, restore_optimizer
+
+pytestmark = pytest.mark.distributed
+
+
+def sharded(model, expert_parallel: int, **adam):
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # about in-place changes that nobody makes here
+    groups = ParallelGroups.create(expert_parallel, timeout=60)
+    model = fully_shard_model(parallelize(model, groups), groups)
+    return groups, model, torch.optim.AdamW(model.parameters(), **ADAM, **adam)
+
+
+def run_step(model, optimizer, groups, rank: int, step: int, accumulate: int = 1) -> tuple[float, float]:
+    set_top_k(model, k_of(step))
+    optimizer.zero_grad()
+    total = torch.zeros(())
+    mine = share(rank, groups.world_size, step)
+    for part in zip(*(part.chunk(accumulate) for part in mine), strict=True):
+        loss = model(*part)["loss"] / accumulate
+        loss.backward()
+        total += loss.detach()
+    norm = clip_grad_norm_(model, 0.5, groups).item()
+    optimizer.step()
+    torch.distributed.all_reduce(total.div_(groups.world_size))
+    return total.item(), norm
+
+
+def train(rank: int, expert_parallel: int, accumulate: int, adam: dict, wanted) -> None:
+    groups, model, optimizer = sharded(make_model(), expert_parallel, **adam)
+    local = sum(p.to_local().numel() for p in model.parameters())
+    assert local <= 1.1 * sum(p.numel() for p in make_model().parameters()) / groups.world_size
+    losses, norms = zip(
+        *(run_step(model, optimizer, groups, rank, step, accumulate) for step in range(STEPS)), strict=True
+    )
+    check(losses, norms, gather_state(model.state_dict(), model, groups), wanted)
+
+
+@pytest.fixture(scope="module")
+def wanted():
+    return one_process()
+
+
+@pytest.mark.parametrize(
+    "world_size, expert_parallel, accumulate, adam",
+    [(2, 1, 1, {}), (2, 2, 1, {"fused": True}), (4, 2, 1, {"foreach": True}), (4, 2, 2, {}), (4, 4, 1, {})],
+)
+def test_equals_one_process(world_size, expert_parallel, accumulate, adam, wanted):
+    run_ranks(train, world_size, expert_parallel, accumulate, adam, wanted)
+
+
+def two_passes(rank: int) -> None:
+    """THOR's way: two forward passes, one backward."""
+    whole = make_model()
+    groups, model, _ = sharded(make_model(), 2)
+    for each in (whole, model):
+        losses = []
+        for k in (2, 5):
+            set_top_k(each, k)
+            losses.append(each(*batch(0))["loss"])
+        (losses[0] + losses[1] ** 2).backward()
+    want = nn.utils.clip_grad_norm_(whole.parameters(), 0.1)
+    torch.testing.assert_close(clip_grad_norm_(model, 0.1, groups), want)
+    gradients = gather_state({n: p.grad for n, p in model.named_parameters()}, model, groups)
+    for name, parameter in whole.named_parameters() if rank == 0 else ():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_two_passes_in_one_backward():
+    run_ranks(two_passes, 4)
+
+
+def save_and_go_on(rank: int, folder: str) -> tuple[float, float]:
+    groups, model, optimizer = sharded(make_model(), 2)
+    run_step(model, optimizer, groups, rank, 0)
+    weights = gather_state(model.state_dict(), model, groups)
+    tensors, plain = flatten_optimizer(optimizer, model.named_parameters())
+    moments = gather_state(tensors, model, groups)
+    if rank == 0:
+        save_file(weights, Path(folder) / "model.safetensors")
+        save_file(moments, Path(folder) / "optimizer.safetensors")
+        torch.save(plain, Path(folder) / "plain.pt")
+    return run_step(model, optimizer, groups, rank, 1)
+
+
+def resume(rank: int, expert_parallel: int, folder: str) -> tuple[float, float]:
+    torch.manual_seed(77)  # other weights than those to be loaded
+    groups, model, optimizer = sharded(Tiny("learned"), expert_parallel)
+    model.load_state_dict(shard_state(load_file(Path(folder) / "model.safetensors"), model, groups))
+    moments = shard_state(load_file(Path(folder) / "optimizer.safetensors"), model, groups)
+    restore_optimizer(optimizer, moments, torch.load(Path(folder) / "plain.pt"), model.named_parameters())
+    return run_step(model, optimizer, groups, rank, 1)
+
+
+def test_checkpoints_are_whole(tmp_path):
+    saved = run_ranks(save_and_go_on, 4, str(tmp_path))
+    Tiny("learned").load_state_dict(load_file(tmp_path / "model.safetensors"))  # fits a model of one process
+    for world_size, expert_parallel in ((2, 1), (4, 4)):
+        assert run_ranks(resume, world_size, expert_parallel, str(tmp_path))[0] == pytest.approx(saved[0], abs=1e-5)
+
+
+def test_a_single_rank_is_told():
+    with pytest.raises(ValueError, match="FSDP shards over ranks, and this run has 1"):
+        fully_shard_model(make_model(), ParallelGroups.create())
