@@ -1,7 +1,7 @@
 """What one layer sends in a training step, as the system's TCP counters saw it, beside the formulas.
 
     python -m benchmarks.wire [--ranks 2 4] [--tokens 512] [--json results/wire_bytes.json]
-    python -m benchmarks.wire --show results/wire_bytes.json      # the tables of docs/scaling.md
+    python -m benchmarks.wire --show results/wire_bytes.json [--png Figs/wire_bytes.png]     # for docs/scaling.md
 
 Processes on this machine talk by gloo over TCP, and each asks the system how many bytes its connections have sent: all
 that went out, with gloo's own headers, and nothing of our own counting. Three schemes do the same step: data parallel
@@ -35,6 +35,11 @@ from smoe.parallel.wire import count_pairs
 
 KS = (1, 2, 4, 8, 12, 16)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SCHEMES = {
+    "data_parallel": ("data parallel", "#555555", "s"),
+    "copies": ("a copy per expert", "#D55E00", "^"),
+    "ours": ("once per rank (ours)", "#0072B2", "o"),
+}
 
 
 def bytes_sent() -> int:
@@ -144,10 +149,10 @@ def run(world: int, shapes: list[str], tokens: int) -> list[dict[str, Any]]:
         return json.loads(Path(arguments[-1]).read_text())
 
 
-def tables(record: dict[str, Any]) -> str:
-    """Markdown: measured bytes and how far from the formula, a table for each shape, dtype and number of ranks."""
+def tables(record: dict[str, Any], *only: tuple[str, str, int]) -> str:
+    """Markdown: measured bytes and how far from the formula, a table for each (shape, dtype, number of ranks)."""
     rows, parts = record["rows"], []
-    for key in dict.fromkeys((row["shape"], row["dtype"], row["ranks"]) for row in rows):
+    for key in only or dict.fromkeys((row["shape"], row["dtype"], row["ranks"]) for row in rows):
         chosen = [row for row in rows if (row["shape"], row["dtype"], row["ranks"]) == key]
         first = chosen[0]
         parts.append(
@@ -169,6 +174,34 @@ def _cell(row: dict[str, Any], name: str) -> str:
     return f"{got:,} ({100 * (got - want) / want:+.2f} %)"
 
 
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Bytes over k at the largest number of ranks, bf16: dots are measured, lines the formulas."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    most = max(row["ranks"] for row in record["rows"])
+    rows = [row for row in record["rows"] if row["ranks"] == most and row["dtype"] == "bf16"]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    figure = Figure(figsize=(4.2 * len(shapes), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, shape in zip(figure.subplots(1, len(shapes), squeeze=False, sharey=True)[0], shapes, strict=True):
+        chosen = [row for row in rows if row["shape"] == shape]
+        for name, (label, color, marker) in SCHEMES.items():
+            ks = [row["top_k"] for row in chosen]
+            axes.plot(ks, [row["formula"][name] / 1e6 for row in chosen], color=color, linewidth=1)
+            measured = [row["measured"][name] / 1e6 for row in chosen]
+            axes.plot(ks, measured, marker, color=color, label=label, markersize=5)
+        first = chosen[0]
+        axes.set_title(f"{shape}: d {first['d_model']}, {first['num_experts']} x {first['d_expert']}", fontsize=10)
+        axes.set_xlabel("k")
+        axes.set_yscale("log")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#d9d9d9", linewidth=0.6)
+    figure.axes[0].set_ylabel(f"MB sent per rank, layer and step\n({most} ranks of {rows[0]['tokens']} tokens, bf16)")
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=200)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
@@ -176,6 +209,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of each rank")
     parser.add_argument("--json", type=Path, help="write the record here")
     parser.add_argument("--show", type=Path, help="print the tables of this record and measure nothing")
+    parser.add_argument("--png", type=Path, help="draw the record")
     arguments = parser.parse_args()
     if arguments.show:
         record = json.loads(arguments.show.read_text())
@@ -191,6 +225,8 @@ def main() -> None:
         if arguments.json:
             arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     print(tables(record))
+    if arguments.png:
+        draw(record, arguments.png)
 
 
 if __name__ == "__main__":

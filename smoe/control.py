@@ -23,6 +23,16 @@ def _layers_or_error(model: nn.Module) -> list[tuple[str, SMoE]]:
     return layers
 
 
+def check_whole(model: nn.Module, doing: str) -> None:
+    """A ValueError if experts of ``model`` are spread over ranks, of which ``doing`` would see this rank's alone."""
+    for name, layer in smoe_layers(model):
+        if layer.dispatch is not None:
+            raise ValueError(
+                f"{doing}: the experts of layer {name or type(model).__name__} are spread over ranks; do it before "
+                "parallelize, or load what gather_state returns into a model that is not spread"
+            )
+
+
 def set_top_k(model: nn.Module, k: int) -> None:
     """Sets the number of activated experts of every SMoE layer. All layers take it, or none does.
 

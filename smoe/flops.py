@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
-from .control import set_top_k, smoe_layers
+from .control import check_whole, set_top_k, smoe_layers
 from .layer import SMoE
 from .methods import Method, get_method
 from .paper import check_k, linear_flops, mlp_macs, paper_flops, sizes_of, smoe_macs, table1
@@ -224,6 +224,7 @@ def _count_ops(run: Any, name: str) -> int:
 
 @contextmanager
 def _prepared(model: nn.Module, k: int | None, meta: bool) -> Iterator[None]:
+    check_whole(model, "count")
     with ExitStack() as stack:
         stack.enter_context(_top_k(model, k))
         stack.enter_context(_plain_smoe(model))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .control import smoe_layers
+from .control import check_whole, smoe_layers
 from .experts import check_divisible
 from .layer import SMoE
 from .mlp_find import FoundMLP, find_mlps
@@ -80,6 +80,7 @@ def demodulize(model: nn.Module) -> nn.Module:
     outlets = [module for module in model.modules() if isinstance(module, Outlet)]
     if not outlets:
         raise ValueError(f"{type(model).__name__} has no SMoE layer that smoe.modulize made")
+    check_whole(model, "demodulize")
     for outlet in outlets:
         restore(slots_of(model), outlet)
     silence_fast_path(model)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .control import check_whole, set_top_k
 from .mlp_find import FoundMLP, find_mlps
 from .mlp_swap import Outlet
 from .mlp_trial import is_transposed
@@ -57,6 +58,7 @@ def save_pretrained(model: nn.Module, path: str | Path) -> Path:
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"path is {str(path)!r}, which is a file; it must be a folder, new or not")
+    check_whole(model, "save_pretrained")
     path.mkdir(parents=True, exist_ok=True)
     record = describe(model)
     written = path / f"{WEIGHTS}.part"  # a crash meanwhile leaves the weights that were there
@@ -101,8 +103,6 @@ def from_pretrained(
         ValueError: the folder holds no such model, or ``model`` is not what it was saved from.
     """
     from safetensors.torch import load_model
-
-    from .control import set_top_k
 
     path = Path(path)
     own, config = path / OWN_CONFIG, path / CONFIG

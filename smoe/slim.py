@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .control import record_routing, smoe_layers
+from .control import check_whole, record_routing, smoe_layers
 from .experts import Experts
 from .layer import SMoE
 from .router import HashRouter, Router
@@ -89,6 +89,7 @@ def slim(model: nn.Module, votes: Votes, keep: int = 8) -> nn.Module:
     layers = dict(smoe_layers(model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no SMoE layer; there is nothing to slim")
+    check_whole(model, "slim")
     if votes.keys() != layers.keys():
         odd = sorted(votes.keys() ^ layers.keys())
         raise ValueError(f"votes don't fit: {odd[0]!r} is only in the {'votes' if odd[0] in votes else 'model'}")

@@ -8,6 +8,7 @@ from ranks import run_ranks
 from test_parallel_training import N, Tiny, make_model
 from torch.nn.parallel import DistributedDataParallel
 
+import smoe.flops
 from smoe import SMoE, set_top_k
 from smoe.parallel import ParallelGroups, check_agreement, parallelize, sync_expert_gradients
 from smoe.parallel.agreement import raise_disagreement
@@ -17,6 +18,10 @@ def message(call) -> str:
     with pytest.raises(ValueError) as caught:
         call()
     return str(caught.value)
+
+
+def dense_mlp() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
 
 
 def mistakes(rank: int) -> list[str]:
@@ -39,6 +44,11 @@ def mistakes(rank: int) -> list[str]:
     around = DistributedDataParallel(torch.nn.ModuleDict({"inner": model}))
     model(*torch.zeros(2, 1, 5, dtype=torch.int64))["loss"].backward()
     found.append(message(lambda: sync_expert_gradients(around, groups)))
+    found.append(message(lambda: smoe.slim(model, {f"mlps.{i}": torch.ones(N) for i in range(2)}, keep=4)))
+    found.append(message(lambda: smoe.save_pretrained(model, "nowhere")))
+    found.append(message(lambda: smoe.flops.count(model, (torch.zeros(1, 5, dtype=torch.int64),) * 2)))
+    modulized = parallelize(smoe.modulize(dense_mlp(), num_experts=4), groups)
+    found.append(message(lambda: smoe.demodulize(modulized)))
     return found
 
 
@@ -59,6 +69,8 @@ def test_one_clear_line_on_every_rank():
     assert lines[7].startswith(
         "DDP averages inner.mlps.0.experts.down, a spread expert; call ignore_experts_in_ddp(its"
     )
+    for line, doing in zip(lines[8:], ("slim", "save_pretrained", "count", "demodulize"), strict=True):
+        assert line.startswith(f"{doing}: the experts of layer ")
 
 
 def one_stays_away(rank: int) -> float:
