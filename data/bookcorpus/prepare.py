@@ -34,7 +34,7 @@ SPLITS = ("train", "valid", "test")
 # By scale: entries of the vocabulary, and bytes of text (None: all there is).
 SCALES = {
     "paper": {"vocab_size": {"bert": 30522, "roberta": 50265}, "max_bytes": None},
-    "cpu": {"vocab_size": {"bert": 8192, "roberta": 8192}, "max_bytes": 16_000_000},
+    "cpu": {"vocab_size": {"bert": 1024, "roberta": 1024}, "max_bytes": 16_000_000},
     "smoke": {"vocab_size": {"bert": 1024, "roberta": 1024}, "max_bytes": 500_000},
 }
 

@@ -1,0 +1,222 @@
+"""Time a training step at the paper's model sizes: dense and SMoE-Dropout over its k, and a reference implementation.
+
+    python -m benchmarks.step [--model transformer_xl bert roberta] [--precision bf16 fp32] [--json OUT]
+    python -m benchmarks.step --model transformer_xl --reference CHECKOUT     # of github.com/kimiyoung/transformer-xl
+
+A step is forward, backward, gradient clipping and the optimizer's, on random tokens; the Transformer-XL's with full
+memory. All variants take turns within one run, so that whatever else the machine does falls on all alike: compare
+ratios, not seconds of two runs. Beside every time stands the step's arithmetic (``smoe.flops``), and "k = 8..16" is the
+mean over the schedule, which grows k linearly: a quarter of the steps at 8 and at 16 each, half at 12.
+On a busy machine `--threads 1 --clock cpu` counts the processor time that a step takes, however long it waits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.transformer_xl_reference import build_reference, run_reference
+from smoe import set_top_k
+from smoe.flops import count_step, transformer_xl_step_flops
+from transformer_xl.config import TrainConfig
+
+MODELS = ("transformer_xl", "bert", "roberta")
+BATCH, LENGTH, MEMORY = 8, 128, 128  # Transformer-XL
+SEQUENCES, SEQUENCE = 4, 512  # BERT and RoBERTa
+VOCABULARY = {"bert": 30522, "roberta": 50265}
+TOP_KS = (8, 12, 16)
+SHARES = (0.25, 0.5, 0.25)  # of the schedule, by the trapezoidal rule
+DROPOUTS = (0.0, 0.1)
+SCHEDULE = "k = 8..16"
+
+Step = Callable[[], None]
+
+
+def _step(model: nn.Module, loss_of: Callable[[], Tensor], optimizer: type, precision: str, device: str) -> Step:
+    """One optimizer step, fused where PyTorch has it: so does this repository train; the reference has plain Adam."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optimizer(parameters)
+
+    def run() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            loss = loss_of()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 0.25)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def transformer_xl(method: str, dropout: float, device: str) -> tuple:
+    """(model, its loss on one batch, optimizer, FLOPs of a step at k)."""
+    config = TrainConfig(method=method, run_dir="", dropout=dropout, batch_size=BATCH)
+    torch.manual_seed(0)
+    model = config.build_model().to(device)
+    ids, targets = torch.randint(0, 256, (2, BATCH, LENGTH), device=device)
+    memory = torch.randn(config.num_layers, BATCH, MEMORY, config.d_model, device=device)
+
+    def flops(k: int | None) -> int:
+        return transformer_xl_step_flops(model, method, k, batch=BATCH, tgt_len=LENGTH, mem_len=MEMORY)
+
+    adam = lambda parameters: torch.optim.Adam(parameters, lr=2.5e-4, fused=True)  # noqa: E731
+    return model, lambda: model(ids, targets, memory, MEMORY).loss, adam, flops
+
+
+def masked_lm(name: str, method: str, dropout: float, device: str) -> tuple:
+    """The same for BERT and RoBERTa."""
+    from bert.config import PretrainConfig
+    from bert.data import Vocabulary
+    from bert.model import MaskedLM, build_model
+
+    config = PretrainConfig(model=name, method=method, run_dir="", dropout=dropout, attention_dropout=dropout)
+    torch.manual_seed(0)
+    vocabulary = Vocabulary(VOCABULARY[name], pad=0, mask=1, start=2, end=3, unknown=4)
+    model = MaskedLM(build_model(config, vocabulary)).to(device)
+    masked = round(config.mask_share * SEQUENCE)
+    inputs = {"input_ids": torch.randint(5, vocabulary.size, (SEQUENCES, SEQUENCE), device=device)}
+    inputs["positions"] = torch.rand(SEQUENCES, SEQUENCE, device=device).argsort(1)[:, :masked]
+    inputs["targets"] = torch.randint(5, vocabulary.size, (SEQUENCES, masked), device=device)
+
+    def flops(k: int | None) -> int:
+        return count_step(model, method, {n: t.to("meta") for n, t in inputs.items()}, k)
+
+    adam = lambda parameters: torch.optim.AdamW(parameters, lr=5e-5, weight_decay=0.0, fused=True)  # noqa: E731
+    return model, lambda: model(**inputs).loss, adam, flops
+
+
+def variants(name: str, precision: str, device: str) -> tuple[dict[str, Step], dict[str, int]]:
+    """Steps and their FLOPs by name; every k of one dropout rate is the same model."""
+    steps, flops = {}, {}
+    for dropout in DROPOUTS:
+        for method in ("dense_dropout", "smoe_dropout"):
+            build = transformer_xl if name == "transformer_xl" else lambda *args: masked_lm(name, *args)
+            model, loss_of, optimizer, count = build(method, dropout, device)
+            run = _step(model, loss_of, optimizer, precision, device)
+            if method == "dense_dropout":
+                steps[f"dense, dropout {dropout}"], flops[f"dense, dropout {dropout}"] = run, count(None)
+                continue
+            for k in TOP_KS:
+                label = f"SMoE, k = {k}, dropout {dropout}"
+                steps[label] = lambda model=model, run=run, k=k: (set_top_k(model, k), run())[1]
+                flops[label] = count(k)
+    return steps, flops
+
+
+def reference(checkout: str, precision: str, dropout: float) -> Step:
+    """A step of the reference implementation's dense Transformer-XL, same sizes."""
+    c = TrainConfig(method="dense_dropout", run_dir="", dropout=dropout).model_config()
+    torch.manual_seed(0)
+    sizes = {name: getattr(c, name) for name in ("vocab_size", "num_layers", "d_model", "num_heads", "d_head")}
+    model = build_reference(
+        checkout, **sizes, d_hidden=c.d_hidden, dropout=dropout, length=LENGTH, memory_length=MEMORY
+    )
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0.0, c.init_std)
+    ids, targets = torch.randint(0, c.vocab_size, (2, LENGTH, BATCH))
+    memories = [torch.randn(MEMORY, BATCH, c.d_model) for _ in range(c.num_layers + 1)]
+    adam = lambda parameters: torch.optim.Adam(parameters, lr=2.5e-4)  # noqa: E731
+    return _step(model, lambda: run_reference(model, ids, targets, *memories)[0].mean(), adam, precision, "cpu")
+
+
+def measure(steps: dict[str, Step], repeats: int, clock: Callable[[], float], device: str) -> dict[str, list[float]]:
+    """Seconds by `clock` of `repeats` runs of each step, all taking turns, after two of each that don't count."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for repeat in range(-2, repeats):
+        for name, step in steps.items():
+            wait()
+            start = clock()
+            step()
+            wait()
+            if repeat >= 0:
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def rows_of(model: str, precision: str, seconds: dict[str, list[float]], flops: dict[str, int]) -> list[dict]:
+    """One row a variant, and one for the mean over the schedule at each dropout rate."""
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    for dropout in DROPOUTS:
+        names = [f"SMoE, k = {k}, dropout {dropout}" for k in TOP_KS]
+        mean = f"SMoE, {SCHEDULE}, dropout {dropout}"
+        medians[mean] = sum(share * medians[name] for share, name in zip(SHARES, names, strict=True))
+        flops[mean] = round(sum(share * flops[name] for share, name in zip(SHARES, names, strict=True)))
+    rows = []
+    for name, median in medians.items():
+        row = {"model": model, "precision": precision, "variant": name, "median_s": median, "flops": flops.get(name)}
+        dropout = name.rpartition(" ")[2]
+        for other in ("dense", "reference"):
+            beside = medians.get(f"{other}, dropout {dropout}")
+            row[f"time_over_{other}"] = beside and median / beside
+        dense = flops[f"dense, dropout {dropout}"]
+        row["flops_over_dense"] = row["flops"] and row["flops"] / dense
+        rows.append(row | ({"seconds": seconds[name]} if name in seconds else {}))
+    return rows
+
+
+HEADER = f"{'model':<16}{'':<6}{'variant':<30}{'median ms':>10}{'x dense':>9}{'FLOPs':>8}{'x reference':>13}"
+
+
+def _line(row: dict) -> str:
+    def number(value: float | None, width: int) -> str:
+        return f"{'-':>{width}}" if value is None else f"{value:>{width}.3f}"
+
+    ratios = number(row["time_over_dense"], 9) + number(row["flops_over_dense"], 8)
+    ratios += number(row["time_over_reference"], 13)
+    return f"{row['model']:<16}{row['precision']:<6}{row['variant']:<30}{row['median_s'] * 1e3:>10.0f}{ratios}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--precision", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
+    parser.add_argument("--reference", help="checkout of github.com/kimiyoung/transformer-xl to compare with")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, help="default: PyTorch's own choice")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--json", help="file for the numbers", type=Path)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+
+    rows = []
+    print(HEADER)
+    for model in options.model:
+        for precision in options.precision:
+            steps, flops = variants(model, precision, options.device)
+            if options.reference and model == "transformer_xl":
+                steps |= {f"reference, dropout {p}": reference(options.reference, precision, p) for p in DROPOUTS}
+            rows += rows_of(model, precision, measure(steps, options.repeats, clock, options.device), flops)
+            del steps
+            here = [row for row in rows if (row["model"], row["precision"]) == (model, precision)]
+            print("\n".join(map(_line, here)), flush=True)
+            if options.json:  # after every model: a run that is cut short leaves what it has
+                record = {
+                    "what": f"training step: transformer_xl {BATCH} x {LENGTH} tokens, memory {MEMORY}; bert and "
+                    f"roberta {SEQUENCES} x {SEQUENCE} tokens; medians in seconds, ratios of medians",
+                    "processor": platform.processor() or platform.machine(),
+                    "cpus": os.cpu_count(),
+                    "threads": torch.get_num_threads(),
+                    "clock": options.clock,
+                    "torch": torch.__version__,
+                    "rows": rows,
+                }
+                if options.device == "cuda":
+                    record["cuda"] = torch.cuda.get_device_name()
+                options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
