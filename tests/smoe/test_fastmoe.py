@@ -22,7 +22,7 @@ from benchmarks.fastmoe_parity import KS, D, H, N, cases, compare, make_layer
 from smoe import SMoE, record_routing
 from smoe.compute import PATHS, choose
 from smoe.engine import fastmoe_obstacle, kernels_are_compiled, replace_grouped
-from smoe.parallel import ParallelGroups, parallelize
+from smoe.parallel import ParallelGroups, clip_grad_norm_, fully_shard_model, parallelize
 from smoe.router import PartialRouting
 
 DOUBLE = Path(__file__).with_name("fmoe_double")
@@ -289,6 +289,35 @@ def spread_equals_one_process(rank: int, expert_parallel: int, some: slice) -> d
 def test_spread_over_ranks_equals_one_process(world_size, expert_parallel, some):
     for differences in run_ranks(spread_equals_one_process, world_size, expert_parallel, some):
         assert max(differences.values()) <= TOLERANCE, differences
+
+
+def losses_and_norms(rank: int) -> dict[str, list[float]]:
+    """Four steps with FSDP, clipping and a growing k."""
+    groups = ParallelGroups.create(2, timeout=60)
+    result = {}
+    for engine in ("torch", "fastmoe"):
+        torch.manual_seed(0)
+        layers = [SMoE(D, H, N, engine=engine, router="learned", seed=i) for i in range(2)]
+        model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.LayerNorm(D), layer) for layer in layers))
+        fully_shard_model(parallelize(model, groups), groups, blocks=list(model))
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        torch.manual_seed(rank)
+        result[engine] = []
+        for k in KS[:4]:
+            smoe.set_top_k(model, k)
+            x = torch.randn(10 + rank, D)
+            loss = (model(x) - x).square().mean()
+            loss.backward()
+            result[engine] += [loss.item(), float(clip_grad_norm_(model, 0.1, groups))]
+            optimizer.step(), optimizer.zero_grad()
+    return result
+
+
+@needs_fmoe
+@pytest.mark.distributed
+def test_training_with_fsdp_equals_the_torch_engine():
+    for result in run_ranks(losses_and_norms, 4):
+        assert result["fastmoe"] == pytest.approx(result["torch"], abs=TOLERANCE)
 
 
 def test_spreading_needs_nccl_and_one_group(fmoe, monkeypatch):
