@@ -60,7 +60,7 @@ def forward(
 
     blocks = _blocks(x, num_experts, h)
     kept = [units(x, units_of(block, h)) for block in blocks] if keep else []
-    edges = _edges(num_tokens, ROWS_BYTES // (num_experts * h * x.element_size()))
+    edges = _row_edges(x, num_experts * h)
     buffer = x.new_empty(edges[1], num_experts * h)
     hidden = x.new_empty(edges[1] * blocks[0].stop * h)
     for first, end in zip(edges[:-1], edges[1:], strict=True):
@@ -124,7 +124,7 @@ def backward(
             if g_bias is not None:
                 g_bias[cols] = grad.sum(0)
     del buffers
-    edges = _edges(num_tokens, ROWS_BYTES // (num_experts * h * x.element_size()))
+    edges = _row_edges(x, num_experts * h)
     buffer = x.new_empty(edges[1], num_experts * h)
     for first, end in zip(edges[:-1], edges[1:], strict=True):
         side_by_side = buffer[: end - first]
@@ -163,10 +163,22 @@ def units_of(experts: slice, h: int) -> slice:
 
 
 def _blocks(x: Tensor, num_experts: int, h: int) -> list[slice]:
-    """Experts in blocks of about ``BLOCK_BYTES``, at least two, so that temporaries stay below what is kept."""
+    """Experts in blocks of about ``BLOCK_BYTES``, at least two, so that temporaries stay below what is kept.
+
+    All at once where there is no cache to fit into: on a GPU.
+    """
+    if x.device.type != "cpu":
+        return [slice(0, num_experts)]
     most = BLOCK_BYTES // (x.shape[0] * h * x.element_size())
     edges = _edges(num_experts, min(most, -(-num_experts // 2)))
     return [slice(first, end) for first, end in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def _row_edges(x: Tensor, d_hidden: int) -> list[int]:
+    """Tokens in blocks of about ``ROWS_BYTES`` of hidden units; all at once on a GPU."""
+    num_tokens = x.shape[0]
+    most = ROWS_BYTES // (d_hidden * x.element_size()) if x.device.type == "cpu" else num_tokens
+    return _edges(num_tokens, most)
 
 
 def _part(bias: Tensor | None, block: slice) -> Tensor | None:
