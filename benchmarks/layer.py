@@ -1,17 +1,20 @@
-"""Time forward + backward of the layer: ours, dense and peers, interleaved in one run.
+"""Time forward + backward of the layer, or forward alone: ours, dense and peers, interleaved in one run.
 
     python -m benchmarks.layer [--shapes txl bert] [--dtype bf16] [--k 8 16] [--json OUT] [--png OUT] [--device cuda]
+    python -m benchmarks.layer --inference --k 1 2 4 8 16
 
 Every repeat draws a new input, as training does, and all contenders take their turn on it: routing then gives every
 expert a new number of rows each time, for which some matrix libraries compile new kernels. What is printed are ratios
 of medians to the dense MLP ``Linear, activation, Linear`` of the same width, dtype and number of tokens; beside it the
-bare matrix products of k experts (rows already gathered, nothing else): the limit.
+bare matrix products of k experts (rows already gathered, nothing else): the limit, and the layer's FLOPs over the dense
+MLP's (forward, router included, by PyTorch's counter).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.peers import peers
 from smoe import SMoE
+from smoe.flops import count
 
 # name: (d, N, h, T, activation), sizes of the paper
 SHAPES = {
@@ -42,10 +46,13 @@ def dense(d: int, hidden: int, activation: type[nn.Module]) -> nn.Module:
 
 
 class Bare(nn.Module):
-    """The six matrix products of forward and backward of k experts' share of the rows, in buffers made beforehand."""
+    """The matrix products of k experts' share of the rows, in buffers made beforehand: six, or forward's two."""
 
-    def __init__(self, d: int, n: int, h: int, tokens: int, k: int, dtype: torch.dtype, device: str) -> None:
+    def __init__(
+        self, d: int, n: int, h: int, tokens: int, k: int, dtype: torch.dtype, device: str, inference: bool
+    ) -> None:
         super().__init__()
+        self.inference = inference
         rows, options = tokens * k // n, {"dtype": dtype, "device": device}
         self.n = n
         self.x, self.hidden = torch.randn(rows, d, **options), torch.randn(rows, h, **options)
@@ -57,6 +64,8 @@ class Bare(nn.Module):
         for e in range(self.n):
             torch.mm(self.x, self.up[e].t(), out=self.hidden_out)
             torch.mm(self.hidden, self.down[e], out=self.out)
+            if self.inference:
+                continue
             torch.mm(self.x, self.down[e].t(), out=self.hidden_out)
             torch.mm(self.hidden.t(), self.x, out=self.grad)
             torch.mm(self.hidden.t(), self.x, out=self.grad)
@@ -70,6 +79,13 @@ def step(layer: nn.Module, x: Tensor, grad: Tensor, autocast: bool) -> None:
     with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
         y = layer(leaf)
     y.backward(grad.to(y.dtype))
+
+
+@torch.no_grad()
+def infer(layer: nn.Module, x: Tensor, grad: Tensor, autocast: bool) -> None:
+    """Forward alone."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+        layer(x)
 
 
 def peak_bytes(run: Callable[[], None]) -> int:
@@ -87,9 +103,17 @@ def peak_bytes(run: Callable[[], None]) -> int:
 
 
 def measure(
-    shape: str, dtype: str, ks: list[int], repeats: int, device: str, clock: Callable[[], float], all_: bool
+    shape: str,
+    dtype: str,
+    ks: list[int],
+    repeats: int,
+    device: str,
+    clock: Callable[[], float],
+    all_: bool,
+    inference: bool,
 ) -> dict:
-    """One record: seconds by contender, medians, ratios, peak memory."""
+    """One record: seconds by contender, medians, ratios, FLOPs, peak memory."""
+    run_pass = infer if inference else step
     d, n, h, tokens, activation = SHAPES[shape]
     torch.manual_seed(0)
     runs: dict[str, nn.Module] = {"dense": dense(d, n * h, activation)}
@@ -105,7 +129,7 @@ def measure(
     for layer in runs.values():
         layer.to(device=device, dtype=DTYPES[dtype])
     product = torch.bfloat16 if dtype != "fp32" else torch.float32
-    bare = {f"products k={k}": Bare(d, n, h, tokens, k, product, device) for k in ks}
+    bare = {f"products k={k}": Bare(d, n, h, tokens, k, product, device, inference) for k in ks}
     seconds: dict[str, list[float]] = {name: [] for name in (*runs, *bare)}
     sync = torch.cuda.synchronize if device == "cuda" else lambda: None
     for repeat in range(-2, repeats):
@@ -115,7 +139,7 @@ def measure(
             sync()
             start = clock()
             try:
-                bare[name].run() if name in bare else step(runs[name], x, grad, dtype == "autocast")
+                bare[name].run() if name in bare else run_pass(runs[name], x, grad, dtype == "autocast")
             except Exception as error:  # a contender that cannot run here must not end the comparison
                 if name == "dense" or name.startswith("smoe"):
                     raise
@@ -127,11 +151,16 @@ def measure(
                 seconds[name].append(clock() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     record = {"shape": shape, "d": d, "experts": n, "h": h, "tokens": tokens, "activation": NAMES[activation]}
-    record |= {"dtype": dtype, "median_s": medians, "seconds": seconds}
+    record |= {"pass": "forward" if inference else "forward + backward", "dtype": dtype}
+    record |= {"median_s": medians, "seconds": seconds}
     record["ratio_to_dense"] = {name: value / medians["dense"] for name, value in medians.items()}
+    flops = {name: count(runs[name], x).true for name in ("dense", *(f"smoe k={k}" for k in ks))}
+    record["flops_over_dense"] = {name: value / flops["dense"] for name, value in flops.items()}
     if device == "cpu":
         names = ["dense", *(f"smoe k={k}" for k in ks)]
-        memory = {name: peak_bytes(lambda name=name: step(runs[name], x, grad, dtype == "autocast")) for name in names}
+        memory = {
+            name: peak_bytes(lambda name=name: run_pass(runs[name], x, grad, dtype == "autocast")) for name in names
+        }
         record["peak_bytes"] = memory
     return record
 
@@ -143,7 +172,9 @@ def lines(record: dict, ks: list[int]) -> list[str]:
     out = []
     for k in ks:
         ours = ratio[f"smoe k={k}"]
-        bar = 0.90 if k == n else k / n + 0.04
+        bar = math.inf if record["pass"] == "forward" else 0.90 if k == n else k / n + 0.04
+        verdict = "-" if bar == math.inf else f"{bar:.2f} {'ok' if ours <= bar else 'over':>5}"
+        flops = record["flops_over_dense"][f"smoe k={k}"]
         others = {
             m: v for m, v in ratio.items() if m.endswith(f" k={k}") and m.split(" k=")[0] not in ("smoe", "products")
         }
@@ -153,15 +184,15 @@ def lines(record: dict, ks: list[int]) -> list[str]:
         if "peak_bytes" in record:
             memory = f"{record['peak_bytes'][f'smoe k={k}'] / record['peak_bytes']['dense']:.2f}"
         out.append(
-            f"{record['shape']:<9}{record['dtype']:<9}{k:>3}{ours:>8.3f}{bar:>7.2f}{'ok' if ours <= bar else 'over':>6}"
-            f"{ratio[f'products k={k}']:>10.3f}{ours / best_dense:>12.3f}{memory:>8}   {peer}"
+            f"{record['shape']:<9}{record['dtype']:<9}{k:>3}{ours:>8.3f}{verdict:>13}"
+            f"{flops:>8.3f}{ratio[f'products k={k}']:>10.3f}{ours / best_dense:>12.3f}{memory:>8}   {peer}"
         )
     return out
 
 
 HEADER = (
-    f"{'shape':<9}{'dtype':<9}{'k':>3}{'ratio':>8}{'bar':>7}{'':>6}{'products':>10}{'best dense':>12}{'memory':>8}"
-    "   best peer"
+    f"{'shape':<9}{'dtype':<9}{'k':>3}{'ratio':>8}{'bar':>7}{'':>6}{'FLOPs':>8}{'products':>10}"
+    f"{'best dense':>12}{'memory':>8}   best peer"
 )
 
 
@@ -200,6 +231,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "autocast", "fp32"])
     parser.add_argument("--k", nargs="+", type=int, default=[4, 8, 12, 16])
+    parser.add_argument("--inference", action="store_true", help="forward without gradients alone")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="default: PyTorch's own choice")
@@ -217,7 +249,16 @@ def main() -> None:
     print(HEADER)
     for dtype in options.dtype:
         for shape in options.shapes:
-            record = measure(shape, dtype, options.k, options.repeats, options.device, clock, not options.no_peers)
+            record = measure(
+                shape,
+                dtype,
+                options.k,
+                options.repeats,
+                options.device,
+                clock,
+                not options.no_peers,
+                options.inference,
+            )
             records.append(record)
             print("\n".join(lines(record, options.k)), flush=True)
             if options.json:  # after every record: a run that is cut short leaves what it has
@@ -225,7 +266,7 @@ def main() -> None:
                 machine |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "clock": options.clock}
                 if options.device == "cuda":
                     machine["cuda"] = torch.cuda.get_device_name()
-                what = "layer forward + backward, seconds; ratios of medians to the dense MLP"
+                what = "the layer, seconds; ratios of medians to the dense MLP"
                 options.json.parent.mkdir(parents=True, exist_ok=True)
                 options.json.write_text(json.dumps({"what": what, **machine, "records": records}, indent=1) + "\n")
     if options.png:
