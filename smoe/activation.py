@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # (gradient of the output, saved, tensor that takes the result or None) -> gradient of the input
 Backward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -37,7 +37,10 @@ class Activation:
         """The function of x; without gradients it may be written to ``out``, which then is what is returned."""
         if out is None:
             return self._forward(x)
-        return out.copy_(self._forward(x)) if self._forward_out is None else self._forward_out(x, out)
+        if self._forward_out is not None:
+            return self._forward_out(x, out)
+        # A copy, since a function of the user's may work in place.
+        return out.copy_(self._forward(out.copy_(x)))
 
     def backward(self, grad: Tensor, saved: Tensor, out: Tensor | None = None) -> Tensor:
         """d loss / d input, from d loss / d output and what was saved; written to ``out``, which may be one of them."""
@@ -71,7 +74,7 @@ def _by_autograd(function: Callable[[Tensor], Tensor]) -> Backward:
     def backward(grad: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            (grad_x,) = torch.autograd.grad(function(x), x, grad)
+            (grad_x,) = torch.autograd.grad(function(x.clone()), x, grad)  # a clone: it may work in place
         return grad_x if out is None else out.copy_(grad_x)
 
     return backward
@@ -101,5 +104,7 @@ def get_activation(activation: str | Callable[[Tensor], Tensor]) -> Activation:
         return ACTIVATIONS[activation]
     if not callable(activation):
         raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)} or a function")
+    if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
+        raise ValueError(f"activation is {activation!r}, which has parameters; it must be a function without any")
     name = getattr(activation, "__name__", type(activation).__name__)
     return Activation(name, activation, _by_autograd(activation))

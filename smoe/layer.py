@@ -120,8 +120,11 @@ class SMoE(nn.Module):
             self.router.reset_parameters(0.02 if std is None else std)
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Tensor:
-        if x.shape[-1] != self.d_model:
-            raise ValueError(f"x has {x.shape[-1]} features; its last dimension must be d_model = {self.d_model}")
+        if x.shape[-1:] != (self.d_model,):
+            features = x.shape[-1] if x.dim() else "no"
+            raise ValueError(f"x has {features} features; its last dimension must be d_model = {self.d_model}")
+        if not x.is_floating_point():
+            raise ValueError(f"x is {x.dtype}; it must be of a floating-point type")
         flat = x.reshape(-1, self.d_model)
         routing = self.router(flat, token_ids)
         if self.scale != 1:

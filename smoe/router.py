@@ -172,7 +172,7 @@ class _Logits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.dtype = x.dtype
         return F.linear(x.float(), weight, bias)
 

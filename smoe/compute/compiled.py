@@ -18,10 +18,12 @@ def _kernel(indices: Tensor | None):
     return dense.KERNEL if indices is None else grouped.KERNEL
 
 
-def capacity(x: Tensor, weights: Tensor, indices: Tensor | None, up: Tensor, gated: bool) -> int:
+def capacity(x: Tensor, weights: Tensor, indices: Tensor | None, keep: bool, up: Tensor, gated: bool) -> int:
     """The most elements that all that is kept can have."""
     from .grouped import row_multiple
 
+    if not keep:
+        return 0
     pairs, (num_experts, h) = weights.numel(), up.shape[:2]
     if indices is not None:
         pairs = pairs + num_experts * row_multiple(x, pairs, num_experts)
@@ -34,6 +36,7 @@ def experts_op(
     weights: Tensor,
     indices: Tensor | None,
     activation: str,
+    keep: bool,
     up: Tensor,
     up_bias: Tensor | None,
     gate: Tensor | None,
@@ -42,16 +45,16 @@ def experts_op(
     down_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     parameters = [None if p is None else p.to(x.dtype) for p in (up, up_bias, gate, gate_bias, down, down_bias)]
-    y, saved = _kernel(indices).forward(x, weights.to(x.dtype), indices, ACTIVATIONS[activation], parameters, True)
-    kept = x.new_empty(capacity(x, weights, indices, up, gate is not None))
+    y, saved = _kernel(indices).forward(x, weights.to(x.dtype), indices, ACTIVATIONS[activation], parameters, keep)
+    kept = x.new_empty(capacity(x, weights, indices, keep, up, gate is not None))
     if saved:
         torch.cat([s.view(-1) for s in saved], out=kept[: sum(s.numel() for s in saved)])
     return y, kept
 
 
 @experts_op.register_fake
-def _(x, weights, indices, activation, up, up_bias, gate, gate_bias, down, down_bias):
-    return torch.empty_like(x), x.new_empty(capacity(x, weights, indices, up, gate is not None))
+def _(x, weights, indices, activation, keep, up, up_bias, gate, gate_bias, down, down_bias):
+    return x.new_empty(x.shape), x.new_empty(capacity(x, weights, indices, keep, up, gate is not None))
 
 
 @torch.library.custom_op("smoe::experts_backward", mutates_args=())
@@ -90,11 +93,11 @@ def experts_backward_op(
 @experts_backward_op.register_fake
 def _(grad_y, kept, x, weights, indices, activation, up, up_bias, gate, gate_bias, down, down_bias, need_weights):
     present = [p for p in (up, up_bias, gate, gate_bias, down, down_bias) if p is not None]
-    return [torch.empty_like(x), torch.empty_like(weights), *(torch.empty_like(p) for p in present)]
+    return [torch.empty_like(x), torch.empty_like(weights), *(p.new_empty(p.shape) for p in present)]
 
 
 def _setup(ctx, inputs, output):
-    x, weights, indices, activation, *parameters = inputs
+    x, weights, indices, activation, _, *parameters = inputs
     ctx.save_for_backward(output[1], x, weights, indices, *parameters)
     ctx.activation = activation
 
@@ -104,7 +107,7 @@ def _backward(ctx, grad_y, grad_kept):
     grads = experts_backward_op(grad_y, kept, x, weights, indices, ctx.activation, *parameters, ctx.needs_input_grad[1])
     grad_x, grad_weights, *rest = grads
     rest = iter(rest)
-    return grad_x, grad_weights, None, None, *(None if p is None else next(rest) for p in parameters)
+    return grad_x, grad_weights, None, None, None, *(None if p is None else next(rest) for p in parameters)
 
 
 experts_op.register_autograd(_backward, setup_context=_setup)

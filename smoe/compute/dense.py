@@ -17,8 +17,9 @@ from ..activation import Activation
 from ..experts import Experts
 from ..router import Routing
 from .function import Kernel, empty_gradients, run
+from .hidden import activated, kept_units, pre_gradients
 from .plan import dense_weights
-from .products import group_dots, hidden_units, linear, mm_into, scale_
+from .products import group_dots, mm_into, scale_
 
 # Bytes of a block of hidden units: all tokens by the units of some experts side by side.
 BLOCK_BYTES = 4 << 20
@@ -41,10 +42,7 @@ def forward(
     parameters: list[Tensor | None],
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """y (T, d), and (if ``keep``) hidden units as ``hidden_units`` keeps them, one tensor a block.
-
-    Gated experts: the outputs of up, one tensor a block, then those of gate.
-    """
+    """y (T, d), and (if ``keep``) ``kept_units``, one tensor a block; gated: all those of up, then of gate."""
     num_tokens, num_experts = weights.shape
     h, down_bias = parameters[0].shape[1], parameters[5]
     up, up_bias, gate, gate_bias, down = (None if p is None else p.flatten(0, 1) for p in parameters[:5])
@@ -53,10 +51,8 @@ def forward(
         return y, []
 
     def units(rows: Tensor, block: slice) -> list[Tensor]:
-        if gate is None:
-            return [hidden_units(rows, up[block], _part(up_bias, block), activation)]
-        out = linear(rows, up[block], _part(up_bias, block))
-        return [out, hidden_units(rows, gate[block], _part(gate_bias, block), activation)]
+        parts = (None if p is None else p[block] for p in (up, up_bias, gate, gate_bias))
+        return kept_units(rows, *parts, activation)
 
     blocks = _blocks(x, num_experts, h)
     kept = [units(x, units_of(block, h)) for block in blocks] if keep else []
@@ -70,7 +66,7 @@ def forward(
             # Not straight into the buffer's columns: PyTorch's GELU takes no notice of an output's strides.
             out = hidden[: here[0].numel()].view(here[0].shape)
             scale_(activated(here, activation, out), weights[first:end, block], buffer[: end - first, cols])
-        mm_into(y[first:end], buffer[: end - first], down)
+        torch.mm(buffer[: end - first], down, out=y[first:end])
     if down_bias is not None:
         y.addmm_(weights, down_bias)
     return y, [s for part in zip(*kept, strict=True) for s in part]
@@ -99,26 +95,19 @@ def backward(
     up, gate, down = (None if p is None else p.flatten(0, 1) for p in (parameters[0], parameters[2], parameters[4]))
     g_up, g_up_bias, g_gate, g_gate_bias, g_down = (None if g is None else g.flatten(0, 1) for g in grads[:5])
     blocks = _blocks(x, num_experts, h)
-    # What was kept is read for the last time where the gradient that takes its place is written.
     grad_pre = saved if reuse else [torch.empty_like(s) for s in saved]
     buffers = [x.new_empty(num_tokens * (blocks[0].stop * h)) for _ in range(3 if gate is not None else 2)]
     for i, block in enumerate(blocks):
         cols, w, mine = units_of(block, h), weights[:, block], slice(i, None, len(blocks))
         kept, grads_here = saved[mine], grad_pre[mine]
         grad_hidden, hidden, *more = (b[: num_tokens * (cols.stop - cols.start)].view(num_tokens, -1) for b in buffers)
-        mm_into(grad_hidden, grad_y, down[cols].t())
+        torch.mm(grad_y, down[cols].t(), out=grad_hidden)
         scaled, hidden = hidden, activated(kept, activation, hidden)
         if need_weights:
             group_dots(grad_hidden, hidden, w.shape[1], grad_weights[:, block])
         mm_into(g_down[cols], scale_(hidden, w, scaled).t(), grad_y)
         scale_(grad_hidden, w, grad_hidden)
-        if gate is not None:  # hidden = act(gate) * up
-            act = kept[1] if activation.saves_output else activation(kept[1], out=scaled)
-            grad_act = torch.mul(grad_hidden, kept[0], out=more[0])
-            torch.mul(grad_hidden, act, out=grads_here[0])
-            activation.backward(grad_act, kept[1], out=grads_here[1])
-        else:
-            activation.backward(grad_hidden, kept[0], out=grads_here[0])
+        pre_gradients(grad_hidden, kept, activation, grads_here, [scaled, *more])
         for grad, g_weight, g_bias in zip(grads_here, (g_up, g_gate), (g_up_bias, g_gate_bias), strict=False):
             mm_into(g_weight[cols], grad.t(), x)
             if g_bias is not None:
@@ -129,7 +118,7 @@ def backward(
     for first, end in zip(edges[:-1], edges[1:], strict=True):
         side_by_side = buffer[: end - first]
         torch.cat([g[first:end] for g in grad_pre[: len(blocks)]], 1, out=side_by_side)
-        mm_into(grad_x[first:end], side_by_side, up)
+        torch.mm(side_by_side, up, out=grad_x[first:end])
         if gate is not None:
             torch.cat([g[first:end] for g in grad_pre[len(blocks) :]], 1, out=side_by_side)
             grad_x[first:end].addmm_(side_by_side, gate)
@@ -146,15 +135,6 @@ def shapes(x: Tensor, indices: None, num_experts: int, h: int) -> list[tuple[int
 
 
 KERNEL = Kernel(forward, backward, shapes)
-
-
-def activated(kept: list[Tensor], activation: Activation, out: Tensor) -> Tensor:
-    """Hidden units from what was kept of them: in ``out``, unless they are themselves what was kept."""
-    if len(kept) == 1:
-        return kept[0] if activation.saves_output else activation(kept[0], out=out)
-    up, gate = kept
-    act = gate if activation.saves_output else activation(gate, out=out)
-    return torch.mul(up, act, out=out)
 
 
 def units_of(experts: slice, h: int) -> slice:
@@ -179,10 +159,6 @@ def _row_edges(x: Tensor, d_hidden: int) -> list[int]:
     num_tokens = x.shape[0]
     most = ROWS_BYTES // (d_hidden * x.element_size()) if x.device.type == "cpu" else num_tokens
     return _edges(num_tokens, most)
-
-
-def _part(bias: Tensor | None, block: slice) -> Tensor | None:
-    return None if bias is None else bias[block]
 
 
 def _edges(count: int, size: int) -> list[int]:

@@ -34,16 +34,25 @@ class Kernel(NamedTuple):
 def run(kernel: Kernel, x: Tensor, weights: Tensor, indices: Tensor | None, experts: Experts) -> Tensor:
     """x (T, d) -> y (T, d) through ``experts``. Not differentiable twice."""
     # Under autocast the matrix products run in its dtype, as those of nn.Linear do.
+    named = experts.activation is ACTIVATIONS.get(experts.activation.name)
+    if torch.compiler.is_compiling() and not named:  # an operator can't be given a function of the user's
+        return _run_uncompiled(kernel, x, weights, indices, experts)
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     parameters = (experts.up, experts.up_bias, experts.gate, experts.gate_bias, experts.down, experts.down_bias)
     with torch.autocast(x.device.type, enabled=False):
-        if torch.compiler.is_compiling() and experts.activation is ACTIVATIONS.get(experts.activation.name):
-            return experts_op(x.to(dtype), weights, indices, experts.activation.name, *parameters)[0]
+        if torch.compiler.is_compiling():
+            keep = torch.is_grad_enabled()
+            return experts_op(x.to(dtype), weights, indices, experts.activation.name, keep, *parameters)[0]
         if not torch.is_grad_enabled():
             return kernel.forward(
                 x.to(dtype), weights.to(dtype), indices, experts.activation, cast(parameters, dtype), False
             )[0]
         return _Function.apply(kernel, x.to(dtype), weights, indices, experts.activation, *parameters)
+
+
+@torch._disable_dynamo  # torch.compiler.disable would import the compiler together with smoe
+def _run_uncompiled(kernel: Kernel, x: Tensor, weights: Tensor, indices: Tensor | None, experts: Experts) -> Tensor:
+    return run(kernel, x, weights, indices, experts)
 
 
 def cast(parameters: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tensor | None]:
@@ -54,9 +63,12 @@ def cast(parameters: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tens
 def empty_gradients(
     parameters: list[Tensor | None], dtypes: list[torch.dtype | None], zero: bool
 ) -> list[Tensor | None]:
-    """Where a kernel writes the gradients of its parameters; with ``zero`` they are 0."""
-    make = torch.zeros_like if zero else torch.empty_like
-    return [None if p is None else make(p, dtype=dtype) for p, dtype in zip(parameters, dtypes, strict=True)]
+    """Where a kernel writes the gradients of its parameters, contiguous even if these are not; with ``zero`` all 0."""
+    make = torch.zeros if zero else torch.empty
+    return [
+        None if p is None else make(p.shape, dtype=dtype, device=p.device)
+        for p, dtype in zip(parameters, dtypes, strict=True)
+    ]
 
 
 class _Function(torch.autograd.Function):
@@ -72,23 +84,29 @@ class _Function(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y):
-        x, weights, indices, *rest = ctx.saved_tensors
-        grad_x, grad_weights, grads = ctx.kernel.backward(
-            grad_y.contiguous(),
-            x,
-            weights.to(x.dtype),
-            indices,
-            ctx.activation,
-            rest[:6],
-            rest[6:],
-            ctx.needs_input_grad[2],
-            ctx.dtypes,
-            not torch._C._autograd._get_current_graph_task_keep_graph(),
-        )
-        grad_weights = None if grad_weights is None else grad_weights.to(weights.dtype)
-        return None, grad_x, grad_weights, None, None, *grads
+        # A gradient depends on x and the parameters too, which `once_differentiable` forgets: where grad_y is constant
+        # (the loss is a sum), a second derivative would leave these out without a word.
+        return _backward(ctx, grad_y.detach().requires_grad_() if torch.is_grad_enabled() else grad_y)
+
+
+@once_differentiable
+def _backward(ctx, grad_y):
+    x, weights, indices, *rest = ctx.saved_tensors
+    grad_x, grad_weights, grads = ctx.kernel.backward(
+        grad_y.contiguous(),
+        x,
+        weights.to(x.dtype),
+        indices,
+        ctx.activation,
+        rest[:6],
+        [s.contiguous() for s in rest[6:]],  # hooks on saved tensors may have laid them out anew
+        ctx.needs_input_grad[2],
+        ctx.dtypes,
+        not torch._C._autograd._get_current_graph_task_keep_graph(),
+    )
+    grad_weights = None if grad_weights is None else grad_weights.to(weights.dtype)
+    return None, grad_x, grad_weights, None, None, *grads
 
 
 # At the end, since its operators call the kernels, which import this module.

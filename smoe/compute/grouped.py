@@ -21,18 +21,18 @@ from torch import Tensor
 from ..activation import Activation
 from ..experts import Experts
 from ..router import Routing
-from .dense import activated
 from .function import Kernel, empty_gradients, run
+from .hidden import activated, kept_units, pre_gradients
 from .plan import Plan, dense_weights, local_position, make_plan
-from .products import combine, group_dots, hidden_units, linear, mm_into, onednn_float32
+from .products import combine, group_dots, mm_into
 
 # Bytes that the outputs of the pairs of one chunk may take: a chunk that stays in the cache is summed faster, a larger
 # one makes larger products.
 CHUNK_BYTES = 24 << 20
-# oneDNN, which runs products of 16 bits on a CPU, and on some those of 32, compiles a kernel for every new number of
-# rows: up to several milliseconds, more than the product itself takes, and routing makes new numbers at every step. So
-# the rows of an expert are padded to a multiple of this, or of about 1/16 of what an expert gets if that is more: the
-# numbers soon repeat, and all kernels fit into oneDNN's cache (1024 of them). It costs about 3 % of superfluous rows.
+# oneDNN, which runs products of 16 bits on a CPU, compiles a kernel for every new number of rows: several
+# milliseconds, more than the product itself takes, and routing makes new numbers at every step. So the rows of an
+# expert are padded to a multiple of this, or of about 1/16 of what an expert gets if that is more: the numbers soon
+# repeat, and all kernels fit into oneDNN's cache (1024 of them). It costs about 3 % of superfluous rows.
 PADDING = 64
 
 
@@ -49,8 +49,8 @@ def forward(
     parameters: list[Tensor | None],
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """y (T, d), and (if ``keep``) what ``backward`` wants saved: one tensor an expert, two if they are gated."""
-    num_experts, gated = parameters[0].shape[0], parameters[2] is not None
+    """y (T, d), and (if ``keep``) ``kept_units``, one tensor an expert; gated: all those of up, then of gate."""
+    num_experts = parameters[0].shape[0]
     up, up_bias, gate, gate_bias, down, _ = (_each(p, num_experts) for p in parameters)
     y = x.new_empty(x.shape)
     if x.shape[0] == 0:
@@ -58,13 +58,7 @@ def forward(
     plan = plan_for(x, indices, num_experts)
     weights = _without_absent(weights, plan)
     gather = _Rows(plan, x)
-    kept = []
-    for e in range(num_experts):
-        xe = gather(e)
-        if not gated:
-            kept.append([hidden_units(xe, up[e], up_bias[e], activation)])
-        else:
-            kept.append([linear(xe, up[e], up_bias[e]), hidden_units(xe, gate[e], gate_bias[e], activation)])
+    kept = [kept_units(gather(e), up[e], up_bias[e], gate[e], gate_bias[e], activation) for e in range(num_experts)]
     outputs, longest = _Outputs(plan, x), max(stop - start for c in plan.chunks for start, stop in c[2])
     buffer = x.new_empty(longest, up[0].shape[0])
     for c, (first, end, spans) in enumerate(plan.chunks):
@@ -72,7 +66,7 @@ def forward(
         for e, (start, stop) in enumerate(spans):
             part = slice(start - plan.spans[e][0], stop - plan.spans[e][0])
             hidden = activated([k[part] for k in kept[e]], activation, buffer[: stop - start])
-            mm_into(next(pairs), hidden, down[e])
+            torch.mm(hidden, down[e], out=next(pairs))
         combine(outputs.filled, local_position(plan, c, indices), weights[first:end], y[first:end])
     if parameters[5] is not None:
         y.addmm_(dense_weights(weights, indices, num_experts, plan.absent is not None), parameters[5])
@@ -116,7 +110,6 @@ def backward(
     for e, (start, end) in enumerate(plan.spans):
         n = end - start
         kept = [saved[e], saved[num_experts + e]] if gated else [saved[e]]
-        # What was kept is read for the last time where the gradient that takes its place is written.
         grad_pre.append(kept if reuse else [torch.empty_like(s) for s in kept])
         if n == 0:
             for g in (g_up, g_up_bias, g_gate, g_gate_bias, g_down):
@@ -126,20 +119,14 @@ def backward(
         xe, ge, we = gather_x(e), gather_g(e), pair_weights[start:end]
         wg = ge if narrow else torch.mul(ge, we, out=scaled[0][:n])
         grad_hidden, block, *more = (b[:n] for b in buffers)
-        mm_into(grad_hidden, ge if narrow or late else wg, down[e].t())
+        torch.mm(ge if narrow or late else wg, down[e].t(), out=grad_hidden)
         hidden = activated(kept, activation, block)
         if need_weights:
             group_dots(grad_hidden, hidden, 1, pair_grad[start:end])
         mm_into(g_down[e], torch.mul(hidden, we, out=block).t() if narrow else hidden.t(), wg)
         if narrow:
             grad_hidden.mul_(we)
-        if gated:  # hidden = act(gate) * up
-            act = kept[1] if activation.saves_output else activation(kept[1], out=block)
-            grad_act = torch.mul(grad_hidden, kept[0], out=more[0])
-            torch.mul(grad_hidden, act, out=grad_pre[e][0])
-            activation.backward(grad_act, kept[1], out=grad_pre[e][1])
-        else:
-            activation.backward(grad_hidden, kept[0], out=grad_pre[e][0])
+        pre_gradients(grad_hidden, kept, activation, grad_pre[e], [block, *more])
         wx = torch.mul(xe, we, out=scaled[1][:n]) if late else xe
         for grad, g_weight, g_bias in zip(grad_pre[e], (g_up, g_gate), (g_up_bias, g_gate_bias), strict=False):
             mm_into(g_weight[e], grad.t(), wx)
@@ -154,7 +141,7 @@ def backward(
         for e, (start, stop) in enumerate(spans):
             target, part = next(pairs), slice(start - plan.spans[e][0], stop - plan.spans[e][0])
             if stop > start:
-                mm_into(target, grad_pre[e][0][part], up[e])
+                torch.mm(grad_pre[e][0][part], up[e], out=target)
                 if gated:
                     target.addmm_(grad_pre[e][1][part], gate[e])
         position = local_position(plan, c, indices)
@@ -185,7 +172,7 @@ def plan_for(x: Tensor, indices: Tensor, num_experts: int) -> Plan:
 
 def row_multiple(x: Tensor, num_pairs: int, num_experts: int) -> int:
     """What the rows of an expert are padded to a multiple of (see ``PADDING``)."""
-    if x.device.type == "cpu" and (x.element_size() == 2 or x.dtype == torch.float32 and onednn_float32()):
+    if x.device.type == "cpu" and x.element_size() == 2:
         return PADDING * max(1, num_pairs // (16 * PADDING * num_experts))
     return 1
 

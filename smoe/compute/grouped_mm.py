@@ -18,9 +18,10 @@ def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
     """x (T, d) -> y (T, d), the same numbers as ``reference.compute``."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    _check_widths(dtype, experts)
     num_tokens, top_k = routing.indices.shape
-    if num_tokens == 0:
-        return x.to(dtype) + 0 * sum(p.sum().to(dtype) for p in experts.parameters())
+    if num_tokens == 0:  # all have a gradient nevertheless
+        return x.to(dtype) + 0 * sum(p.sum().to(dtype) for p in (*experts.parameters(), routing.weights))
     with torch.autocast(device, enabled=False):
         x = x.to(dtype)
         indices, weights, present = routing.indices, routing.weights, None
@@ -59,6 +60,14 @@ def usable(x: Tensor, experts: Experts) -> bool:
         return False
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     return dtype == torch.bfloat16 and experts.d_model % 8 == 0 and experts.d_expert % 8 == 0
+
+
+def _check_widths(dtype: torch.dtype, experts: Experts) -> None:
+    """A ValueError for rows that are not whole 16 bytes, of which PyTorch only says that it dislikes their strides."""
+    multiple = 16 // dtype.itemsize
+    for name, width in (("d_model", experts.d_model), ("an expert's hidden width", experts.d_expert)):
+        if width % multiple:
+            raise ValueError(f"{name} is {width}; compute 'grouped_mm' needs a multiple of {multiple} in {dtype}")
 
 
 def _keep(rows: Tensor, present: Tensor | None) -> Tensor:
