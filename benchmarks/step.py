@@ -1,12 +1,13 @@
 """Time a training step at the paper's model sizes: dense and SMoE-Dropout over its k, and a reference implementation.
 
     python -m benchmarks.step [--model transformer_xl bert roberta] [--precision bf16 fp32] [--json OUT]
+    python -m benchmarks.step --model transformer_xl --batch 22 --length 512  # the paper's batch
     python -m benchmarks.step --model transformer_xl --reference CHECKOUT     # of github.com/kimiyoung/transformer-xl
 
-A step is forward, backward, gradient clipping and the optimizer's, on random tokens; the Transformer-XL's with full
-memory. All variants take turns within one run, so that whatever else the machine does falls on all alike: compare
-ratios, not seconds of two runs. Beside every time stands the step's arithmetic (``smoe.flops``), and "k = 8..16" is the
-mean over the schedule, which grows k linearly: a quarter of the steps at 8 and at 16 each, half at 12.
+A step is forward, backward, gradient clipping and the optimizer's, on random tokens; the Transformer-XL's with a memory
+as long as its segment. All variants take turns within one run, so that whatever else the machine does falls on all
+alike: compare ratios, not seconds of two runs. Beside every time stands the step's arithmetic (``smoe.flops``), and
+"k = 8..16" is the mean over the schedule, which grows k linearly: 8 and 16 count a quarter each, 12 a half.
 On a busy machine `--threads 1 --clock cpu` counts the processor time that a step takes, however long it waits.
 """
 
@@ -19,6 +20,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,12 +32,12 @@ from smoe.flops import count_step, transformer_xl_step_flops
 from transformer_xl.config import TrainConfig
 
 MODELS = ("transformer_xl", "bert", "roberta")
-BATCH, LENGTH, MEMORY = 8, 128, 128  # Transformer-XL
-SEQUENCES, SEQUENCE = 4, 512  # BERT and RoBERTa
+BATCH, LENGTH = 8, 128  # Transformer-XL, unless asked for others
+SEQUENCES, SEQUENCE = 8, 512  # BERT and RoBERTa: what one of the paper's 8 GPUs gets
 VOCABULARY = {"bert": 30522, "roberta": 50265}
 TOP_KS = (8, 12, 16)
 SHARES = (0.25, 0.5, 0.25)  # of the schedule, by the trapezoidal rule
-DROPOUTS = (0.0, 0.1)
+DROPOUTS = [0.0, 0.1]
 SCHEDULE = "k = 8..16"
 
 Step = Callable[[], None]
@@ -57,19 +59,19 @@ def _step(model: nn.Module, loss_of: Callable[[], Tensor], optimizer: type, prec
     return run
 
 
-def transformer_xl(method: str, dropout: float, device: str) -> tuple:
+def transformer_xl(batch: int, length: int, method: str, dropout: float, device: str) -> tuple:
     """(model, its loss on one batch, optimizer, FLOPs of a step at k)."""
-    config = TrainConfig(method=method, run_dir="", dropout=dropout, batch_size=BATCH)
+    config = TrainConfig(method=method, run_dir="", dropout=dropout, batch_size=batch)
     torch.manual_seed(0)
     model = config.build_model().to(device)
-    ids, targets = torch.randint(0, 256, (2, BATCH, LENGTH), device=device)
-    memory = torch.randn(config.num_layers, BATCH, MEMORY, config.d_model, device=device)
+    ids, targets = torch.randint(0, 256, (2, batch, length), device=device)
+    memory = torch.randn(config.num_layers, batch, length, config.d_model, device=device)
 
     def flops(k: int | None) -> int:
-        return transformer_xl_step_flops(model, method, k, batch=BATCH, tgt_len=LENGTH, mem_len=MEMORY)
+        return transformer_xl_step_flops(model, method, k, batch=batch, tgt_len=length, mem_len=length)
 
     adam = lambda parameters: torch.optim.Adam(parameters, lr=2.5e-4, fused=True)  # noqa: E731
-    return model, lambda: model(ids, targets, memory, MEMORY).loss, adam, flops
+    return model, lambda: model(ids, targets, memory, length).loss, adam, flops
 
 
 def masked_lm(name: str, method: str, dropout: float, device: str) -> tuple:
@@ -94,12 +96,13 @@ def masked_lm(name: str, method: str, dropout: float, device: str) -> tuple:
     return model, lambda: model(**inputs).loss, adam, flops
 
 
-def variants(name: str, precision: str, device: str) -> tuple[dict[str, Step], dict[str, int]]:
+def variants(
+    build: Callable[..., tuple], precision: str, device: str, dropouts: list[float]
+) -> tuple[dict[str, Step], dict[str, int]]:
     """Steps and their FLOPs by name; every k of one dropout rate is the same model."""
     steps, flops = {}, {}
-    for dropout in DROPOUTS:
+    for dropout in dropouts:
         for method in ("dense_dropout", "smoe_dropout"):
-            build = transformer_xl if name == "transformer_xl" else lambda *args: masked_lm(name, *args)
             model, loss_of, optimizer, count = build(method, dropout, device)
             run = _step(model, loss_of, optimizer, precision, device)
             if method == "dense_dropout":
@@ -112,18 +115,18 @@ def variants(name: str, precision: str, device: str) -> tuple[dict[str, Step], d
     return steps, flops
 
 
-def reference(checkout: str, precision: str, dropout: float) -> Step:
+def reference(checkout: str, batch: int, length: int, precision: str, dropout: float) -> Step:
     """A step of the reference implementation's dense Transformer-XL, same sizes."""
     c = TrainConfig(method="dense_dropout", run_dir="", dropout=dropout).model_config()
     torch.manual_seed(0)
     sizes = {name: getattr(c, name) for name in ("vocab_size", "num_layers", "d_model", "num_heads", "d_head")}
     model = build_reference(
-        checkout, **sizes, d_hidden=c.d_hidden, dropout=dropout, length=LENGTH, memory_length=MEMORY
+        checkout, **sizes, d_hidden=c.d_hidden, dropout=dropout, length=length, memory_length=length
     )
     for parameter in model.parameters():
         nn.init.normal_(parameter, 0.0, c.init_std)
-    ids, targets = torch.randint(0, c.vocab_size, (2, LENGTH, BATCH))
-    memories = [torch.randn(MEMORY, BATCH, c.d_model) for _ in range(c.num_layers + 1)]
+    ids, targets = torch.randint(0, c.vocab_size, (2, length, batch))
+    memories = [torch.randn(length, batch, c.d_model) for _ in range(c.num_layers + 1)]
     adam = lambda parameters: torch.optim.Adam(parameters, lr=2.5e-4)  # noqa: E731
     return _step(model, lambda: run_reference(model, ids, targets, *memories)[0].mean(), adam, precision, "cpu")
 
@@ -143,10 +146,12 @@ def measure(steps: dict[str, Step], repeats: int, clock: Callable[[], float], de
     return seconds
 
 
-def rows_of(model: str, precision: str, seconds: dict[str, list[float]], flops: dict[str, int]) -> list[dict]:
+def rows_of(
+    model: str, precision: str, seconds: dict[str, list[float]], flops: dict[str, int], dropouts: list[float]
+) -> list[dict]:
     """One row a variant, and one for the mean over the schedule at each dropout rate."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    for dropout in DROPOUTS:
+    for dropout in dropouts:
         names = [f"SMoE, k = {k}, dropout {dropout}" for k in TOP_KS]
         mean = f"SMoE, {SCHEDULE}, dropout {dropout}"
         medians[mean] = sum(share * medians[name] for share, name in zip(SHARES, names, strict=True))
@@ -180,6 +185,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--precision", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
+    parser.add_argument("--batch", type=int, default=BATCH, help="sequences of the Transformer-XL")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of each")
+    parser.add_argument("--dropout", nargs="+", type=float, default=DROPOUTS)
     parser.add_argument("--reference", help="checkout of github.com/kimiyoung/transformer-xl to compare with")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -195,16 +203,22 @@ def main() -> None:
     print(HEADER)
     for model in options.model:
         for precision in options.precision:
-            steps, flops = variants(model, precision, options.device)
+            size = (options.batch, options.length)
+            build = partial(transformer_xl, *size) if model == "transformer_xl" else partial(masked_lm, model)
+            steps, flops = variants(build, precision, options.device, options.dropout)
             if options.reference and model == "transformer_xl":
-                steps |= {f"reference, dropout {p}": reference(options.reference, precision, p) for p in DROPOUTS}
-            rows += rows_of(model, precision, measure(steps, options.repeats, clock, options.device), flops)
+                steps |= {
+                    f"reference, dropout {p}": reference(options.reference, *size, precision, p)
+                    for p in options.dropout
+                }
+            seconds = measure(steps, options.repeats, clock, options.device)
+            rows += rows_of(model, precision, seconds, flops, options.dropout)
             del steps
             here = [row for row in rows if (row["model"], row["precision"]) == (model, precision)]
             print("\n".join(map(_line, here)), flush=True)
             if options.json:  # after every model: a run that is cut short leaves what it has
                 record = {
-                    "what": f"training step: transformer_xl {BATCH} x {LENGTH} tokens, memory {MEMORY}; bert and "
+                    "what": f"training step: transformer_xl {options.batch} x {options.length} tokens; bert and "
                     f"roberta {SEQUENCES} x {SEQUENCE} tokens; medians in seconds, ratios of medians",
                     "processor": platform.processor() or platform.machine(),
                     "cpus": os.cpu_count(),

@@ -66,7 +66,7 @@ def forward(
             # Not straight into the buffer's columns: PyTorch's GELU takes no notice of an output's strides.
             out = hidden[: here[0].numel()].view(here[0].shape)
             scale_(activated(here, activation, out), weights[first:end, block], buffer[: end - first, cols])
-        torch.mm(buffer[: end - first], down, out=y[first:end])
+        mm_into(y[first:end], buffer[: end - first], down)
     if down_bias is not None:
         y.addmm_(weights, down_bias)
     return y, [s for part in zip(*kept, strict=True) for s in part]
@@ -101,7 +101,7 @@ def backward(
         cols, w, mine = units_of(block, h), weights[:, block], slice(i, None, len(blocks))
         kept, grads_here = saved[mine], grad_pre[mine]
         grad_hidden, hidden, *more = (b[: num_tokens * (cols.stop - cols.start)].view(num_tokens, -1) for b in buffers)
-        torch.mm(grad_y, down[cols].t(), out=grad_hidden)
+        mm_into(grad_hidden, grad_y, down[cols].t())
         scaled, hidden = hidden, activated(kept, activation, hidden)
         if need_weights:
             group_dots(grad_hidden, hidden, w.shape[1], grad_weights[:, block])
@@ -118,7 +118,7 @@ def backward(
     for first, end in zip(edges[:-1], edges[1:], strict=True):
         side_by_side = buffer[: end - first]
         torch.cat([g[first:end] for g in grad_pre[: len(blocks)]], 1, out=side_by_side)
-        torch.mm(side_by_side, up, out=grad_x[first:end])
+        mm_into(grad_x[first:end], side_by_side, up)
         if gate is not None:
             torch.cat([g[first:end] for g in grad_pre[len(blocks) :]], 1, out=side_by_side)
             grad_x[first:end].addmm_(side_by_side, gate)

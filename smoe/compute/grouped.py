@@ -24,15 +24,15 @@ from ..router import Routing
 from .function import Kernel, empty_gradients, run
 from .hidden import activated, kept_units, pre_gradients
 from .plan import Plan, dense_weights, local_position, make_plan
-from .products import combine, group_dots, mm_into
+from .products import combine, group_dots, mm_into, onednn_float32
 
 # Bytes that the outputs of the pairs of one chunk may take: a chunk that stays in the cache is summed faster, a larger
 # one makes larger products.
 CHUNK_BYTES = 24 << 20
-# oneDNN, which runs products of 16 bits on a CPU, compiles a kernel for every new number of rows: several
-# milliseconds, more than the product itself takes, and routing makes new numbers at every step. So the rows of an
-# expert are padded to a multiple of this, or of about 1/16 of what an expert gets if that is more: the numbers soon
-# repeat, and all kernels fit into oneDNN's cache (1024 of them). It costs about 3 % of superfluous rows.
+# oneDNN, which runs products of 16 bits on a CPU, and on some those of 32, compiles a kernel for every new number of
+# rows: up to several milliseconds, more than the product itself takes, and routing makes new numbers at every step. So
+# the rows of an expert are padded to a multiple of this, or of about 1/16 of what an expert gets if that is more: the
+# numbers soon repeat, and all kernels fit into oneDNN's cache (1024 of them). It costs about 3 % of superfluous rows.
 PADDING = 64
 
 
@@ -66,7 +66,7 @@ def forward(
         for e, (start, stop) in enumerate(spans):
             part = slice(start - plan.spans[e][0], stop - plan.spans[e][0])
             hidden = activated([k[part] for k in kept[e]], activation, buffer[: stop - start])
-            torch.mm(hidden, down[e], out=next(pairs))
+            mm_into(next(pairs), hidden, down[e])
         combine(outputs.filled, local_position(plan, c, indices), weights[first:end], y[first:end])
     if parameters[5] is not None:
         y.addmm_(dense_weights(weights, indices, num_experts, plan.absent is not None), parameters[5])
@@ -119,7 +119,7 @@ def backward(
         xe, ge, we = gather_x(e), gather_g(e), pair_weights[start:end]
         wg = ge if narrow else torch.mul(ge, we, out=scaled[0][:n])
         grad_hidden, block, *more = (b[:n] for b in buffers)
-        torch.mm(ge if narrow or late else wg, down[e].t(), out=grad_hidden)
+        mm_into(grad_hidden, ge if narrow or late else wg, down[e].t())
         hidden = activated(kept, activation, block)
         if need_weights:
             group_dots(grad_hidden, hidden, 1, pair_grad[start:end])
@@ -141,7 +141,7 @@ def backward(
         for e, (start, stop) in enumerate(spans):
             target, part = next(pairs), slice(start - plan.spans[e][0], stop - plan.spans[e][0])
             if stop > start:
-                torch.mm(grad_pre[e][0][part], up[e], out=target)
+                mm_into(target, grad_pre[e][0][part], up[e])
                 if gated:
                     target.addmm_(grad_pre[e][1][part], gate[e])
         position = local_position(plan, c, indices)
@@ -172,7 +172,7 @@ def plan_for(x: Tensor, indices: Tensor, num_experts: int) -> Plan:
 
 def row_multiple(x: Tensor, num_pairs: int, num_experts: int) -> int:
     """What the rows of an expert are padded to a multiple of (see ``PADDING``)."""
-    if x.device.type == "cpu" and x.element_size() == 2:
+    if x.device.type == "cpu" and (x.element_size() == 2 or x.dtype == torch.float32 and onednn_float32()):
         return PADDING * max(1, num_pairs // (16 * PADDING * num_experts))
     return 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -262,11 +263,11 @@ def test_which_path_runs(monkeypatch):
 
 
 def test_padding_limits_the_number_of_kernel_shapes():
-    """In bfloat16 every product of an expert has a multiple of 64 rows, whatever the routing; float32 isn't padded."""
+    """Where oneDNN computes, every product of an expert has a multiple of 64 rows, whatever the routing."""
     from smoe.compute.grouped import PADDING, plan_for
 
     indices = torch.rand(300, 4).topk(2).indices
-    padded, exact = (plan_for(torch.zeros(300, 12, dtype=t), indices, 4) for t in (torch.bfloat16, torch.float32))
+    padded, exact = (plan_for(torch.zeros(300, 12, dtype=t), indices, 4) for t in (torch.bfloat16, torch.float64))
     assert all((end - start) % PADDING == 0 for start, end in padded.spans)
     assert exact.num_pairs == 600 <= padded.num_pairs <= 600 + 4 * PADDING
     for plan in (padded, exact):
@@ -275,6 +276,27 @@ def test_padding_limits_the_number_of_kernel_shapes():
         for expert, (start, end) in enumerate(plan.spans):
             here = (plan.position >= start) & (plan.position < end)
             assert torch.equal(here, indices == expert)
+
+
+@pytest.mark.parametrize("path", FAST)
+@pytest.mark.parametrize("onednn", [False, True])
+def test_float32_products_of_either_library(path, onednn, monkeypatch):
+    """Large enough for oneDNN, where the processor calls for it; as exact as with MKL, padded or not."""
+    from smoe.compute import grouped, products
+
+    if onednn and not torch.backends.mkldnn.is_available():
+        pytest.skip("needs a PyTorch with oneDNN")
+    called = []
+    real = torch.ops.mkldnn._linear_pointwise if onednn else None
+    monkeypatch.setattr(products, "ONEDNN_FLOAT32", 1)
+    for module in (products, grouped):
+        monkeypatch.setattr(module, "onednn_float32", lambda: onednn)
+    if onednn:
+        spy = SimpleNamespace(_linear_pointwise=lambda *args: called.append(args) or real(*args))
+        monkeypatch.setattr(products.torch.ops, "mkldnn", spy)
+    for gated in (False, True):
+        assert_equal(make(k=3, gated=gated), path, torch.randn(150, 12))
+    assert bool(called) == onednn
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
