@@ -32,7 +32,11 @@ class Kernel(NamedTuple):
 
 
 def run(kernel: Kernel, x: Tensor, weights: Tensor, indices: Tensor | None, experts: Experts) -> Tensor:
-    """x (T, d) -> y (T, d) through ``experts``. Not differentiable twice."""
+    """x (T, d) -> y (T, d) through ``experts``. Not differentiable twice.
+
+    A backward pass that doesn't retain the graph overwrites the hidden units that were saved for it: a hook on saved
+    tensors that goes on using them afterwards must take a copy.
+    """
     # Under autocast the matrix products run in its dtype, as those of nn.Linear do.
     named = experts.activation is ACTIVATIONS.get(experts.activation.name)
     if torch.compiler.is_compiling() and not named:  # an operator can't be given a function of the user's
