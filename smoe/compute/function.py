@@ -37,10 +37,10 @@ def run(kernel: Kernel, x: Tensor, weights: Tensor, indices: Tensor | None, expe
     A backward pass that doesn't retain the graph overwrites the hidden units that were saved for it: a hook on saved
     tensors that goes on using them afterwards must take a copy.
     """
-    # Under autocast the matrix products run in its dtype, as those of nn.Linear do.
     named = experts.activation is ACTIVATIONS.get(experts.activation.name)
     if torch.compiler.is_compiling() and not named:  # an operator can't be given a function of the user's
         return _run_uncompiled(kernel, x, weights, indices, experts)
+    # Under autocast the matrix products run in its dtype, as those of nn.Linear do.
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     parameters = (experts.up, experts.up_bias, experts.gate, experts.gate_bias, experts.down, experts.down_bias)
     with torch.autocast(x.device.type, enabled=False):
