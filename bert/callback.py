@@ -15,8 +15,9 @@ from bert.data import Blocks
 from bert.evaluate import evaluate
 from bert.model import MaskedLM
 from smoe import smoe_layers
+from smoe.parallel import clip_grad_norm_
 from smoe.run.checkpoint import Checkpoint
-from smoe.run.resume import restore_run, save_run, saved_progress
+from smoe.run.resume import restore_progress, restore_run, save_run
 from smoe.run.training import TrainingRun
 
 if TYPE_CHECKING:
@@ -37,17 +38,17 @@ class RunCallback(TrainerCallback):
         self.config = trainer.config
         self.stopped_at: int | None = None
         if checkpoint is not None:
-            run.progress = saved_progress(checkpoint, run.accelerator)
+            restore_progress(run, checkpoint)
 
     # ---- Trainer's events -----------------------------------------------------------------------------------------
     def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs) -> None:
-        accelerator, checkpoint = self.run.accelerator, self.checkpoint
+        checkpoint = self.checkpoint
         if checkpoint is None:
             # equal weights everywhere, different dropout
-            torch.manual_seed(self.config.seed + 1000 * accelerator.process_index)
+            torch.manual_seed(self.config.seed + 1000 * self.run.groups.rank)
         else:
             state.global_step = checkpoint.step
-            restore_run(checkpoint, accelerator, model.model, _bare(optimizer), self.config.seed)
+            restore_run(self.run, checkpoint, model.model, _bare(optimizer))
             lr_scheduler.load_state_dict(checkpoint.state["lr_scheduler"])
             checkpoint.tensors.clear()  # they are the model's and the optimizer's now
         self.run.begin(state.global_step, resumed=checkpoint is not None)
@@ -58,7 +59,7 @@ class RunCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         step = state.global_step
-        self.norm = self.run.accelerator.clip_grad_norm_(model.parameters(), self.config.clip)
+        self.norm = clip_grad_norm_(model, self.config.clip, self.run.groups)
         self.run.check_finite(self.trainer.loss.total, self.norm, step, self.k, self.trainer.batches.where(step))
         self.learning_rate = optimizer.param_groups[0]["lr"]
 
@@ -80,7 +81,7 @@ class RunCallback(TrainerCallback):
     # ---- what they do ---------------------------------------------------------------------------------------------
     def measure(self, split: str, k: int | None) -> float:
         """Bits per masked token of ``split``, over all processes."""
-        accelerator = self.run.accelerator
+        accelerator, groups = self.run.accelerator, self.run.groups
         return evaluate(
             self.trainer.model,
             self.config,
@@ -88,8 +89,8 @@ class RunCallback(TrainerCallback):
             self.blocks.vocabulary,
             accelerator.device,
             k=k,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
+            rank=groups.rank,
+            world_size=groups.world_size,
             reduce=lambda total: accelerator.reduce(total, "sum"),
         )
 
@@ -98,8 +99,7 @@ class RunCallback(TrainerCallback):
             "lr_scheduler": lr_scheduler.state_dict(),
             "vocabulary": dataclasses.asdict(self.blocks.vocabulary),
         }
-        run = self.run
-        save_run(run.folder, step, run.accelerator, model.model, optimizer, run.progress, state=state)
+        save_run(self.run, step, model.model, optimizer, state=state)
 
 
 def _bare(optimizer: Any) -> torch.optim.Optimizer:

@@ -141,19 +141,25 @@ def evaluation_batches(
 ) -> Iterator[MaskedBatch]:
     """One pass over `data` (n, T), or over `max_sequences` spread evenly over it, masked the same way every time.
 
-    The sequences are dealt to the ranks as evenly as they can be; neither ranks nor batch size change the masks.
+    The sequences are dealt to the ranks as evenly as they can be; neither ranks nor batch size change the masks. Every
+    rank gets as many batches, as experts spread over ranks need: one that has run out of sequences repeats one, with
+    targets of -100 that don't count.
     """
     count = len(data) if max_sequences is None else min(max_sequences, len(data))
     chosen = np.arange(count) * len(data) // count
     mine = chosen[rank * count // world_size : (rank + 1) * count // world_size]
-    for start in range(0, len(mine), batch_size):
+    for start in range(0, -(-count // world_size), batch_size):
         rows = mine[start : start + batch_size]
+        counts = len(rows) > 0
+        if not counts:
+            rows = chosen[:1]
         tokens = data[rows].astype(np.int64)
         parts = [
             mask(tokens[i : i + 1], vocabulary, mask_share, _generator(_EVALUATION, 0, int(row)))
             for i, row in enumerate(rows)
         ]
-        yield MaskedBatch(*(torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True)))
+        batch = MaskedBatch(*(torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True)))
+        yield batch if counts else batch._replace(targets=torch.full_like(batch.targets, -100))
 
 
 def mask(

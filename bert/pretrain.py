@@ -29,13 +29,14 @@ from bert.model import MaskedLM, build_model
 from smoe.flops import count, count_step
 from smoe.hf import TopKCallback
 from smoe.methods import MethodLoss
+from smoe.parallel import check_agreement, parallelize
 from smoe.run.checkpoint import load_checkpoint
-from smoe.run.config import parse_config
 from smoe.run.errors import run_main
+from smoe.run.launch import join, leave, run_trainer, together
 from smoe.run.precision import resolve_precision
-from smoe.run.record import environment_record
+from smoe.run.record import environment_record, parameter_counts
 from smoe.run.result import flops_per_k, run_result, sweep
-from smoe.run.resume import latest_checkpoint
+from smoe.run.resume import latest_checkpoint, load_whole
 from smoe.run.training import TrainingRun, open_run, print_header
 
 
@@ -79,46 +80,56 @@ class _Steps:
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Runs ``config`` to its end and returns what result.json holds."""
+    environment = environment_record()  # now: the checkout may move on while this runs
     transformers_logging.set_verbosity_error()
     on_cpu = not torch.cuda.is_available()
     # Recorded as what it came to, so that a resume on another machine computes with the same numbers or says why not.
     precision = resolve_precision(config.precision, torch.device("cpu" if on_cpu else "cuda"))
     config = dataclasses.replace(config, precision=precision)
-    environment = environment_record()  # now: the checkout may move on while this runs
-
-    # The data first: what is wrong with it should be said before anything is written.
-    blocks = Blocks(config.data, config.model)
-    train = {name: blocks.sequences(name, config.seq_len) for name in ("train", "valid", "test")}["train"]
+    groups = join(config)
     arguments = _arguments(config, on_cpu)
-    rank, world_size, is_main = arguments.process_index, arguments.world_size, arguments.process_index == 0
-    batches = TrainingBatches(
-        train, blocks.vocabulary, config.batch_size, config.mask_share, config.seed, rank, world_size
-    )
-    # Then the model, which may be too large for this machine.
-    torch.manual_seed(config.seed)
-    model = MaskedLM(build_model(config, blocks.vocabulary))
-    folder, finished = open_run(config, is_main, lambda: _wait_for_everyone(world_size))
+
+    with together():
+        # The data first: what is wrong with it should be said before anything is written.
+        blocks = Blocks(config.data, config.model)
+        train = {name: blocks.sequences(name, config.seq_len) for name in ("train", "valid", "test")}["train"]
+        batches = TrainingBatches(
+            train,
+            blocks.vocabulary,
+            config.batch_size,
+            config.mask_share,
+            config.seed,
+            groups.rank,
+            groups.world_size,
+        )
+        # Then the model, which may be too large for this machine.
+        torch.manual_seed(config.seed)
+        model = MaskedLM(build_model(config, blocks.vocabulary))
+    check_agreement({"data": blocks.record["splits"], "tokenizer": blocks.record["tokenizer"]}, groups)
+    folder, finished = open_run(config, groups.is_main)
     if finished:
+        leave()
         return folder.read_result()
-    if is_main:
+    if groups.is_main:
         shutil.copyfile(blocks.folder / "tokenizer.json", folder.path / "tokenizer.json")
 
+    parameters = parameter_counts(model)["total"]
+    parallelize(model, groups)
     callbacks: list[TrainerCallback] = []
     if config.get_method().routed:
         k_min, k_max, mode = config.k_schedule()
         callbacks = [TopKCallback(k_min, k_max, mode, seed=config.seed)]
     trainer = MaskedLMTrainer(config, batches, model=model, args=arguments, callbacks=callbacks)
-    accelerator = trainer.accelerator
-    checkpoint = latest_checkpoint(folder, accelerator)
-    run = TrainingRun(config, folder, accelerator, tokens_per_step=config.batch_size * config.seq_len)
+    checkpoint = latest_checkpoint(folder, groups)
+    run = TrainingRun(config, folder, trainer.accelerator, groups, tokens_per_step=config.batch_size * config.seq_len)
     callback = RunCallback(trainer, blocks, run, checkpoint)
     trainer.add_callback(callback)
     note = f" ({blocks.meta['note']})" if blocks.meta["note"] else ""
     print_header(
         config,
-        model,
-        accelerator,
+        trainer.accelerator,
         name=config.model,
+        parameters=parameters,
         shape=f"{config.batch_size} x {config.seq_len} tokens",
         lines=[f"data: {blocks.meta['dataset']}{note}, vocabulary of {blocks.vocabulary.size}"],
         resumed_after=None if checkpoint is None else checkpoint.step,
@@ -129,27 +140,27 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 
     # ---- the sweep over k, from the best checkpoint ---------------------------------------------------------------
     best_path = folder.checkpoints / f"step-{run.progress.best_step:08d}"
-    model.model.load_state_dict(load_checkpoint(best_path, groups=["model"]).tensors["model"])
+    load_whole(model.model, load_checkpoint(best_path, groups=["model"]).tensors["model"], groups)
     started = time.perf_counter()
-    bpc = sweep(config, callback.measure, is_main)
+    bpc = sweep(config, callback.measure, groups.is_main)
+    with torch.device("meta"):
+        whole_model = MaskedLM(build_model(config, blocks.vocabulary))
     result = run_result(
         config,
-        model,
+        whole_model,
         name=config.model,
         dataset=blocks.record,
         bpc=bpc,
         best=run.progress.best,
-        flops=_flops(config, model),
+        flops=_flops(config, whole_model),
         seconds=run.progress.seconds,
         sweep_seconds=time.perf_counter() - started,
         tokens_per_step=run.tokens_per_step,
-        processes=world_size,
+        processes=groups.world_size,
         environment=environment,
     )
     folder.write_result(result)
-    _wait_for_everyone(world_size)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave()
     return result
 
 
@@ -186,11 +197,6 @@ def _arguments(config: PretrainConfig, on_cpu: bool) -> TrainingArguments:
     return arguments
 
 
-def _wait_for_everyone(world_size: int) -> None:
-    if world_size > 1:
-        torch.distributed.barrier()
-
-
 def _flops(config: PretrainConfig, model: MaskedLM) -> dict[str, dict[str, int]]:
     def ids(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.int64, device="meta")
@@ -207,7 +213,7 @@ def _flops(config: PretrainConfig, model: MaskedLM) -> dict[str, dict[str, int]]
 
 
 def main() -> None:
-    pretrain(parse_config(PretrainConfig, CONFIG_DIR, prog="python -m bert.pretrain"))
+    run_trainer(PretrainConfig, CONFIG_DIR, pretrain, prog="python -m bert.pretrain")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,8 @@ def evaluation_segments(
 
     Each of the n // batch_size tokens of each row but its first (which nothing precedes) is a target once, so the last
     segment may be shorter. The rows are dealt to the ranks as evenly as they can be, and are the same whatever
-    `world_size` is; a rank without rows gets no segments. Less than `batch_size` bytes at the end are left out.
+    `world_size` is. A rank without rows reads the first one, with targets of -100 that don't count: every rank makes as
+    many passes, as experts spread over ranks need. Less than `batch_size` bytes at the end are left out.
 
     `max_tokens` bounds the number of targets over all rows and ranks, for a quick look: each row is then read only up
     to its share.
@@ -119,8 +120,16 @@ def evaluation_segments(
             raise ValueError(f"max_tokens: {max_tokens}, it must be at least batch_size ({batch_size})")
         last = min(last, max_tokens // batch_size)
     rows = _rows(data, batch_size, rank, world_size)
+    counts = len(rows) > 0
+    if not counts:
+        rows = _rows(data, batch_size, 0, batch_size)
+
+    def segment(start: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = _segment(rows, start, min(start + tgt_len, last))
+        return inputs, targets if counts else torch.full_like(targets, -100)
+
     # A generator of its own, so that a mistake above is reported by the call, not by the first step of the loop.
-    return (_segment(rows, start, min(start + tgt_len, last)) for start in range(0, last if len(rows) else 0, tgt_len))
+    return (segment(start) for start in range(0, last, tgt_len))
 
 
 def _rows(data: np.ndarray, batch_size: int, rank: int, world_size: int) -> np.ndarray:

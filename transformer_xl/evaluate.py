@@ -46,7 +46,7 @@ def evaluate(
         for inputs, targets in segments:
             output = model(inputs.to(device), targets.to(device), memory, config.eval_mem_len)
             memory = output.memory
-            yield output.loss, targets.numel()
+            yield output.loss, int((targets >= 0).sum())
 
     precision = resolve_precision(config.precision, device)
     return bits_per_token(model, losses(), device, k=k, precision=precision, rank=rank, reduce=reduce)

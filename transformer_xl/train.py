@@ -21,13 +21,14 @@ from torch import nn
 
 from smoe import set_top_k
 from smoe.flops import transformer_xl_flops, transformer_xl_step_flops
+from smoe.parallel import check_agreement, clip_grad_norm_, parallelize
 from smoe.run.checkpoint import load_checkpoint
-from smoe.run.config import parse_config
 from smoe.run.errors import run_main
+from smoe.run.launch import join, leave, run_trainer, together
 from smoe.run.precision import resolve_precision
-from smoe.run.record import environment_record
+from smoe.run.record import environment_record, parameter_counts
 from smoe.run.result import flops_per_k, run_result, sweep
-from smoe.run.resume import latest_checkpoint, restore_run, save_run, saved_progress
+from smoe.run.resume import latest_checkpoint, load_whole, restore_progress, restore_run, save_run
 from smoe.run.training import TrainingRun, open_run, print_header
 from transformer_xl.config import CONFIG_DIR, TrainConfig
 from transformer_xl.data import SegmentStream, dataset_record, evaluation_segments, load_split
@@ -42,11 +43,12 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
 
 def train(config: TrainConfig) -> dict[str, Any]:
     """Runs ``config`` to its end and returns what result.json holds."""
-    torch.manual_seed(config.seed)
+    environment = environment_record()  # now: the checkout may move on while this runs
     on_cpu = not torch.cuda.is_available()
     # Recorded as what it came to, so that a resume on another machine computes with the same numbers or says why not.
     precision = resolve_precision(config.precision, torch.device("cpu" if on_cpu else "cuda"))
     config = dataclasses.replace(config, precision=precision)
+    groups = join(config)
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision="bf16" if precision == "bf16" else "no",
@@ -54,33 +56,47 @@ def train(config: TrainConfig) -> dict[str, Any]:
         # them in place between THOR's two passes.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
-    environment = environment_record()  # now: the checkout may move on while this runs
+    device, rank, world_size, is_main = accelerator.device, groups.rank, groups.world_size, groups.is_main
 
-    # The data first: what is wrong with it should be said before anything is written.
-    splits = {name: load_split(config.data, name) for name in ("train", "valid", "test")}
-    dataset = dataset_record(config.data)
-    stream = SegmentStream(splits["train"], config.batch_size, config.tgt_len, rank, world_size)
-    for name in ("valid", "test"):
-        evaluation_segments(splits[name], config.eval_batch_size, config.eval_tgt_len, max_tokens=config.eval_tokens)
-    # Then the model, which may be too large for this machine.
-    bare_model = config.build_model()
-    folder, finished = open_run(config, accelerator.is_main_process, accelerator.wait_for_everyone)
+    with together():
+        # The data first: what is wrong with it should be said before anything is written.
+        splits = {name: load_split(config.data, name) for name in ("train", "valid", "test")}
+        dataset = dataset_record(config.data)
+        stream = SegmentStream(splits["train"], config.batch_size, config.tgt_len, rank, world_size)
+        for name in ("valid", "test"):
+            evaluation_segments(
+                splits[name], config.eval_batch_size, config.eval_tgt_len, max_tokens=config.eval_tokens
+            )
+        # Then the model, which may be too large for this machine.
+        torch.manual_seed(config.seed)
+        bare_model = config.build_model()
+    check_agreement({"data": dataset["sha256"]}, groups)
+    folder, finished = open_run(config, is_main)
     if finished:
+        leave()
         return folder.read_result()
 
-    method = config.get_method()
+    method, parameters = config.get_method(), parameter_counts(bare_model)["total"]
+    parallelize(bare_model, groups)
     torch.manual_seed(config.seed + 1000 * rank)  # equal weights everywhere, different dropout
     optimizer = torch.optim.Adam(bare_model.parameters(), lr=config.learning_rate, fused=True)
-    checkpoint = latest_checkpoint(folder, accelerator, groups=("memory",))
+    checkpoint = latest_checkpoint(folder, groups, own=("memory",))
     model, optimizer = accelerator.prepare(bare_model, optimizer)
-    run = TrainingRun(config, folder, accelerator, tokens_per_step=config.batch_size * config.tgt_len)
+    run = TrainingRun(config, folder, accelerator, groups, tokens_per_step=config.batch_size * config.tgt_len)
+    print_header(
+        config,
+        accelerator,
+        name="Transformer-XL",
+        parameters=parameters,
+        shape=f"{config.batch_size} x {config.tgt_len} bytes",
+        resumed_after=None if checkpoint is None else checkpoint.step,
+    )
 
     step, memory, resumed = 0, None, checkpoint is not None
     if resumed:
         step = checkpoint.step
-        run.progress = saved_progress(checkpoint, accelerator)
-        restore_run(checkpoint, accelerator, bare_model, optimizer.optimizer, config.seed)
+        restore_progress(run, checkpoint)
+        restore_run(run, checkpoint, bare_model, optimizer.optimizer)
         memory = checkpoint.tensors["memory"].get("memory")  # (layers, all rows, positions, d_model)
         if memory is not None:
             memory = memory[:, stream.share].to(device)
@@ -93,19 +109,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     def save() -> None:
         whole = {}
-        if memory is not None:
+        if memory is not None and memory.numel() > 0:
             parts = accelerator.gather(memory.transpose(0, 1).contiguous())  # rows first, to be joined in order
             whole = {"memory": parts.transpose(0, 1)}
-        save_run(folder, step, accelerator, bare_model, optimizer.optimizer, run.progress, tensors={"memory": whole})
+        save_run(run, step, bare_model, optimizer.optimizer, tensors={"memory": whole})
 
-    print_header(
-        config,
-        bare_model,
-        accelerator,
-        name="Transformer-XL",
-        shape=f"{config.batch_size} x {config.tgt_len} bytes",
-        resumed_after=step if resumed else None,
-    )
     run.begin(step, resumed)
     model.train()
     stopped = False
@@ -129,7 +137,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             consistency_weight=config.consistency_weight,
         )
         accelerator.backward(loss.total)
-        norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
+        norm = clip_grad_norm_(bare_model, config.clip, groups)
         run.check_finite(loss.total, norm, step, k, stream.where(step))
         optimizer.step()
         optimizer.zero_grad()
@@ -148,17 +156,19 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     # ---- the sweep over k, from the best checkpoint ---------------------------------------------------------------
     best_path = folder.checkpoints / f"step-{run.progress.best_step:08d}"
-    bare_model.load_state_dict(load_checkpoint(best_path, groups=["model"]).tensors["model"])
+    load_whole(bare_model, load_checkpoint(best_path, groups=["model"]).tensors["model"], groups)
     started = time.perf_counter()
-    bpc = sweep(config, measure, accelerator.is_main_process)
+    bpc = sweep(config, measure, is_main)
+    with torch.device("meta"):
+        whole_model = config.build_model()
     result = run_result(
         config,
-        bare_model,
+        whole_model,
         name="transformer_xl",
         dataset=dataset,
         bpc=bpc,
         best=run.progress.best,
-        flops=_flops(config, bare_model),
+        flops=_flops(config, whole_model),
         seconds=run.progress.seconds,
         sweep_seconds=time.perf_counter() - started,
         tokens_per_step=run.tokens_per_step,
@@ -166,7 +176,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         environment=environment,
     )
     folder.write_result(result)
-    accelerator.end_training()
+    leave()
     return result
 
 
@@ -182,7 +192,7 @@ def _flops(config: TrainConfig, model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def main() -> None:
-    train(parse_config(TrainConfig, CONFIG_DIR, prog="python -m transformer_xl.train"))
+    run_trainer(TrainConfig, CONFIG_DIR, train, prog="python -m transformer_xl.train")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,10 @@ class NonFiniteError(RunError):
     """The loss or its gradient is no longer a finite number."""
 
 
+class Stopped(RunError):
+    """A signal stopped the run, and a checkpoint is written. Without a message another process tells of it."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are one line like any other, without the usage before it."""
 
@@ -49,7 +53,8 @@ def clean_exit(*our_packages: str) -> Iterator[None]:
       library is taken for a bug and keeps its traceback. `our_packages` adds top-level packages to `smoe`
       and `__main__`.
     - a path that is missing or may not be used: exit 2.
-    - `RunError`, a full or failing disk, an accelerator out of memory: exit 1. Ctrl-C: exit 130.
+    - `RunError`, a full or failing disk, an accelerator out of memory, another process of the run that is gone: exit 1.
+      Ctrl-C: exit 130.
     """
     try:
         yield
@@ -58,6 +63,9 @@ def clean_exit(*our_packages: str) -> Iterator[None]:
         raise SystemExit(FAILURE) from None
     except KeyboardInterrupt:
         _stop("interrupted", INTERRUPTED)
+    except Stopped as error:
+        # For torchrun anything but 0 would be a failure, and a reason to start all again.
+        _stop(one_line(error), 0 if "TORCHELASTIC_RUN_ID" in os.environ else FAILURE)
     except RunError as error:
         _stop(one_line(error), FAILURE)
     except ValueError as error:
@@ -71,6 +79,8 @@ def clean_exit(*our_packages: str) -> Iterator[None]:
             _stop(_describe(error), BAD_INPUT)
         raise
     except RuntimeError as error:
+        if _lost_contact(error):
+            _stop(f"lost contact with another process: {one_line(error)}", FAILURE)
         # torch.OutOfMemoryError, without importing torch here; on a CPU torch raises a plain RuntimeError.
         if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
             raise
@@ -100,6 +110,13 @@ def _raised_by(error: BaseException, packages: set[str]) -> bool:
     return frames[-1].f_globals.get("__name__", "").split(".")[0] in packages
 
 
+def _lost_contact(error: RuntimeError) -> bool:
+    """torch.distributed's errors, without importing torch here; gloo's are plain RuntimeErrors that name its source."""
+    kinds = ("DistBackendError", "DistNetworkError", "DistStoreError")
+    return type(error).__name__ in kinds or "gloo/transport" in str(error)
+
+
 def _stop(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    if message:
+        print(f"error: {message}" if code else message, file=sys.stderr, flush=True)
     raise SystemExit(code)

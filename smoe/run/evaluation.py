@@ -45,7 +45,7 @@ def bits_per_token(
 
     Args:
         losses: the mean loss of each pass over this process's share and its number of tokens; a generator, that
-            calls ``model`` when asked for the next.
+            calls ``model`` when asked for the next. Where experts are spread over processes, all must give as many.
         precision: ``bf16`` or ``fp32``.
         reduce: sums a tensor over all processes.
     """
@@ -64,7 +64,8 @@ def bits_per_token(
         ):
             torch.manual_seed(EVALUATION_SEED + rank)
             for loss, tokens in losses:
-                total += torch.stack((loss.double() * tokens, total.new_tensor(tokens)))
+                if tokens:  # else a pass for the sake of other processes, without a loss
+                    total += torch.stack((loss.double() * tokens, total.new_tensor(tokens)))
     finally:
         model.train(was_training)
         for layer, top_k in before:

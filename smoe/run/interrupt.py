@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from typing import Any
 
 import torch
 
+_SAME_WISH = 1.0  # seconds
+
 
 class StopRequest:
-    """While it lives, SIGTERM and SIGINT ask for a checkpoint after the current step; a second one ends the process."""
+    """While it lives, SIGTERM and SIGINT ask for a checkpoint after the current step; a later one ends the process."""
 
     def __init__(self) -> None:
-        self._received = False
+        self._received: float | None = None  # when
         self._previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self._received = True
-        signal.signal(number, signal.SIG_DFL)
+        # One wish may come more than once: to the whole group of processes, and passed on by torchrun.
+        if self._received is not None and time.monotonic() - self._received > _SAME_WISH:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._received = self._received or time.monotonic()
 
     def requested(self, accelerator: Any) -> bool:
         """Whether any process of the `accelerate.Accelerator` was asked; the same answer on all."""
         if accelerator.num_processes == 1:
-            return self._received
-        flag = torch.tensor(float(self._received), device=accelerator.device)
+            return self._received is not None
+        flag = torch.tensor(float(self._received is not None), device=accelerator.device)
         return bool(accelerator.reduce(flag, "sum").item())
 
     def release(self) -> None:

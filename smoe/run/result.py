@@ -13,7 +13,7 @@ from smoe.run.record import active_per_k, parameter_counts
 from smoe.run.trainer_config import TrainerConfig
 
 # Where things were and how they were shown: a record is for others too, and goes without.
-PLACES = ("run_dir", "data", "resume", "progress")
+PLACES = ("run_dir", "data", "resume", "progress", "process_timeout")
 
 Bpc = dict[str, dict[str, float]]  # split -> k -> bits per character (or masked token)
 
@@ -66,7 +66,7 @@ def run_result(
     """The record of a finished run.
 
     Args:
-        model: the whole one, for its parameters; ``name`` is what tables call it.
+        model: the whole one, on any device, for its parameters; ``name`` is what tables call it.
         seconds, sweep_seconds: of all training steps, and of the sweep over k.
         environment: ``record.environment_record()`` as it was when the run started.
     """
@@ -89,6 +89,7 @@ def run_result(
         "tokens_per_step": tokens_per_step,
         "tokens_per_second": tokens_per_step * config.steps / seconds,
         "processes": processes,
+        "expert_parallel": config.expert_parallel,
         "precision": config.precision,
         "config": {field: value for field, value in to_dict(config).items() if field not in PLACES},
         "environment": environment,

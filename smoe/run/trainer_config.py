@@ -12,7 +12,9 @@ from smoe.router import SCORES
 from smoe.schedule import MODES, k_at
 
 # What may differ when a run is resumed: where things are and how often they are said, nothing that changes numbers.
-MAY_CHANGE = ("data", "scale", "save_interval", "log_interval", "progress")
+MAY_CHANGE = ("data", "scale", "save_interval", "log_interval", "progress", "expert_parallel", "process_timeout")
+
+PROCESS_TIMEOUT = 600.0  # seconds
 
 _LARGEST_SEED = 2**53  # the routers' seeds are a thousand times that, and must fit into 64 bits
 
@@ -43,6 +45,8 @@ class TrainerConfig:
         save_interval: steps between checkpoints; null: eval_interval
         sweep: the k of the final sweep; those above num_experts are left out
         progress: show a progress bar
+        expert_parallel: processes that share the experts of a layer; 1: each has all of them
+        process_timeout: seconds that a process waits for another before it gives up
     """
 
     method: str
@@ -69,6 +73,9 @@ class TrainerConfig:
     sweep: tuple[int, ...] = (1, 2, 4, 8, 12, 16)
     progress: bool = True
 
+    expert_parallel: int = 1
+    process_timeout: float = PROCESS_TIMEOUT
+
     def check(self, routers: tuple[str, ...]) -> None:
         """ValueError in one line for a field that can't be used; ``routers`` are those the model can have."""
         get_method(self.method)
@@ -80,7 +87,8 @@ class TrainerConfig:
             raise ValueError(f"seed is {self.seed}; it must be at most {_LARGEST_SEED}")
         if self.save_interval is not None:
             at_least("save_interval", self.save_interval, 1)
-        for name in ("learning_rate", "clip"):
+        at_least("expert_parallel", self.expert_parallel, 1)
+        for name in ("learning_rate", "clip", "process_timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         for name in ("dropout", "attention_dropout"):
@@ -105,6 +113,10 @@ class TrainerConfig:
 
     def _check_routed(self) -> None:
         check_divisible(self.d_hidden, self.num_experts)
+        if self.num_experts % self.expert_parallel:
+            raise ValueError(
+                f"expert_parallel is {self.expert_parallel}; it must divide num_experts = {self.num_experts}"
+            )
         for name in ("k_min", "k_max"):
             k = getattr(self, name)
             if k is not None and not 1 <= k <= self.num_experts:
@@ -119,7 +131,16 @@ class TrainerConfig:
 
     def _check_dense(self, method: Method) -> None:
         """What only experts have must not be asked of a model without any: the run would be named after it."""
-        for name in ("k_min", "k_max", "schedule", "router", "score", "output_scale", "balance_weight"):
+        for name in (
+            "k_min",
+            "k_max",
+            "schedule",
+            "router",
+            "score",
+            "output_scale",
+            "balance_weight",
+            "expert_parallel",
+        ):
             value = getattr(self, name)
             if value != type(self).__dataclass_fields__[name].default:
                 raise ValueError(f"{name} is {value!r}, but {self.method} has no experts; leave {name} out")

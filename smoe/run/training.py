@@ -10,26 +10,30 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from smoe.methods import MethodLoss
+from smoe.parallel import ParallelGroups
 from smoe.run.config import to_dict
-from smoe.run.errors import NonFiniteError, RunError
+from smoe.run.errors import NonFiniteError, Stopped
 from smoe.run.folder import RunFolder
 from smoe.run.interrupt import StopRequest
+from smoe.run.launch import leave, together
 from smoe.run.metrics import MetricsLogger
-from smoe.run.record import parameter_counts
 from smoe.run.trainer_config import MAY_CHANGE, TrainerConfig
 
 
-def open_run(config: TrainerConfig, is_main: bool, wait_for_everyone: Callable[[], None]) -> tuple[RunFolder, bool]:
+def open_run(config: TrainerConfig, is_main: bool) -> tuple[RunFolder, bool]:
     """The run's folder, made or checked by the main process, and whether the run in it is finished (and says so)."""
-    folder = RunFolder.open(
-        config.run_dir, to_dict(config), resume=config.resume, may_change=MAY_CHANGE, is_main=is_main
-    )
-    wait_for_everyone()
-    finished = config.resume and folder.result_path.exists()
+    with together():
+        folder = RunFolder.open(
+            config.run_dir, to_dict(config), resume=config.resume, may_change=MAY_CHANGE, is_main=is_main
+        )
+    with together():
+        if not folder.config_path.exists():
+            raise ValueError(f"run_dir: {folder.path} must be a folder that all processes share")
+        finished = config.resume and folder.result_path.exists()
     if finished and is_main:
         print(f"{config.run_dir} is finished; its result is in {folder.result_path}")
     return folder, finished
@@ -37,10 +41,10 @@ def open_run(config: TrainerConfig, is_main: bool, wait_for_everyone: Callable[[
 
 def print_header(
     config: TrainerConfig,
-    model: nn.Module,
     accelerator: Any,
     *,
     name: str,
+    parameters: int,
     shape: str,
     lines: Iterable[str] = (),
     resumed_after: int | None = None,
@@ -48,16 +52,19 @@ def print_header(
     """What is about to run (main process): the model's name, the shape of a step, and `lines` of what else there is."""
     if not accelerator.is_main_process:
         return
-    method, total = config.get_method(), parameter_counts(model)["total"]
+    method = config.get_method()
     schedule = ""
     if method.routed:
         k_min, k_max, mode = config.k_schedule()
         schedule = f", {config.num_experts} experts, k = {k_min}..{k_max} ({mode})"
     reason = f" ({config.scale_reason})" if config.scale_reason else ""
     print(f"{name}, {method.title}{schedule}, seed {config.seed}, run folder {config.run_dir}")
+    devices = f"{accelerator.num_processes} x {accelerator.device.type}"
+    if config.expert_parallel > 1:
+        devices += f" (experts over {config.expert_parallel})"
     print(
-        f"scale {config.scale}{reason}: {total:,} parameters, {config.steps} steps of {shape}, "
-        f"{accelerator.num_processes} x {accelerator.device.type}, precision {config.precision}"
+        f"scale {config.scale}{reason}: {parameters:,} parameters, {config.steps} steps of {shape}, {devices}, "
+        f"precision {config.precision}"
     )
     for line in lines:
         print(line)
@@ -88,8 +95,11 @@ class TrainingRun:
     `end_step(...)`.
     """
 
-    def __init__(self, config: TrainerConfig, folder: RunFolder, accelerator: Any, tokens_per_step: int) -> None:
-        self.config, self.folder, self.accelerator, self.tokens_per_step = config, folder, accelerator, tokens_per_step
+    def __init__(
+        self, config: TrainerConfig, folder: RunFolder, accelerator: Any, groups: ParallelGroups, tokens_per_step: int
+    ) -> None:
+        self.config, self.folder, self.accelerator, self.groups = config, folder, accelerator, groups
+        self.tokens_per_step = tokens_per_step
         self.progress = Progress()
 
     def begin(self, step: int, resumed: bool) -> None:
@@ -155,14 +165,14 @@ class TrainingRun:
         return stopping
 
     def finish(self, stopped_at: int | None = None) -> None:
-        """After the last step of this process. Raises RunError when a signal stopped it."""
+        """After the last step of this process. Raises Stopped when a signal ended it early."""
         self.bar.close()
         self.metrics.close()
         self.stop.release()
         if stopped_at is not None:
-            raise RunError(
-                f"stopped by a signal after step {stopped_at}; a checkpoint is written, --resume goes on from it"
-            )
+            leave()
+            message = f"stopped by a signal after step {stopped_at}; a checkpoint is written, --resume goes on from it"
+            raise Stopped(message if self.accelerator.is_main_process else "")
 
     def _new_interval(self) -> None:
         self._interval_start, self._interval_tokens = time.perf_counter(), 0
