@@ -28,6 +28,10 @@ def _child(module: str, argv: list[str], environment: dict[str, str], output: st
     os.environ.update(environment)
     os.setpgid(0, 0)
     sys.argv = [module, *argv]
+    if "OMP_NUM_THREADS" in environment:  # too late for OpenMP, which the server has loaded
+        import torch
+
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     from smoe.run.errors import run_main
 
     run_main(importlib.import_module(module).main)
@@ -77,6 +81,18 @@ def start(tmp_path):
 
 
 @pytest.fixture
+def start_ranks(start):
+    """start_ranks(n, module, *argv, own={rank: flags}) -> [Command]: n processes of a run, as torchrun starts them."""
+
+    def start_ranks(n: int, module: str, *argv: object, own: dict[int, list[object]] | None = None) -> list[Command]:
+        common = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "OMP_NUM_THREADS": "1"}
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
+        return [start(module, *argv, *(own or {}).get(rank, ()), env=env) for rank, env in enumerate(ranks)]
+
+    return start_ranks
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

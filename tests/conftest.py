@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import free_port, start  # noqa: F401 (fixtures)
+from commands import start, start_ranks  # noqa: F401 (fixtures)
 
 torch.set_num_threads(1)
 

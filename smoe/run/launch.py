@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from smoe.parallel import ParallelGroups, check_agreement
 from smoe.run.config import parse_config, to_dict
@@ -50,16 +54,45 @@ def run_trainer(
 
 
 def connect(timeout: float) -> None:
-    """Joins the processes that torchrun started; nothing to do for a single one, or when it is done.
+    """Joins the processes that torchrun started; nothing to do without it, or when it is done.
 
     ``timeout`` in seconds bounds how long one waits for another, here and in whatever they do together.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    if "RANK" not in os.environ or dist.is_initialized():
         return
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+    # Accelerate has no other name for what it passes on to DistributedDataParallel.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    limit = timedelta(seconds=timeout)
+    store, rank, world_size = next(rendezvous("env://", timeout=limit))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = _store_of_this_attempt(store, rank, world_size, limit)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+
+
+def _store_of_this_attempt(agents: dist.Store, rank: int, world_size: int, limit: timedelta) -> dist.Store:
+    """A store that rank 0 opens. torchrun's own outlives the workers: restarted ones would find in it, and try to
+    reach, those that are gone. How often it restarted them is no name for an attempt, since each machine counts alone.
+    """
+    host, key = os.environ["MASTER_ADDR"], "smoe/port"
+    if rank == 0:
+        store = dist.TCPStore(host, 0, world_size, is_master=True, timeout=limit, wait_for_workers=False)
+        agents.set(key, str(store.port))
+        return store
+    give_up = time.monotonic() + limit.total_seconds()
+    while True:
+        port = int(agents.get(key))  # waits for the first one
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return dist.TCPStore(host, port, world_size, is_master=False, timeout=limit, wait_for_workers=False)
+        except OSError as error:  # that of an attempt before this one
+            if time.monotonic() > give_up:
+                raise RunError(
+                    f"rank 0 on {host} can't be reached after {limit.total_seconds():.0f} s: {error}"
+                ) from None
+            time.sleep(0.05)
 
 
 def join(config: TrainerConfig) -> ParallelGroups:

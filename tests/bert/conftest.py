@@ -51,17 +51,25 @@ def prepared(tmp_path_factory):
 
 
 @pytest.fixture
-def pretrain(start, prepared):
-    """pretrain(model, method, run_dir, *flags) -> Command: the trainer at smoke scale in fp32, waited for.
+def pretrain_argv(prepared):
+    """pretrain_argv(model) -> flags of the trainer at smoke scale in fp32.
 
     The sweep has two k: counting FLOPs takes most of such a run's time.
     """
 
-    def pretrain(model: str, method: str, run_dir: Path, *flags: object, wait: bool = True, env=None) -> Command:
-        argv = ["--model", model, "--method", method, "--scale", "smoke", "--run_dir", run_dir]
-        argv += ["--data", prepared(model), "--precision", "fp32", "--progress", "false"]
-        argv += ["--sweep", "[1,16]"]
-        command = start("bert.pretrain", *argv, *flags, env=env)
+    def pretrain_argv(model: str) -> list[object]:
+        argv = ["--model", model, "--scale", "smoke", "--data", prepared(model), "--precision", "fp32"]
+        return [*argv, "--progress", "false", "--sweep", "[1,16]"]
+
+    return pretrain_argv
+
+
+@pytest.fixture
+def pretrain(start, pretrain_argv):
+    """pretrain(model, method, run_dir, *flags) -> Command: the trainer, waited for."""
+
+    def pretrain(model: str, method: str, run_dir: Path, *flags: object, wait: bool = True) -> Command:
+        command = start("bert.pretrain", *pretrain_argv(model), "--method", method, "--run_dir", run_dir, *flags)
         if wait:
             command.wait()
         return command

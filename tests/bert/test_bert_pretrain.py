@@ -7,33 +7,13 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from bert.config import CONFIG_DIR, PretrainConfig
+from runs import assert_one_line, assert_same_weights, lines, losses, wait_for_step, weights
 from smoe import METHODS
 from smoe.run.checkpoint import list_steps
 from smoe.run.config import parse_config
-from smoe.run.metrics import read_metrics
 from smoe.run.report import check_result, slimming_table
-
-
-def weights(run, step=None):
-    step = list_steps(run / "checkpoints")[-1] if step is None else step
-    return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
-
-
-def assert_same_weights(run_a, run_b):
-    a, b = weights(run_a), weights(run_b)
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
-
-
-def lines(run):
-    return {line["step"]: line["train"] for line in read_metrics(run) if "train" in line}
-
-
-def losses(run):
-    return {step: line["loss"] for step, line in lines(run).items()}
 
 
 @pytest.mark.parametrize(
@@ -88,11 +68,7 @@ def test_a_run_killed_three_times_ends_with_the_same_bits(pretrain, tmp_path):
     moments = sorted(random.Random().sample(range(2, 28), 3))
     for moment in moments:
         command = pretrain("bert", "smoe_dropout", killed, *LONG, "--resume", wait=False)
-        deadline = time.monotonic() + 240
-        while not (seen := losses(killed) if (killed / "metrics.jsonl").exists() else {}) or max(seen) < moment:
-            assert command.process.is_alive(), f"ended before step {moment}: {command.err}"
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+        wait_for_step(killed, moment, command.process.is_alive)
         time.sleep(random.random() * 0.03)
         command.kill(signal.SIGKILL)
         assert command.wait() == -signal.SIGKILL
@@ -140,27 +116,6 @@ def test_a_run_whose_training_was_done_needs_the_sweep_alone(pretrain, tmp_path)
     assert finished.wait() == 0 and "is finished" in finished.out
 
 
-@pytest.mark.distributed
-def test_two_processes_equal_one_with_the_whole_batch(pretrain, tmp_path, free_port):
-    one, two = tmp_path / "one", tmp_path / "two"
-    flags = ("--dropout", 0.0, "--log_interval", 1)
-    assert pretrain("bert", "smoe_dropout", one, *flags).wait() == 0
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port), "LOCAL_WORLD_SIZE": "2"}
-    commands = [
-        pretrain("bert", "smoe_dropout", two, *flags, wait=False, env={**common, "RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(2)
-    ]
-    for command in commands:
-        assert command.wait() == 0, command.err
-    a, b = losses(one), losses(two)
-    assert len(a) == 20 and a == pytest.approx(b, abs=1e-5)
-    results = [json.loads((run / "result.json").read_text()) for run in (one, two)]
-    assert results[1]["processes"] == 2
-    assert results[0]["bpc"]["test"] == pytest.approx(results[1]["bpc"]["test"], abs=1e-4)
-    for name, value in weights(one).items():
-        torch.testing.assert_close(value, weights(two)[name], atol=1e-4, rtol=0)
-
-
 def test_non_finite_loss_stops_before_the_optimizer_step(pretrain, tmp_path):
     run = tmp_path / "run"
     command = pretrain("bert", "smoe_dropout", run, "--learning_rate", "1e30", "--save_interval", 1)
@@ -169,13 +124,6 @@ def test_non_finite_loss_stops_before_the_optimizer_step(pretrain, tmp_path):
     assert "not finite at step" in command.err
     assert all(tensor.isfinite().all() for tensor in weights(run).values() if tensor.is_floating_point())
     assert not (run / "result.json").exists()
-
-
-def assert_one_line(command, code, *words):
-    assert command.wait() == code, command.err
-    assert command.err.startswith("error: ") and command.err.count("\n") == 1, command.err
-    for word in words:
-        assert str(word) in command.err
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,17 @@ from commands import Command
 
 
 @pytest.fixture
-def train(start, data_dir):
-    """train(method, run_dir, *flags) -> Command: the trainer at smoke scale in fp32, waited for."""
+def train_argv(data_dir):
+    """Flags of the trainer at smoke scale in fp32."""
+    return ["--scale", "smoke", "--data", data_dir, "--precision", "fp32", "--progress", "false"]
 
-    def train(method: str, run_dir: Path, *flags: object, wait: bool = True, env=None) -> Command:
-        argv = ["--method", method, "--scale", "smoke", "--data", data_dir, "--run_dir", run_dir]
-        command = start("transformer_xl.train", *argv, "--precision", "fp32", "--progress", "false", *flags, env=env)
+
+@pytest.fixture
+def train(start, train_argv):
+    """train(method, run_dir, *flags) -> Command: the trainer, waited for."""
+
+    def train(method: str, run_dir: Path, *flags: object, wait: bool = True) -> Command:
+        command = start("transformer_xl.train", *train_argv, "--method", method, "--run_dir", run_dir, *flags)
         if wait:
             command.wait()
         return command

@@ -10,28 +10,13 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from runs import assert_one_line, assert_same_weights, losses, wait_for_step, weights
 from smoe import METHODS
 from smoe.run.checkpoint import list_steps, load_checkpoint, load_latest, save_checkpoint
 from smoe.run.metrics import read_metrics
 from transformer_xl.config import TrainConfig
 from transformer_xl.train import learning_rate_at
-
-
-def weights(run, step=None):
-    step = list_steps(run / "checkpoints")[-1] if step is None else step
-    return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
-
-
-def assert_same_weights(run_a, run_b):
-    a, b = weights(run_a), weights(run_b)
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
-
-
-def losses(run):
-    return {line["step"]: line["train"]["loss"] for line in read_metrics(run) if "train" in line}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -87,11 +72,7 @@ def test_a_run_killed_five_times_ends_with_the_same_bits(train, tmp_path):
     moments = sorted(random.Random().sample(range(2, 38), 5))
     for moment in moments:
         command = train("smoe_dropout", killed, *LONG, "--resume", wait=False)
-        deadline = time.monotonic() + 120
-        while not (lines := losses(killed) if (killed / "metrics.jsonl").exists() else {}) or max(lines) < moment:
-            assert command.process.is_alive(), f"ended before step {moment}: {command.err}"
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+        wait_for_step(killed, moment, command.process.is_alive)
         time.sleep(random.random() * 0.03)
         command.kill(signal.SIGKILL)
         assert command.wait() == -signal.SIGKILL
@@ -120,27 +101,6 @@ def test_sigterm_writes_a_checkpoint_that_resume_goes_on_from(train, tmp_path):
     assert_same_weights(alone, stopped)
 
 
-@pytest.mark.distributed
-def test_two_processes_equal_one_with_the_whole_batch(train, tmp_path, free_port):
-    one, two = tmp_path / "one", tmp_path / "two"
-    flags = ("--dropout", 0.0, "--log_interval", 1, "--eval_batch_size", 3)
-    assert train("smoe_dropout", one, *flags).wait() == 0
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port), "LOCAL_WORLD_SIZE": "2"}
-    commands = [
-        train("smoe_dropout", two, *flags, wait=False, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    for command in commands:
-        assert command.wait() == 0, command.err
-    a, b = losses(one), losses(two)
-    assert len(a) == 20 and a == pytest.approx(b, abs=1e-5)
-    results = [json.loads((run / "result.json").read_text()) for run in (one, two)]
-    assert results[1]["processes"] == 2
-    assert results[0]["bpc"]["test"] == pytest.approx(results[1]["bpc"]["test"], abs=1e-4)
-    for name, value in weights(one).items():
-        torch.testing.assert_close(value, weights(two)[name], atol=1e-4, rtol=0)
-
-
 def test_finished_run_is_not_trained_again(train, tmp_path):
     run = tmp_path / "run"
     assert train("smoe_dropout", run).wait() == 0
@@ -151,13 +111,6 @@ def test_finished_run_is_not_trained_again(train, tmp_path):
 
 
 # ---- bad input: one clear line, an exit code, nothing half-written ------------------------------------------------
-def assert_one_line(command, code, *words):
-    assert command.wait() == code, command.err
-    assert command.err.startswith("error: ") and command.err.count("\n") == 1, command.err
-    for word in words:
-        assert str(word) in command.err
-
-
 @pytest.mark.parametrize(
     ("method", "flags", "words"),
     [

@@ -1,0 +1,51 @@
+"""The trainer on several processes: what one process does, whatever goes wrong said by all, no loss with a worker."""
+
+import processes
+import pytest
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture
+def trainer(start_ranks, pretrain_argv):
+    def trainer(run_dir, *flags, ranks=1, own=None):
+        argv = [*pretrain_argv("bert"), "--method", "smoe_dropout", "--run_dir", run_dir, *flags]
+        return start_ranks(ranks, "bert.pretrain", *argv, own=own)
+
+    return trainer
+
+
+def test_twenty_steps_are_those_of_one_process(trainer, tmp_path):
+    processes.check_equals_one_process(trainer, tmp_path, [(2, 2), (4, 2)])
+
+
+@pytest.mark.slow
+def test_twenty_steps_with_data_or_experts_alone_spread(trainer, tmp_path):
+    processes.check_equals_one_process(trainer, tmp_path, [(2, 1), (4, 1), (4, 4)])
+
+
+def test_a_checkpoint_of_four_processes_goes_on_at_one_two_and_four(trainer, tmp_path):
+    processes.check_resumes_at_any_number(trainer, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "own", "words"),
+    [
+        ([], ["--mask_share", 0.2], ["mask_share is 0.15 on rank 0, 0.2 on rank 1"]),
+        ([], ["--data", "/nowhere"], ["/nowhere", "prepare.py"]),
+        (["--batch_size", 3], [], ["batch_size: 3", "2 processes"]),
+        (["--expert_parallel", 4], [], ["expert_parallel is 4", "2 processes", "1, 2"]),
+    ],
+)
+def test_processes_that_do_not_fit_say_so_each(flags, own, words, trainer, tmp_path):
+    processes.check_disagreement(trainer, tmp_path, flags, own, words)
+
+
+def test_a_signal_to_one_stops_all(trainer, tmp_path):
+    processes.check_signal_to_one_stops_all(trainer, tmp_path)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_after_a_kill(trainer, pretrain_argv, tmp_path):
+    argv = [*pretrain_argv("bert"), "--method", "smoe_dropout"]
+    processes.check_torchrun_restarts(trainer, "bert.pretrain", argv, tmp_path)
