@@ -58,7 +58,7 @@ def connect(timeout: float) -> None:
 
     ``timeout`` in seconds bounds how long one waits for another, here and in whatever they do together.
     """
-    if "RANK" not in os.environ or dist.is_initialized():
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() or dist.is_initialized():
         return
     cuda = torch.cuda.is_available()
     if cuda:

@@ -9,7 +9,16 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture
 def trainer(start_ranks, pretrain_argv):
     def trainer(run_dir, *flags, ranks=1, own=None):
-        argv = [*pretrain_argv("bert"), "--method", "smoe_dropout", "--run_dir", run_dir, *flags]
+        argv = [
+            *pretrain_argv("bert"),
+            "--method",
+            "smoe_dropout",
+            "--eval_sequences",
+            25,
+            "--run_dir",
+            run_dir,
+            *flags,
+        ]
         return start_ranks(ranks, "bert.pretrain", *argv, own=own)
 
     return trainer
@@ -47,5 +56,5 @@ def test_a_signal_to_one_stops_all(trainer, tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_restarts_after_a_kill(trainer, pretrain_argv, tmp_path):
-    argv = [*pretrain_argv("bert"), "--method", "smoe_dropout"]
+    argv = [*pretrain_argv("bert"), "--method", "smoe_dropout", "--eval_sequences", 25]
     processes.check_torchrun_restarts(trainer, "bert.pretrain", argv, tmp_path)
