@@ -167,7 +167,7 @@ def test_a_checkpoint_of_more_processes_goes_on_with_generators_drawn_anew(train
     for folder in (run, again):
         command = train("smoe_dropout", folder, *flags, "--resume")
         assert command.wait() == 0, command.err
-        assert "the checkpoint is of 2 processes, this run of 1" in command.out
+        assert "the checkpoint is of 2 processes, this run has 1" in command.out
     assert_same_weights(run, again)
 
 
