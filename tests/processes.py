@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from commands import free_port
-
 from runs import assert_close_runs, assert_one_line, assert_same_weights, losses, result, wait_for_step
 
 # Every layer at every k from 1 to 16, gradients above the clip, an evaluation that no number of processes divides; no

@@ -7,9 +7,9 @@ import time
 
 import pytest
 import torch
+from runs import assert_one_line, assert_same_weights, lines, losses, wait_for_step, weights
 
 from bert.config import CONFIG_DIR, PretrainConfig
-from runs import assert_one_line, assert_same_weights, lines, losses, wait_for_step, weights
 from smoe import METHODS
 from smoe.run.checkpoint import list_steps
 from smoe.run.config import parse_config

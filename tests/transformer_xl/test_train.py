@@ -10,8 +10,8 @@ import time
 
 import pytest
 import torch
-
 from runs import assert_one_line, assert_same_weights, losses, wait_for_step, weights
+
 from smoe import METHODS
 from smoe.run.checkpoint import list_steps, load_checkpoint, load_latest, save_checkpoint
 from smoe.run.metrics import read_metrics

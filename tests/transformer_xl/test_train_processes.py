@@ -60,7 +60,6 @@ def test_processes_with_other_data_say_so(trainer, data_dir, tmp_path):
 
 def test_a_process_that_never_comes_is_not_waited_for_longer_than_allowed(start, train_argv, tmp_path):
     from commands import free_port
-
     from runs import assert_one_line
 
     env = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
