@@ -22,12 +22,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+# Peers that multiply as many rows as routing brings have oneDNN compile hundreds of kernels a repeat, which would push
+# everybody's out of its cache of 1024. Said before torch is imported.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")
 
-from benchmarks.peers import peers
-from smoe import SMoE
-from smoe.flops import count
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from benchmarks.peers import peers  # noqa: E402
+from smoe import SMoE  # noqa: E402
+from smoe.flops import count  # noqa: E402
 
 # name: (d, N, h, T, activation), sizes of the paper
 SHAPES = {
