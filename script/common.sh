@@ -43,17 +43,57 @@ run_dir_of() {
 }
 
 # train_and_report MODULE RUN_DIR FLAG...: trains on every GPU there is (else on the CPU), goes on where it stopped, and
-# prints the table over k and draws it.
+# prints the table over k and draws it. With several processes torchrun starts them, and starts them again, from the
+# newest good checkpoint, when one of them dies. What may be set in the environment:
+#
+#   NPROC_PER_NODE   processes on this machine (default: its GPUs, else 1)
+#   MAX_RESTARTS     how often torchrun may start them again (default 3)
+#   NNODES           machines (default 1); with several, call the script on each of them, with the same flags and
+#   RDZV_ENDPOINT    HOST:PORT where they meet, on one of the machines, the same for all
+#   RDZV_ID          a name of the job, the same for all (default: the run folder)
+#   NODE_RANK        0 on the machine that prints the table (default: SLURM_NODEID, else 0)
+#   PREPARE_ONLY     1: set up and prepare the data, train nothing: for one machine, before all of them call the script
+#
+# Every other setting of torchrun has a variable PET_... of its own. Exit code 75: stopped by a signal, with a checkpoint
+# that the same command goes on from.
 train_and_report() {
-    local module=$1 run_dir=$2 gpus=0
+    local module=$1 run_dir=$2 processes=${NPROC_PER_NODE:-0} nodes=${NNODES:-1} launch status=0 stopped=""
     shift 2
-    if nvidia-smi >/dev/null 2>&1; then
-        gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+    if [ -n "${PREPARE_ONLY:-}" ]; then
+        return
     fi
-    if [ "$gpus" -gt 1 ]; then
-        torchrun --standalone --nproc_per_node "$gpus" -m "$module" "$@" --resume
+    if [ "$processes" = 0 ] && nvidia-smi >/dev/null 2>&1; then
+        processes=$(python -c 'import torch; print(torch.cuda.device_count())')
+    fi
+    [ "$processes" -gt 0 ] || processes=1
+    launch=(torchrun --nproc_per_node "$processes" --max_restarts "${MAX_RESTARTS:-3}")
+    if [ "$nodes" != 1 ]; then
+        if [ -z "${RDZV_ENDPOINT:-}" ]; then
+            echo "error: NNODES is $nodes; set RDZV_ENDPOINT to HOST:PORT of one of the machines, the same on each" >&2
+            exit 2
+        fi
+        launch+=(--nnodes "$nodes" --rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --rdzv_id "${RDZV_ID:-$run_dir}")
+    elif [ "$processes" -gt 1 ]; then
+        launch+=(--standalone)
     else
-        python -m "$module" "$@" --resume
+        launch=(python)
+    fi
+    # When torchrun is told to stop, its workers write a checkpoint; that may take longer than it would wait.
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
+    # The signal reaches what is running too; this waits for it, whatever torchrun's own exit code is then.
+    trap 'stopped=yes' TERM INT
+    "${launch[@]}" -m "$module" "$@" --resume || status=$?
+    trap - TERM INT
+    if [ ! -f "$run_dir/result.json" ] && [ -n "$stopped" ]; then
+        exit 75
+    elif [ "$status" != 0 ]; then
+        exit "$status"
+    fi
+    if [ "${NODE_RANK:-${SLURM_NODEID:-0}}" != 0 ]; then
+        return
+    fi
+    if [ ! -f "$run_dir/result.json" ]; then # the signal was to a worker, and torchrun takes the end for success
+        exit 75
     fi
     python -m smoe.run.report "$run_dir" --plot "$run_dir/slimming.png"
 }

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
+STOPPED = 75  # of sysexits.h: a temporary failure, try again
 
 _MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 _PATH_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EEXIST}
@@ -54,7 +55,7 @@ def clean_exit(*our_packages: str) -> Iterator[None]:
       and `__main__`.
     - a path that is missing or may not be used: exit 2.
     - `RunError`, a full or failing disk, an accelerator out of memory, another process of the run that is gone: exit 1.
-      Ctrl-C: exit 130.
+      Ctrl-C: exit 130. `Stopped`, which the same command goes on from: exit 75, under torchrun 0.
     """
     try:
         yield
@@ -65,7 +66,7 @@ def clean_exit(*our_packages: str) -> Iterator[None]:
         _stop("interrupted", INTERRUPTED)
     except Stopped as error:
         # For torchrun anything but 0 would be a failure, and a reason to start all again.
-        _stop(one_line(error), 0 if "TORCHELASTIC_RUN_ID" in os.environ else FAILURE)
+        _stop(one_line(error), 0 if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED)
     except RunError as error:
         _stop(one_line(error), FAILURE)
     except ValueError as error:
