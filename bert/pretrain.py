@@ -29,10 +29,10 @@ from bert.model import MaskedLM, build_model
 from smoe.flops import count, count_step
 from smoe.hf import TopKCallback
 from smoe.methods import MethodLoss
-from smoe.parallel import check_agreement, parallelize
+from smoe.parallel import check_agreement
 from smoe.run.checkpoint import load_checkpoint
 from smoe.run.errors import run_main
-from smoe.run.launch import join, leave, run_trainer, together
+from smoe.run.launch import join, keep_from_ddp, leave, run_trainer, spread, together
 from smoe.run.precision import resolve_precision
 from smoe.run.record import environment_record, parameter_counts
 from smoe.run.result import flops_per_k, run_result, sweep
@@ -47,6 +47,8 @@ class MaskedLMTrainer(Trainer):
         super().__init__(**kwargs)
         self.config, self.batches = config, batches
         self.loss: MethodLoss | None = None  # of the last forward pass
+        if config.fsdp:
+            keep_from_ddp(self.accelerator)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
 
@@ -114,7 +116,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         shutil.copyfile(blocks.folder / "tokenizer.json", folder.path / "tokenizer.json")
 
     parameters = parameter_counts(model)["total"]
-    parallelize(model, groups)
+    spread(model, config, groups, arguments.device, model.model.base_model.encoder.layer)
     callbacks: list[TrainerCallback] = []
     if config.get_method().routed:
         k_min, k_max, mode = config.k_schedule()

@@ -38,7 +38,7 @@ class ConcreteDropout(nn.Module):
     @property
     def p(self) -> Tensor:
         """The current rate, (1,) float32."""
-        return torch.sigmoid(self.p_logit.float())
+        return torch.sigmoid(_whole(self.p_logit).float())
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape -> the same shape; drawn in float32 (1e-7 vanishes in bfloat16)."""
@@ -58,13 +58,18 @@ class ConcreteDropout(nn.Module):
         num_features * (p log p + (1 - p) log(1 - p)), where num_features is the width of what is dropped.
         """
         p = self.p
-        squares = sum(parameter.float().pow(2).sum() for parameter in next_layer.parameters())
+        squares = sum(_whole(parameter.float().pow(2).sum()) for parameter in next_layer.parameters())
         entropy = p * torch.log(p) + (1 - p) * torch.log(1 - p)
         penalty = self.weight_regularizer * squares / (1 - p) + self.dropout_regularizer * num_features * entropy
         return penalty.squeeze()
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The whole of it, where FSDP has sharded the parameter (between forward passes)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 class DropBlock(nn.Module):

@@ -26,28 +26,33 @@ def finish(commands) -> None:
 
 
 def check_equals_one_process(trainer, tmp_path: Path, shapes) -> None:
-    """Twenty steps on (processes, expert_parallel) are those of one process."""
+    """Twenty steps on (processes, expert_parallel, fsdp) are those of one process."""
     one = tmp_path / "one"
     finish(trainer(one, *GROWING))
     assert len(losses(one)) == 20
-    for ranks, expert_parallel in shapes:
-        run = tmp_path / f"{ranks}-{expert_parallel}"
-        finish(trainer(run, *GROWING, "--expert_parallel", expert_parallel, ranks=ranks))
+    for ranks, expert_parallel, fsdp in shapes:
+        run = tmp_path / f"{ranks}-{expert_parallel}-{fsdp}"
+        finish(trainer(run, *GROWING, "--expert_parallel", expert_parallel, "--fsdp", fsdp, ranks=ranks))
         assert_close_runs(one, run)
-        assert (result(run)["processes"], result(run)["expert_parallel"]) == (ranks, expert_parallel)
+        assert [result(run)[name] for name in ("processes", "expert_parallel", "fsdp")] == [
+            ranks,
+            expert_parallel,
+            fsdp,
+        ]
 
 
-def check_resumes_at_any_number(trainer, tmp_path: Path) -> None:
-    """A checkpoint of 4 processes goes on at 1, 2 and 4 with the same losses, its experts spread or not."""
+def check_resumes_at_any_number(trainer, tmp_path: Path, fsdp: bool) -> None:
+    """A checkpoint of 4 processes goes on at 1, 2 and 4 with the same losses, however they are spread."""
     four = tmp_path / "four"
-    finish(trainer(four, *GROWING, "--expert_parallel", 2, ranks=4))
+    finish(trainer(four, *GROWING, "--expert_parallel", 2, "--fsdp", fsdp, ranks=4))
     shutil.rmtree(four / "checkpoints" / "step-00000020")
     (four / "result.json").unlink()
     want = losses(four)
     for ranks, expert_parallel in ((1, 1), (2, 2), (4, 4)):
         run = tmp_path / f"{ranks}"
         shutil.copytree(four, run)
-        commands = trainer(run, *GROWING, "--expert_parallel", expert_parallel, "--resume", ranks=ranks)
+        flags = ("--expert_parallel", expert_parallel, "--fsdp", ranks == 4 and not fsdp, "--resume")
+        commands = trainer(run, *GROWING, *flags, ranks=ranks)
         finish(commands)
         assert "resumed after step 10" in commands[0].out
         assert ("random generators start anew" in commands[0].out) == (ranks != 4)

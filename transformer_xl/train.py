@@ -21,10 +21,10 @@ from torch import nn
 
 from smoe import set_top_k
 from smoe.flops import transformer_xl_flops, transformer_xl_step_flops
-from smoe.parallel import check_agreement, clip_grad_norm_, parallelize
+from smoe.parallel import check_agreement, clip_grad_norm_
 from smoe.run.checkpoint import load_checkpoint
 from smoe.run.errors import run_main
-from smoe.run.launch import join, leave, run_trainer, together
+from smoe.run.launch import join, keep_from_ddp, leave, run_trainer, spread, together
 from smoe.run.precision import resolve_precision
 from smoe.run.record import environment_record, parameter_counts
 from smoe.run.result import flops_per_k, run_result, sweep
@@ -77,7 +77,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
         return folder.read_result()
 
     method, parameters = config.get_method(), parameter_counts(bare_model)["total"]
-    parallelize(bare_model, groups)
+    spread(bare_model, config, groups, device, bare_model.layers)
+    if config.fsdp:
+        keep_from_ddp(accelerator)
     torch.manual_seed(config.seed + 1000 * rank)  # equal weights everywhere, different dropout
     optimizer = torch.optim.Adam(bare_model.parameters(), lr=config.learning_rate, fused=True)
     checkpoint = latest_checkpoint(folder, groups, own=("memory",))

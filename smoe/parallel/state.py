@@ -29,7 +29,9 @@ def gather_state(tensors: Mapping[str, Tensor], model: nn.Module, groups: Parall
     names, whole = expert_names(bare(model)), {}
     # In the order of the first group, whose ranks hold every expert; the others have nothing to send.
     for key in sorted(tensors):
-        tensor = tensors[key].full_tensor() if is_sharded(tensors[key]) else tensors[key]
+        tensor = tensors[key]
+        if is_sharded(tensor):  # one after the other, and to the CPU: all together may not fit a device
+            tensor = tensor.full_tensor().cpu()
         if not _is_spread(key, tensor, names):
             whole[key] = tensor
         elif groups.rank < groups.expert_parallel:
@@ -52,7 +54,8 @@ def shard_state(whole: Mapping[str, Tensor], model: nn.Module, groups: ParallelG
         model: the parallelized model; with one that is neither spread nor sharded, ``whole`` comes back as it is.
     """
     model = bare(model)
-    names, parameters, mine = expert_names(model), dict(model.named_parameters()), {}
+    names, mine = expert_names(model), {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # a state dict has tied ones by each name
     for key, tensor in whole.items():
         if _is_spread(key, tensor, names):
             tensor = groups.scatter_experts(tensor).clone()

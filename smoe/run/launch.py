@@ -9,11 +9,12 @@ said by all, so that none waits for another that is gone; a bound on waiting (``
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,9 +22,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
-from smoe.parallel import ParallelGroups, check_agreement
+from smoe.parallel import ParallelGroups, check_agreement, fully_shard_model, parallelize
 from smoe.run.config import parse_config, to_dict
 from smoe.run.errors import RunError, one_line
 from smoe.run.trainer_config import PROCESS_TIMEOUT, TrainerConfig
@@ -98,14 +100,34 @@ def _store_of_this_attempt(agents: dist.Store, rank: int, world_size: int, limit
 def join(config: TrainerConfig) -> ParallelGroups:
     """This process's place among the others, once all have the same configuration.
 
-    Raises ValueError in one line, on every process, when a field differs or expert_parallel doesn't fit.
+    Raises ValueError in one line, on every process, when a field differs, or expert_parallel or fsdp doesn't fit.
     """
     connect(config.process_timeout)
     single = ParallelGroups.create(timeout=config.process_timeout)
     check_agreement({name: value for name, value in to_dict(config).items() if name not in _OWN}, single)
+    if config.fsdp and single.world_size == 1:
+        raise ValueError("fsdp shards over processes, and this run has 1; start several with torchrun, or leave it out")
     if config.expert_parallel == 1:
         return single
     return ParallelGroups.create(config.expert_parallel, timeout=config.process_timeout)
+
+
+def spread(
+    model: nn.Module, config: TrainerConfig, groups: ParallelGroups, device: torch.device, blocks: Iterable[nn.Module]
+) -> None:
+    """Puts ``model``, whole and equal everywhere, on ``device``, in place: its experts spread over processes, and with
+    FSDP everything sharded, ``blocks`` (the layers) one by one. Before the optimizer."""
+    parallelize(model, groups)
+    model.to(device)
+    if config.fsdp:
+        # Nobody changes in place what the model returns.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
+        fully_shard_model(model, groups, blocks=blocks)
+
+
+def keep_from_ddp(accelerator: Any) -> None:
+    """Lets Accelerate prepare a model that FSDP has sharded for its precision alone."""
+    accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)
 
 
 @contextmanager

@@ -90,6 +90,7 @@ def run_result(
         "tokens_per_second": tokens_per_step * config.steps / seconds,
         "processes": processes,
         "expert_parallel": config.expert_parallel,
+        "fsdp": config.fsdp,
         "precision": config.precision,
         "config": {field: value for field, value in to_dict(config).items() if field not in PLACES},
         "environment": environment,

@@ -12,7 +12,8 @@ from smoe.router import SCORES
 from smoe.schedule import MODES, k_at
 
 # What may differ when a run is resumed: where things are and how often they are said, nothing that changes numbers.
-MAY_CHANGE = ("data", "scale", "save_interval", "log_interval", "progress", "expert_parallel", "process_timeout")
+MAY_CHANGE = ("data", "scale", "save_interval", "log_interval", "progress")
+MAY_CHANGE += ("expert_parallel", "fsdp", "process_timeout")
 
 PROCESS_TIMEOUT = 600.0  # seconds
 
@@ -46,6 +47,7 @@ class TrainerConfig:
         sweep: the k of the final sweep; those above num_experts are left out
         progress: show a progress bar
         expert_parallel: processes that share the experts of a layer; 1: each has all of them
+        fsdp: shard parameters, gradients and optimizer state over the processes, for a model that doesn't fit a device
         process_timeout: seconds that a process waits for another before it gives up
     """
 
@@ -74,6 +76,7 @@ class TrainerConfig:
     progress: bool = True
 
     expert_parallel: int = 1
+    fsdp: bool = False
     process_timeout: float = PROCESS_TIMEOUT
 
     def check(self, routers: tuple[str, ...]) -> None:

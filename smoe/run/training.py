@@ -62,6 +62,8 @@ def print_header(
     devices = f"{accelerator.num_processes} x {accelerator.device.type}"
     if config.expert_parallel > 1:
         devices += f" (experts over {config.expert_parallel})"
+    if config.fsdp:
+        devices += " (sharded)"
     print(
         f"scale {config.scale}{reason}: {parameters:,} parameters, {config.steps} steps of {shape}, {devices}, "
         f"precision {config.precision}"

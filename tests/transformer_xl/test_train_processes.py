@@ -1,7 +1,12 @@
 """The trainer on several processes: what one process does, whatever goes wrong said by all, no loss with a worker."""
 
+import shutil
+
 import processes
 import pytest
+from commands import free_port
+
+from runs import assert_close_runs, assert_one_line
 
 pytestmark = pytest.mark.distributed
 
@@ -16,16 +21,16 @@ def trainer(start_ranks, train_argv):
 
 
 def test_twenty_steps_are_those_of_one_process(trainer, tmp_path):
-    processes.check_equals_one_process(trainer, tmp_path, [(2, 2), (4, 2)])
+    processes.check_equals_one_process(trainer, tmp_path, [(2, 2, False), (4, 2, False), (4, 2, True)])
 
 
 @pytest.mark.slow
 def test_twenty_steps_with_data_or_experts_alone_spread(trainer, tmp_path):
-    processes.check_equals_one_process(trainer, tmp_path, [(2, 1), (4, 1), (4, 4)])
+    processes.check_equals_one_process(trainer, tmp_path, [(2, 1, False), (4, 1, False), (4, 4, False), (2, 1, True)])
 
 
 def test_a_checkpoint_of_four_processes_goes_on_at_one_two_and_four(trainer, tmp_path):
-    processes.check_resumes_at_any_number(trainer, tmp_path)
+    processes.check_resumes_at_any_number(trainer, tmp_path, fsdp=False)
 
 
 @pytest.mark.parametrize(
@@ -49,8 +54,6 @@ def test_processes_that_do_not_fit_say_so_each(flags, own, words, trainer, tmp_p
 
 
 def test_processes_with_other_data_say_so(trainer, data_dir, tmp_path):
-    import shutil
-
     other = tmp_path / "other"
     shutil.copytree(data_dir, other)
     meta = other / "meta.json"
@@ -59,13 +62,27 @@ def test_processes_with_other_data_say_so(trainer, data_dir, tmp_path):
 
 
 def test_a_process_that_never_comes_is_not_waited_for_longer_than_allowed(start, train_argv, tmp_path):
-    from commands import free_port
-    from runs import assert_one_line
-
     env = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     argv = [*train_argv, "--method", "smoe_dropout", "--run_dir", tmp_path / "run", "--process_timeout", 2]
     assert_one_line(start("transformer_xl.train", *argv, env=env), 1, "lost contact with another process")
+
+
+def test_fsdp_with_a_single_process_is_one_line(train, tmp_path):
+    assert_one_line(train("smoe", tmp_path / "run", "--fsdp"), 2, "fsdp", "1", "torchrun")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["thor", "dense_concrete_dropout"])
+def test_two_passes_and_penalties_with_fsdp(method, start_ranks, train_argv, tmp_path):
+    """THOR's two passes in one backward, and a penalty that reads sharded weights, are those of DDP."""
+    runs = {}
+    for fsdp in (False, True):
+        runs[fsdp] = tmp_path / f"{fsdp}"
+        argv = [*train_argv, "--method", method, "--run_dir", runs[fsdp], "--fsdp", fsdp, "--log_interval", 1]
+        processes.finish(start_ranks(2, "transformer_xl.train", *argv, "--sweep", 16))
+    assert_close_runs(runs[False], runs[True])
 
 
 def test_a_signal_to_one_stops_all(trainer, tmp_path):
