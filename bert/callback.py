@@ -49,7 +49,11 @@ class RunCallback(TrainerCallback):
         else:
             state.global_step = checkpoint.step
             restore_run(self.run, checkpoint, model.model, _bare(optimizer))
-            lr_scheduler.load_state_dict(checkpoint.state["lr_scheduler"])
+            # One entry a group of parameters, all the same; how many groups there are depends on how they are spread.
+            groups, saved = len(optimizer.param_groups), checkpoint.state["lr_scheduler"]
+            lr_scheduler.load_state_dict(
+                {name: value[:1] * groups if isinstance(value, list) else value for name, value in saved.items()}
+            )
             checkpoint.tensors.clear()  # they are the model's and the optimizer's now
         self.run.begin(state.global_step, resumed=checkpoint is not None)
 

@@ -46,24 +46,27 @@ def restore_optimizer(
 ) -> None:
     """Put back what `flatten_optimizer` took, bit for bit, each tensor on the device its optimizer keeps it on.
 
-    Raises ValueError, before anything changes, when the groups or the parameters in them are not those of the state.
+    How parameters are grouped may have changed (some trainers group by how they are spread over processes), as long as
+    those of a group had the same options.
+    Raises ValueError, before anything changes, when parameters differ, or those of a group had different options.
     """
-    named = dict(named_parameters)
-    names = {id(parameter): name for name, parameter in named.items()}
+    names = {id(parameter): name for name, parameter in named_parameters}
     saved = json_state["groups"]
-    if len(saved) != len(optimizer.param_groups):
-        here = len(optimizer.param_groups)
-        raise ValueError(f"optimizer: the checkpoint has {len(saved)} param groups, this optimizer {here}")
+    source = {name: index for index, kept in enumerate(saved) for name in kept["params"]}
+    here = [[names.get(id(p), "(unnamed)") for p in group["params"]] for group in optimizer.param_groups]
+    differing = sorted(source.keys() ^ {name for members in here for name in members})
+    if differing:
+        where = "checkpoint" if differing[0] in source else "model"
+        raise ValueError(f"optimizer: parameter {differing[0]!r} is only in the {where}")
     groups, state, position = [], {}, 0
-    for index, (group, kept) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
-        members = [names.get(id(parameter), "(unnamed)") for parameter in group["params"]]
-        differing = sorted(set(members) ^ set(kept["params"]))
-        if differing:
-            where = "checkpoint" if differing[0] in kept["params"] else "model"
-            raise ValueError(f"optimizer: parameter {differing[0]!r} of group {index} is only in the {where}")
+    for members in here:
+        first, *others = dict.fromkeys(source[name] for name in members)
+        options = _join(saved[first]["options"], f"group/{first}", tensors)
+        for other in others:
+            _check_equal(options, _join(saved[other]["options"], f"group/{other}", tensors), members[0])
         positions = range(position, position + len(members))
         position += len(members)
-        groups.append({**_join(kept["options"], f"group/{index}", tensors), "params": list(positions)})
+        groups.append({**options, "params": list(positions)})
         for number, name in zip(positions, members, strict=True):
             if name in json_state["state"]:
                 state[number] = _join(json_state["state"][name], f"state/{name}", tensors)
@@ -116,6 +119,16 @@ def restore_rng(tensors: dict[str, Tensor]) -> None:
     torch.set_rng_state(tensors["torch"].cpu())
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"].cpu())
+
+
+def _check_equal(options: dict[str, Any], others: dict[str, Any], member: str) -> None:
+    for name, value in options.items():
+        other = others.get(name)
+        same = torch.equal(value, other) if isinstance(value, Tensor) and isinstance(other, Tensor) else value == other
+        if not same:
+            raise ValueError(
+                f"optimizer: {name} is {value} for {member!r} in the checkpoint, and {other} for others of its group"
+            )
 
 
 def _split(values: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

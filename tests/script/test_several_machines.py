@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from commands import free_port
-
 from runs import wait_for_step
 
 pytestmark = pytest.mark.distributed

@@ -5,7 +5,6 @@ import shutil
 import processes
 import pytest
 from commands import free_port
-
 from runs import assert_close_runs, assert_one_line
 
 pytestmark = pytest.mark.distributed

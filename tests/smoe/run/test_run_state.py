@@ -109,13 +109,32 @@ def test_another_model_is_refused_and_nothing_changes():
     fresh = torch.optim.Adam(
         [{"params": [p for n, p in other.named_parameters() if n.endswith(e)]} for e in ("t", "s")]
     )
-    with pytest.raises(ValueError, match=r"parameter '1\.weight' of group 0 is only in the model"):
+    with pytest.raises(ValueError, match=r"parameter '1\.bias' is only in the model"):
         restore_optimizer(fresh, tensors, state, other.named_parameters())
     assert not fresh.state
-    with pytest.raises(ValueError, match="2 param groups, this optimizer 1"):
-        restore_optimizer(torch.optim.Adam(model.parameters()), tensors, state, model.named_parameters())
+    with pytest.raises(ValueError, match=r"weight_decay is 0\.1 for '0\.weight' in the checkpoint, and 0"):
+        one = torch.optim.Adam([p for name, p in model.named_parameters() if name != "3.bias"])
+        restore_optimizer(one, tensors, state, model.named_parameters())
     with pytest.raises(ValueError, match="has no name"):
         flatten_optimizer(optimizer, list(model.named_parameters())[:1])
+
+
+@pytest.mark.parametrize("kind", ["adam", "tensor_lr"])
+def test_parameters_may_be_grouped_in_another_way(kind):
+    """As where they are grouped by how they are spread over processes."""
+    model, optimizer = build(kind, 0)
+    train(model, optimizer, None, range(2))
+    tensors, state = flatten_optimizer(optimizer, model.named_parameters())
+    again, _ = build(kind, 0)
+    again.load_state_dict(model.state_dict())
+    parts = [[again[0].weight], [again[0].bias], [again[2].weight, again[3].weight], [again[2].bias]]
+    fresh = OPTIMIZERS[kind]([{"params": part} for part in parts])
+    restore_optimizer(fresh, tensors, state, again.named_parameters())
+    assert [group["weight_decay"] for group in fresh.param_groups] == [0.1, 0, 0.1, 0]
+    train(model, optimizer, None, range(2, 4))
+    train(again, fresh, None, range(2, 4))
+    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert a.equal(b), name
 
 
 def draw() -> list:
