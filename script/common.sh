@@ -79,7 +79,7 @@ train_and_report() {
         launch=(python)
     fi
     # When torchrun is told to stop, its workers write a checkpoint; that may take longer than it would wait.
-    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-60}
     # The signal reaches what is running too; this waits for it, whatever torchrun's own exit code is then.
     trap 'stopped=yes' TERM INT
     "${launch[@]}" -m "$module" "$@" --resume || status=$?

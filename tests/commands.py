@@ -82,13 +82,20 @@ def start(tmp_path):
 
 @pytest.fixture
 def start_ranks(start):
-    """start_ranks(n, module, *argv, own={rank: flags}) -> [Command]: n processes of a run, as torchrun starts them."""
+    """start_ranks(n, module, *argv, own={rank: flags}, env={rank: variables}) -> [Command]: n processes of a run, as
+    torchrun starts them."""
 
-    def start_ranks(n: int, module: str, *argv: object, own: dict[int, list[object]] | None = None) -> list[Command]:
+    def start_ranks(
+        n: int,
+        module: str,
+        *argv: object,
+        own: dict[int, list[object]] | None = None,
+        env: dict[int, dict[str, str]] | None = None,
+    ) -> list[Command]:
         common = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "OMP_NUM_THREADS": "1"}
         common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
-        return [start(module, *argv, *(own or {}).get(rank, ()), env=env) for rank, env in enumerate(ranks)]
+        ranks = [{**common, "RANK": str(r), "LOCAL_RANK": str(r), **(env or {}).get(r, {})} for r in range(n)]
+        return [start(module, *argv, *(own or {}).get(r, ()), env=variables) for r, variables in enumerate(ranks)]
 
     return start_ranks
 

@@ -50,9 +50,18 @@ def run_trainer(
     with together():
         if error is not None:
             raise error
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+    if _restarted():
         config = dataclasses.replace(config, resume=True)
     train(config)
+
+
+def _restarted() -> bool:
+    """Whether torchrun started any process again: each machine counts its own restarts."""
+    restarts = [int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))]
+    if dist.is_available() and dist.is_initialized():
+        own, restarts = restarts[0], [0] * dist.get_world_size()
+        dist.all_gather_object(restarts, own)
+    return any(restarts)
 
 
 def connect(timeout: float) -> None:

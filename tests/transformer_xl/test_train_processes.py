@@ -92,6 +92,15 @@ def test_the_death_of_one_is_noticed(trainer, tmp_path):
     processes.check_death_of_one_is_noticed(trainer, tmp_path)
 
 
+def test_what_one_machine_restarts_all_resume(start_ranks, train_argv, tmp_path):
+    """torchrun counts its restarts on each machine for itself."""
+    argv = [*train_argv, "--method", "smoe", "--run_dir", tmp_path / "run", "--steps", 2, "--sweep", 16]
+    processes.finish(start_ranks(2, "transformer_xl.train", *argv))
+    again = start_ranks(2, "transformer_xl.train", *argv, env={1: {"TORCHELASTIC_RESTART_COUNT": "1"}})
+    processes.finish(again)
+    assert "is finished" in again[0].out
+
+
 def test_torchrun_restarts_after_a_kill(trainer, train_argv, tmp_path):
     argv = [*train_argv, "--method", "smoe_dropout"]
     processes.check_torchrun_restarts(trainer, "transformer_xl.train", argv, tmp_path)
