@@ -55,6 +55,7 @@ def build_model(config: PretrainConfig, vocabulary: Vocabulary) -> PreTrainedMod
     options: dict = {"num_experts": config.num_experts, "dropout": config.dropout, "activation": "gelu"}
     if method.routed:
         options |= {"score": config.score, "output_scale": config.output_scale, "router": config.router}
+        options["engine"] = config.engine
         options["top_k"] = config.k_schedule()[0]
     for i, layer in enumerate(model.base_model.encoder.layer):
         seed = {"seed": 1000 * config.seed + i} if method.routed else {}

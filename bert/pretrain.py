@@ -10,7 +10,6 @@ vocabulary, tokenizer.json, is put there too.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import time
@@ -33,7 +32,6 @@ from smoe.parallel import check_agreement
 from smoe.run.checkpoint import load_checkpoint
 from smoe.run.errors import run_main
 from smoe.run.launch import join, keep_from_ddp, leave, run_trainer, spread, together
-from smoe.run.precision import resolve_precision
 from smoe.run.record import environment_record, parameter_counts
 from smoe.run.result import flops_per_k, run_result, sweep
 from smoe.run.resume import latest_checkpoint, load_whole
@@ -86,8 +84,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     transformers_logging.set_verbosity_error()
     on_cpu = not torch.cuda.is_available()
     # Recorded as what it came to, so that a resume on another machine computes with the same numbers or says why not.
-    precision = resolve_precision(config.precision, torch.device("cpu" if on_cpu else "cuda"))
-    config = dataclasses.replace(config, precision=precision)
+    config = config.resolved(torch.device("cpu" if on_cpu else "cuda"))
     groups = join(config)
     arguments = _arguments(config, on_cpu)
 

@@ -92,6 +92,7 @@ class TrainConfig(TrainerConfig):
         if method.routed:
             options = {"top_k": self.k_at(0), "score": self.score, "output_scale": self.output_scale}
             options |= {"router": self.router, "vocab_size": config.vocab_size, "num_experts": self.num_experts}
+            options["engine"] = self.engine
 
         def make(layer: int) -> nn.Module:
             seed = {"seed": 1000 * self.seed + layer} if method.routed else {}

@@ -9,7 +9,6 @@ Every field of ``transformer_xl.config.TrainConfig`` is a flag. The run folder i
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from typing import Any
@@ -25,7 +24,6 @@ from smoe.parallel import check_agreement, clip_grad_norm_
 from smoe.run.checkpoint import load_checkpoint
 from smoe.run.errors import run_main
 from smoe.run.launch import join, keep_from_ddp, leave, run_trainer, spread, together
-from smoe.run.precision import resolve_precision
 from smoe.run.record import environment_record, parameter_counts
 from smoe.run.result import flops_per_k, run_result, sweep
 from smoe.run.resume import latest_checkpoint, load_whole, restore_progress, restore_run, save_run
@@ -46,12 +44,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     environment = environment_record()  # now: the checkout may move on while this runs
     on_cpu = not torch.cuda.is_available()
     # Recorded as what it came to, so that a resume on another machine computes with the same numbers or says why not.
-    precision = resolve_precision(config.precision, torch.device("cpu" if on_cpu else "cuda"))
-    config = dataclasses.replace(config, precision=precision)
+    config = config.resolved(torch.device("cpu" if on_cpu else "cuda"))
     groups = join(config)
     accelerator = Accelerator(
         cpu=on_cpu,
-        mixed_precision="bf16" if precision == "bf16" else "no",
+        mixed_precision="bf16" if config.precision == "bf16" else "no",
         # Fixed routers are the only buffers, equal everywhere by their seed. Sending them at every pass would change
         # them in place between THOR's two passes.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],

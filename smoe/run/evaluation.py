@@ -106,6 +106,7 @@ def _read_config(folder: RunFolder, config_class: type[Config], what: str) -> Co
         name: tuple(value) if get_origin(hints[name]) is tuple and isinstance(value, list) else value
         for name, value in recorded.items()
     }
+    values["engine"] = "auto"  # the weights are the same with any, and the run's need not be here
     try:
         return config_class(**values)
     except (TypeError, ValueError) as error:

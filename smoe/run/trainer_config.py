@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
+from smoe.engine import ENGINES, resolve_engine
 from smoe.experts import check_divisible
 from smoe.layer import check_output_scale
 from smoe.methods import METHODS, Method, get_method
 from smoe.router import SCORES
+from smoe.run.precision import resolve_precision
 from smoe.schedule import MODES, k_at
 
 # What may differ when a run is resumed: where things are and how often they are said, nothing that changes numbers.
 MAY_CHANGE = ("data", "scale", "save_interval", "log_interval", "progress")
-MAY_CHANGE += ("expert_parallel", "fsdp", "process_timeout")
+MAY_CHANGE += ("engine", "expert_parallel", "fsdp", "process_timeout")
 
 PROCESS_TIMEOUT = 600.0  # seconds
 
@@ -46,6 +51,7 @@ class TrainerConfig:
         save_interval: steps between checkpoints; null: eval_interval
         sweep: the k of the final sweep; those above num_experts are left out
         progress: show a progress bar
+        engine: what computes the experts: torch, fastmoe (needs fmoe and CUDA), or auto
         expert_parallel: processes that share the experts of a layer; 1: each has all of them
         fsdp: shard parameters, gradients and optimizer state over the processes, for a model that doesn't fit a device
         process_timeout: seconds that a process waits for another before it gives up
@@ -75,6 +81,7 @@ class TrainerConfig:
     sweep: tuple[int, ...] = (1, 2, 4, 8, 12, 16)
     progress: bool = True
 
+    engine: str = "auto"
     expert_parallel: int = 1
     fsdp: bool = False
     process_timeout: float = PROCESS_TIMEOUT
@@ -111,6 +118,7 @@ class TrainerConfig:
             one_of("router", self.router, routers)
         if self.schedule is not None:
             one_of("schedule", self.schedule, MODES)
+        one_of("engine", self.engine, ENGINES)
         check_output_scale(self.output_scale)
         self._check_routed() if method.routed else self._check_dense(method)
 
@@ -142,6 +150,7 @@ class TrainerConfig:
             "score",
             "output_scale",
             "balance_weight",
+            "engine",
             "expert_parallel",
         ):
             value = getattr(self, name)
@@ -149,6 +158,13 @@ class TrainerConfig:
                 raise ValueError(f"{name} is {value!r}, but {self.method} has no experts; leave {name} out")
         if method.dropout == "concrete" and self.dropout == 0:
             raise ValueError(f"dropout is 0.0; {self.method} learns its rate and must start above 0")
+
+    def resolved(self, device: torch.device) -> TrainerConfig:
+        """With precision and engine as what they come to on this device and machine; ValueError if fmoe can't run."""
+        changes = {"precision": resolve_precision(self.precision, device)}
+        if self.get_method().routed:
+            changes["engine"] = resolve_engine(self.engine)
+        return dataclasses.replace(self, **changes)
 
     def get_method(self) -> Method:
         """The method's builder, losses and defaults."""

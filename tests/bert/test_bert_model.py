@@ -101,3 +101,10 @@ def test_flops_at_the_papers_sizes_are_table_1s(model):
     ours, paper = count(built, inputs, 8), count(masked_lm(model, "smoe_dropout", 8), inputs)
     assert ours.paper_linear == paper.paper_linear
     assert ours.params_total == paper.params_total
+
+
+def test_the_engine_reaches_every_layer(monkeypatch):
+    asked = []
+    monkeypatch.setattr("smoe.layer.resolve_engine", lambda engine, compute: asked.append(engine) or "torch")
+    build("bert", engine="fastmoe")
+    assert asked == ["fastmoe"] * 2

@@ -1,0 +1,61 @@
+"""The trainer's --engine: FMoE (or its double where there is no fmoe) trains what PyTorch trains."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from runs import assert_close_runs, assert_one_line, result
+
+from smoe.engine import fastmoe_obstacle
+
+DOUBLE = Path(__file__).parents[1] / "smoe" / "fmoe_double"
+
+
+def main() -> None:
+    """`python -m transformer_xl.train` with an fmoe, for the `start` fixture."""
+    from transformer_xl.train import main as train
+
+    if fastmoe_obstacle() is not None:
+        sys.path.insert(0, str(DOUBLE))
+    from smoe.fastmoe import FastMoE
+
+    passes = []
+    run = FastMoE._run
+    FastMoE._run = lambda *args: passes.append(None) or run(*args)
+    train()
+    print(f"{len(passes)} passes of FMoE")
+
+
+def test_fastmoe_trains_the_same_model(train, train_argv, start, tmp_path):
+    fast, plain = tmp_path / "fast", tmp_path / "plain"
+    flags = ["--method", "smoe_dropout", "--log_interval", 1]
+    command = start("test_train_engine", *train_argv, *flags, "--run_dir", fast, "--engine", "fastmoe")
+    assert command.wait() == 0, command.err
+    passes = int(command.out.splitlines()[-1].removesuffix(" passes of FMoE"))
+    assert passes > 2 * 20  # two layers, twenty steps, and evaluation
+    assert train("smoe_dropout", plain, "--log_interval", 1).wait() == 0
+    assert_close_runs(fast, plain)
+    assert [result(run)["config"]["engine"] for run in (fast, plain)] == ["fastmoe", "torch"]
+    # What was trained on it is evaluated anywhere, and goes on anywhere.
+    evaluated = start("transformer_xl.evaluate", fast, "--k", 8, "--json")
+    assert evaluated.wait() == 0, evaluated.err
+    assert json.loads(evaluated.out)["bpc"]["8"] == pytest.approx(result(fast)["bpc"]["test"]["8"], abs=1e-6)
+    (fast / "result.json").unlink()
+    resumed = train("smoe_dropout", fast, "--log_interval", 1, "--resume")
+    assert resumed.wait() == 0 and result(fast)["config"]["engine"] == "torch", resumed.err
+
+
+@pytest.mark.skipif(fastmoe_obstacle() is None, reason="there is an fmoe here that can run")
+def test_fastmoe_where_there_is_none_is_one_line(train, tmp_path):
+    run = tmp_path / "run"
+    assert_one_line(train("smoe_dropout", run, "--engine", "fastmoe"), 2, "engine is 'fastmoe'", "docs/fastmoe.md")
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "engine", "words"),
+    [("smoe", "warp", ["engine", "warp", "torch"]), ("dense_dropout", "torch", ["engine", "dense_dropout", "leave"])],
+)
+def test_an_engine_that_says_nothing_is_one_line(method, engine, words, train, tmp_path):
+    assert_one_line(train(method, tmp_path / "run", "--engine", engine), 2, *words)
