@@ -25,6 +25,9 @@ from pathlib import Path
 # Peers that multiply as many rows as routing brings have oneDNN compile hundreds of kernels a repeat, which would push
 # everybody's out of its cache of 1024. Said before torch is imported.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")
+# The profiler, which measures memory, says on stderr when it starts and stops and what it doesn't know the size of.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402

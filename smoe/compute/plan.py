@@ -11,7 +11,7 @@ from torch import Tensor
 class Plan(NamedTuple):
     """The P (token, expert) pairs, expert after expert, and in the order of the tokens within an expert.
 
-    An expert's pairs may be followed by padding: repetitions of its last pair, whose outputs nobody reads.
+    An expert's pairs may be followed by padding: pairs of token 0, with weight 0, whose outputs nobody reads.
 
     rows: (P,) int64, the token of every pair.
     spans: one (start, end) an expert, its part of the pairs.
@@ -42,22 +42,17 @@ def make_plan(indices: Tensor, num_experts: int, chunk: int, multiple: int = 1) 
     member.t().scatter_(1, indices.remainder(num_experts + 1), True)  # absent slots go to a row of their own
     member = member[:num_experts]
     ends = member.view(-1).cumsum(0).view(num_experts, num_tokens)
-    position = (ends - 1).t().gather(1, indices.clamp_min(0))
-    rows = member.nonzero()[:, 1]
     edges = [*range(0, num_tokens, chunk), num_tokens]
     table = ends[:, [edge - 1 for edge in edges[1:]]].tolist()  # the one wait for the device
     starts = [0, *(row[-1] for row in table[:-1])]
     table = [[start, *row] for start, row in zip(starts, table, strict=True)]
-    spans, shifts, source = [], [], []
+    spans, shifts = [], []
     for row in table:
         first, end, padded = row[0], row[-1], spans[-1][1] if spans else 0
-        size = _round_up(end - first, multiple)
         shifts.append(padded - first)
-        spans.append((padded, padded + size))
-        source += [torch.arange(first, end), torch.full((size - (end - first),), end - 1)]
-    if multiple > 1:
-        rows = rows[torch.cat(source).to(rows.device)]
-        position += torch.tensor(shifts, device=indices.device)[indices]
+        spans.append((padded, padded + _round_up(end - first, multiple)))
+    ends += torch.tensor(shifts, device=indices.device).unsqueeze(1) - 1
+    position = ends.t().gather(1, indices.clamp_min(0))
     chunks = []
     for c, (first, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
         parts = []
@@ -69,6 +64,8 @@ def make_plan(indices: Tensor, num_experts: int, chunk: int, multiple: int = 1) 
     absent = None if table[-1][-1] == indices.numel() else indices < 0
     if absent is not None:
         position.masked_fill_(absent, spans[-1][1])
+    token = torch.arange(num_tokens, device=indices.device).unsqueeze(1).expand_as(position)
+    rows = token.new_zeros(spans[-1][1] + 1).scatter_(0, position.flatten(), token.flatten())[:-1]  # absent: the last
     return Plan(rows, spans, position, chunks, absent)
 
 
