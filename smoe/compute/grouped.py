@@ -58,7 +58,7 @@ def forward(
     plan = plan_for(x, indices, num_experts)
     weights = _without_absent(weights, plan)
     gather = _Rows(plan, x)
-    kept = [kept_units(gather(e), up[e], up_bias[e], gate[e], gate_bias[e], activation) for e in range(num_experts)]
+    kept = [kept_units(gather(x, e), up[e], up_bias[e], gate[e], gate_bias[e], activation) for e in range(num_experts)]
     outputs, longest = _Outputs(plan, x), max(stop - start for c in plan.chunks for start, stop in c[2])
     buffer = x.new_empty(longest, up[0].shape[0])
     for c, (first, end, spans) in enumerate(plan.chunks):
@@ -103,9 +103,10 @@ def backward(
     narrow = width < d if need_weights else 2 * width < d
     late = need_weights and not narrow
     longest = max(end - start for start, end in plan.spans)
-    gather_x, gather_g = _Rows(plan, x), _Rows(plan, grad_y)
+    # One buffer for both, the rows of x only when those of grad_y have done: half the cache.
+    gather = _Rows(plan, x)
     buffers = [x.new_empty(longest, width) for _ in range(3 if gated else 2)]
-    scaled = [x.new_empty(longest, d) for _ in range(2 if late else 1)] if not narrow else []
+    scaled = None if narrow else x.new_empty(longest, d)
     grad_pre = []
     for e, (start, end) in enumerate(plan.spans):
         n = end - start
@@ -116,8 +117,8 @@ def backward(
                 if g[e] is not None:
                     g[e].zero_()
             continue
-        xe, ge, we = gather_x(e), gather_g(e), pair_weights[start:end]
-        wg = ge if narrow else torch.mul(ge, we, out=scaled[0][:n])
+        ge, we = gather(grad_y, e), pair_weights[start:end]
+        wg = ge if narrow else torch.mul(ge, we, out=scaled[:n])
         grad_hidden, block, *more = (b[:n] for b in buffers)
         mm_into(grad_hidden, ge if narrow or late else wg, down[e].t())
         hidden = activated(kept, activation, block)
@@ -127,12 +128,13 @@ def backward(
         if narrow:
             grad_hidden.mul_(we)
         pre_gradients(grad_hidden, kept, activation, grad_pre[e], [block, *more])
-        wx = torch.mul(xe, we, out=scaled[1][:n]) if late else xe
+        xe = gather(x, e)
+        wx = torch.mul(xe, we, out=scaled[:n]) if late else xe
         for grad, g_weight, g_bias in zip(grad_pre[e], (g_up, g_gate), (g_up_bias, g_gate_bias), strict=False):
             mm_into(g_weight[e], grad.t(), wx)
             if g_bias[e] is not None:
                 g_bias[e].copy_(torch.mm(we.t(), grad).squeeze(0) if late else grad.sum(0))
-    del buffers, scaled, gather_x, gather_g
+    del buffers, scaled, gather
     outputs = _Outputs(plan, x)
     # With gradients that carry no weight yet, the sum over a token's experts applies it.
     factor = weights if late else None if plan.absent is None else (~plan.absent).to(x.dtype)
@@ -178,15 +180,15 @@ def row_multiple(x: Tensor, num_pairs: int, num_experts: int) -> int:
 
 
 class _Rows:
-    """The rows of ``x`` that an expert takes, gathered into one buffer that the next expert overwrites."""
+    """The rows that an expert takes, of tensors like ``x``, gathered into one buffer that the next call overwrites."""
 
     def __init__(self, plan: Plan, x: Tensor) -> None:
-        self.plan, self.x = plan, x
+        self.plan = plan
         self.buffer = x.new_empty(max(end - start for start, end in plan.spans), x.shape[1])
 
-    def __call__(self, expert: int) -> Tensor:
+    def __call__(self, x: Tensor, expert: int) -> Tensor:
         start, end = self.plan.spans[expert]
-        return torch.index_select(self.x, 0, self.plan.rows[start:end], out=self.buffer[: end - start])
+        return torch.index_select(x, 0, self.plan.rows[start:end], out=self.buffer[: end - start])
 
 
 class _Outputs:
