@@ -94,10 +94,26 @@ def run_main(main: Callable[..., Any], *args: Any) -> None:
     The exit code is what `main` returns (None is 0), or what `clean_exit` makes of its error.
     """
     package = (main.__globals__.get("__package__") or main.__module__).split(".")[0]
-    with clean_exit(package):
-        code = main(*args)
-        sys.stdout.flush()
+    try:
+        with clean_exit(package):
+            code = main(*args)
+            sys.stdout.flush()
+    except SystemExit as error:
+        _leave_group(error.code)
+        raise
     raise SystemExit(code)
+
+
+def _leave_group(code: Any) -> None:
+    """Ends the process where it still is among others, which it can't part from: they may wait for something else.
+
+    Python's own way out would take the modules away under gloo's threads, and now and then abort with another code.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _describe(error: OSError) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import fractions
+import subprocess
+import sys
 
 import pytest
 
@@ -46,3 +48,21 @@ def test_run_main_exits_with_what_main_returns(returned, code):
     with pytest.raises(SystemExit) as caught:
         run_main(lambda value: value, returned)
     assert caught.value.code == code
+
+
+def test_a_process_among_others_ends_at_once_with_its_code(tmp_path):
+    """Python's own end would abort now and then, with gloo's threads still there."""
+    script = f"""
+import atexit, os
+import torch.distributed as dist
+from smoe.run.errors import run_main
+
+def main():
+    dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+    raise ValueError("n: 0")
+
+atexit.register(os._exit, 9)
+run_main(main)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: n: 0\n")
