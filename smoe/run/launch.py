@@ -33,13 +33,18 @@ from smoe.run.trainer_config import PROCESS_TIMEOUT, TrainerConfig
 # What processes need not agree on: how a path is called on their machine, what they show.
 _OWN = ("data", "progress", "scale_reason")
 
+# torchrun's own store, which outlives the workers; None where it doesn't share one.
+_agents: dist.Store | None = None
+_OPENED = "opened"
+
 
 def run_trainer(
     config_class: type[TrainerConfig], config_dir: Path, train: Callable[[Any], Any], prog: str | None = None
 ) -> None:
     """The command line of a trainer: its flags, the other processes, then ``train(config)``.
 
-    Restarted by torchrun after a worker died, it goes on from the newest good checkpoint as with ``--resume``.
+    Restarted by torchrun after a worker died, it goes on from the newest good checkpoint as with ``--resume``; unless
+    none of the attempts before has opened the run folder, whose run is another one then.
     """
     config, error = None, None
     try:
@@ -55,13 +60,20 @@ def run_trainer(
     train(config)
 
 
+def note_opened() -> None:
+    """For the attempts after this one: the run folder is that of this job (main process)."""
+    if _agents is not None:
+        _agents.set(_OPENED, "yes")
+
+
 def _restarted() -> bool:
-    """Whether torchrun started any process again: each machine counts its own restarts."""
-    restarts = [int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))]
+    """Whether torchrun started any process of a run again: each machine counts its own restarts."""
+    restarted = [int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0]
+    restarted[0] &= _agents is None or _agents.check([_OPENED])
     if dist.is_available() and dist.is_initialized():
-        own, restarts = restarts[0], [0] * dist.get_world_size()
-        dist.all_gather_object(restarts, own)
-    return any(restarts)
+        own, restarted = restarted[0], [False] * dist.get_world_size()
+        dist.all_gather_object(restarted, own)
+    return any(restarted)
 
 
 def connect(timeout: float) -> None:
@@ -79,7 +91,10 @@ def connect(timeout: float) -> None:
     limit = timedelta(seconds=timeout)
     store, rank, world_size = next(rendezvous("env://", timeout=limit))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = _store_of_this_attempt(store, rank, world_size, limit)
+        global _agents
+        # Jobs that meet at the same endpoint share the store.
+        _agents = dist.PrefixStore(f"smoe/{os.environ.get('TORCHELASTIC_RUN_ID', '')}", store)
+        store = _store_of_this_attempt(_agents, rank, world_size, limit)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
 
 
@@ -87,7 +102,7 @@ def _store_of_this_attempt(agents: dist.Store, rank: int, world_size: int, limit
     """A store that rank 0 opens. torchrun's own outlives the workers: restarted ones would find in it, and try to
     reach, those that are gone. How often it restarted them is no name for an attempt, since each machine counts alone.
     """
-    host, key = os.environ["MASTER_ADDR"], "smoe/port"
+    host, key = os.environ["MASTER_ADDR"], "port"
     if rank == 0:
         store = dist.TCPStore(host, 0, world_size, is_master=True, timeout=limit, wait_for_workers=False)
         agents.set(key, str(store.port))

@@ -19,7 +19,7 @@ from smoe.run.config import to_dict
 from smoe.run.errors import NonFiniteError, Stopped
 from smoe.run.folder import RunFolder
 from smoe.run.interrupt import StopRequest
-from smoe.run.launch import leave, together
+from smoe.run.launch import leave, note_opened, together
 from smoe.run.metrics import MetricsLogger
 from smoe.run.trainer_config import MAY_CHANGE, TrainerConfig
 
@@ -30,6 +30,8 @@ def open_run(config: TrainerConfig, is_main: bool) -> tuple[RunFolder, bool]:
         folder = RunFolder.open(
             config.run_dir, to_dict(config), resume=config.resume, may_change=MAY_CHANGE, is_main=is_main
         )
+        if is_main:
+            note_opened()
     with together():
         if not folder.config_path.exists():
             raise ValueError(f"run_dir: {folder.path} must be a folder that all processes share")

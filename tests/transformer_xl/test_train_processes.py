@@ -6,6 +6,7 @@ import processes
 import pytest
 from commands import free_port
 from runs import assert_close_runs, assert_one_line
+from torch.distributed import TCPStore
 
 pytestmark = pytest.mark.distributed
 
@@ -99,6 +100,18 @@ def test_what_one_machine_restarts_all_resume(start_ranks, train_argv, tmp_path)
     again = start_ranks(2, "transformer_xl.train", *argv, env={1: {"TORCHELASTIC_RESTART_COUNT": "1"}})
     processes.finish(again)
     assert "is finished" in again[0].out
+
+
+def test_a_restart_does_not_go_on_with_a_run_that_its_job_has_not_opened(start_ranks, train_argv, tmp_path):
+    """What was refused without --resume stays refused when torchrun starts it again."""
+    argv = [*train_argv, "--method", "smoe", "--run_dir", tmp_path / "run", "--steps", 2, "--sweep", 16]
+    processes.finish(start_ranks(1, "transformer_xl.train", *argv))
+    agents = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": str(agents.port)}
+    for restarts in "01":
+        count = {"TORCHELASTIC_RESTART_COUNT": restarts}
+        for command in start_ranks(2, "transformer_xl.train", *argv, env=dict.fromkeys(range(2), env | count)):
+            assert_one_line(command, 2, "already holds a run", "--resume")
 
 
 def test_torchrun_restarts_after_a_kill(trainer, train_argv, tmp_path):
