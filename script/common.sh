@@ -57,7 +57,7 @@ run_dir_of() {
 # Every other setting of torchrun has a variable PET_... of its own. Exit code 75: stopped by a signal, with a checkpoint
 # that the same command goes on from.
 train_and_report() {
-    local module=$1 run_dir=$2 processes=${NPROC_PER_NODE:-0} nodes=${NNODES:-1} launch status=0 stopped=""
+    local module=$1 run_dir=$2 processes=${NPROC_PER_NODE:-0} nodes=${NNODES:-1} launch child status=0 stopped=""
     shift 2
     if [ -n "${PREPARE_ONLY:-}" ]; then
         return
@@ -80,9 +80,16 @@ train_and_report() {
     fi
     # When torchrun is told to stop, its workers write a checkpoint; that may take longer than it would wait.
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-60}
-    # The signal reaches what is running too; this waits for it, whatever torchrun's own exit code is then.
-    trap 'stopped=yes' TERM INT
-    "${launch[@]}" -m "$module" "$@" --resume || status=$?
+    # In the background: bash heeds no signal while something runs in front, and what runs may not have got it (`kill`,
+    # a container that is stopped). Without the subshell's trap it would not know Ctrl-C.
+    (trap - INT && exec "${launch[@]}" -m "$module" "$@" --resume) &
+    child=$!
+    trap 'stopped=yes; kill -TERM "$child" 2>/dev/null || true' TERM INT
+    wait "$child" || status=$?
+    while kill -0 "$child" 2>/dev/null; do # a signal has ended `wait` early
+        status=0
+        wait "$child" || status=$?
+    done
     trap - TERM INT
     if [ ! -f "$run_dir/result.json" ] && [ -n "$stopped" ]; then
         exit 75

@@ -1,5 +1,6 @@
 """Scripts with several processes and machines: torchrun, and the Slurm job with stand-ins for Slurm's commands."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import free_port
+from processes import children
 from runs import wait_for_step
 
 pytestmark = pytest.mark.distributed
@@ -61,9 +63,8 @@ def test_a_slurm_job_on_two_machines_is_stopped_queues_again_and_ends(flags, tmp
         first = subprocess.Popen(job, env=env, cwd=ROOT, stdout=file, stderr=file)
         wait_for_step(run, 5, lambda: first.poll() is None)
         for task in (tmp_path / "srun.tasks").read_text().split():  # as Slurm does before time is up
-            torchrun = subprocess.run(["pgrep", "-P", task], capture_output=True, text=True).stdout.split()
-            for pid in (task, *torchrun):
-                os.kill(int(pid), signal.SIGTERM)
+            for pid in (int(task), *children(int(task))):
+                os.kill(pid, signal.SIGTERM)
         assert first.wait(240) == 75, log.read_text()
     assert "a checkpoint is written" in log.read_text()
     assert (tmp_path / "scontrol.calls").read_text() == "requeue 7\n"
@@ -73,3 +74,24 @@ def test_a_slurm_job_on_two_machines_is_stopped_queues_again_and_ends(flags, tmp
     assert done.returncode == 0, done.stderr
     assert "resumed after step" in done.stdout and "figure:" in done.stdout
     assert json.loads((run / "result.json").read_text())["processes"] == 2
+
+
+@pytest.mark.parametrize(("processes", "number"), [("1", signal.SIGTERM), ("2", signal.SIGINT)])
+def test_a_signal_to_the_script_stops_what_it_runs(processes, number, flags, tmp_path):
+    """SIGTERM to the script alone, as `kill` and a container that is stopped send it; Ctrl-C to all."""
+    env = {**os.environ, "NPROC_PER_NODE": processes, "OMP_NUM_THREADS": "1"}
+    job = ["bash", SCRIPT, *flags, "--steps", "3000", "--eval_interval", "3000"]
+    with open(tmp_path / "log", "w") as file:
+        script = subprocess.Popen(job, env=env, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+    try:
+        wait_for_step(tmp_path / "run", 5, lambda: script.poll() is None)
+        if number == signal.SIGINT:
+            os.killpg(script.pid, number)
+        else:
+            script.send_signal(number)
+        assert script.wait(60) == 75, (tmp_path / "log").read_text()
+        assert "a checkpoint is written" in (tmp_path / "log").read_text()
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # nobody of it is left
+            os.killpg(script.pid, signal.SIGKILL)
+            script.wait()
