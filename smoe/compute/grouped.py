@@ -137,7 +137,7 @@ def backward(
     del buffers, scaled, gather
     outputs = _Outputs(plan, x)
     # With gradients that carry no weight yet, the sum over a token's experts applies it.
-    factor = weights if late else None if plan.absent is None else (~plan.absent).to(x.dtype)
+    factor = weights if late else None
     for c, (first, end, spans) in enumerate(plan.chunks):
         pairs = outputs.of(spans)
         for e, (start, stop) in enumerate(spans):
@@ -192,17 +192,22 @@ class _Rows:
 
 
 class _Outputs:
-    """The (pairs, d) outputs of one chunk after the other, expert after expert, in one buffer."""
+    """The (pairs, d) outputs of one chunk after the other, expert after expert, in one buffer.
+
+    Behind them stands a row of zeros for absent slots: a weight of 0 would not do where a pair's output is NaN.
+    """
 
     def __init__(self, plan: Plan, x: Tensor) -> None:
         most = max(sum(stop - start for start, stop in spans) for _, _, spans in plan.chunks)
-        self.buffer = x.new_empty(most, x.shape[1])
+        self.buffer = x.new_empty(most + 1, x.shape[1])
 
     def of(self, spans: list[tuple[int, int]]) -> Iterator[Tensor]:
-        """Where each expert's outputs of a chunk go; ``filled`` are all of them."""
+        """Where each expert's outputs of a chunk go; ``filled`` are all of them, and the zeros."""
         sizes = [stop - start for start, stop in spans]
-        self.filled = self.buffer[: sum(sizes)]
-        return iter(self.filled.split(sizes))
+        self.filled = self.buffer[: sum(sizes) + 1]
+        *outputs, zeros = self.filled.split([*sizes, 1])
+        zeros.zero_()
+        return iter(outputs)
 
 
 def _each(parameter: Tensor | None, num_experts: int) -> Sequence[Tensor | None]:

@@ -11,7 +11,8 @@ from torch import Tensor
 class Plan(NamedTuple):
     """The P (token, expert) pairs, expert after expert, and in the order of the tokens within an expert.
 
-    An expert's pairs may be followed by padding: pairs of token 0, with weight 0, whose outputs nobody reads.
+    An expert's pairs may be followed by padding: its last pair again and again, with weight 0, whose outputs nobody
+    reads. (Not any other token: where that is NaN or infinite for this expert, 0 times it would be NaN.)
 
     rows: (P,) int64, the token of every pair.
     spans: one (start, end) an expert, its part of the pairs.
@@ -66,13 +67,20 @@ def make_plan(indices: Tensor, num_experts: int, chunk: int, multiple: int = 1) 
         position.masked_fill_(absent, spans[-1][1])
     token = torch.arange(num_tokens, device=indices.device).unsqueeze(1).expand_as(position)
     rows = token.new_zeros(spans[-1][1] + 1).scatter_(0, position.flatten(), token.flatten())[:-1]  # absent: the last
+    if multiple > 1:
+        counts = [row[-1] - row[0] for row in table]
+        sizes = [n for count, (start, end) in zip(counts, spans, strict=True) for n in (count, end - start - count)]
+        parts = rows.split(sizes)
+        for own, padding in zip(parts[::2], parts[1::2], strict=True):
+            if padding.shape[0]:
+                padding.copy_(own[-1])
     return Plan(rows, spans, position, chunks, absent)
 
 
 def local_position(plan: Plan, chunk: int, indices: Tensor) -> Tensor:
     """(tokens of the chunk, k): where the pairs of a chunk are once only they stand side by side, expert after expert.
 
-    Absent slots point at the first pair.
+    Absent slots point behind the last pair.
     """
     first, end, spans = plan.chunks[chunk]
     shifts, offset = [], 0
@@ -81,7 +89,7 @@ def local_position(plan: Plan, chunk: int, indices: Tensor) -> Tensor:
         offset += stop - start
     shift = torch.tensor(shifts, device=plan.position.device)
     local = plan.position[first:end] - shift[indices[first:end]]
-    return local if plan.absent is None else local.masked_fill_(plan.absent[first:end], 0)
+    return local if plan.absent is None else local.masked_fill_(plan.absent[first:end], offset)
 
 
 def dense_weights(weights: Tensor, indices: Tensor, num_experts: int, absent: bool) -> Tensor:

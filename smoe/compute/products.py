@@ -80,9 +80,6 @@ def combine(pairs: Tensor, position: Tensor, weights: Tensor | None, out: Tensor
     This is what an embedding bag does: one read of every pair, sums in float32, one rounding. On a CPU it is several
     times faster than adding expert after expert with ``index_add_``, which also rounds or widens each time.
     """
-    if pairs.shape[0] == 0:  # all slots of these tokens are absent
-        out.zero_()
-        return
     out.copy_(F.embedding_bag(position, pairs, mode="sum", per_sample_weights=weights))
 
 

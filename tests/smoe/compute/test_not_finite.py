@@ -1,0 +1,42 @@
+"""NaN and infinity show where the reference path shows them, and reach nobody else's numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from smoe import Routing, SMoE
+from smoe.compute import PATHS
+from smoe.router import PartialRouting
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+
+
+def broken_rows(path: str, x: torch.Tensor, grad: torch.Tensor, routing: Routing, layer: SMoE) -> dict[str, list[int]]:
+    """Of the output and each gradient, the rows (tokens or experts) that are not all finite."""
+    layer.zero_grad()
+    leaf, weights = x.clone().requires_grad_(), routing.weights.clone().requires_grad_()
+    y = PATHS[path](leaf, layer.experts, routing._replace(weights=weights))
+    y.backward(grad)
+    found = {"y": y, "x": leaf.grad, "weights": weights.grad} | {n: p.grad for n, p in layer.experts.named_parameters()}
+    return {name: (~t.flatten(1).isfinite().all(1)).nonzero().flatten().tolist() for name, t in found.items()}
+
+
+@pytest.mark.parametrize("absent", [False, True])
+@pytest.mark.parametrize("where", ["x", "gradient"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@DTYPES
+def test_a_token_that_is_not_finite_reaches_its_own_experts_alone(dtype, value, where, absent):
+    """Nor by the rows that an expert is padded with, nor by the weight of 0 of absent slots."""
+    torch.manual_seed(0)
+    layer = SMoE(16, 4 * 8, 4, activation="gelu", bias=False, seed=1).to(dtype)
+    indices = torch.rand(60, 4).argsort(1)[:, :2]
+    if absent:
+        indices[torch.rand(60, 2) < 0.4] = -1
+    indices[0] = torch.tensor([0, 1])
+    routing = (PartialRouting if absent else Routing)(indices, torch.rand(60, 2), None)
+    x, grad = torch.randn(60, 16, dtype=dtype), torch.randn(60, 16, dtype=dtype)
+    (x if where == "x" else grad)[0, 3] = value
+    want = broken_rows("reference", x, grad, routing, layer)
+    assert want["up"] == [0, 1] and want["x"] == [0]
+    assert broken_rows("grouped", x, grad, routing, layer) == want
