@@ -17,7 +17,7 @@ from ..activation import Activation
 from ..experts import Experts
 from ..router import Routing
 from .function import Kernel, empty_gradients, run
-from .hidden import activated, kept_units, pre_gradients
+from .hidden import activated, kept_units, may_fuse_relu, pre_gradients
 from .plan import dense_weights
 from .products import group_dots, mm_into, scale_
 
@@ -49,10 +49,11 @@ def forward(
     y = x.new_empty(x.shape)
     if num_tokens == 0:
         return y, []
+    fuse = may_fuse_relu(x, num_tokens * num_experts * h, parameters, activation)
 
     def units(rows: Tensor, block: slice) -> list[Tensor]:
         parts = (None if p is None else p[block] for p in (up, up_bias, gate, gate_bias))
-        return kept_units(rows, *parts, activation)
+        return kept_units(rows, *parts, activation, fuse)
 
     blocks = _blocks(x, num_experts, h)
     kept = [units(x, units_of(block, h)) for block in blocks] if keep else []

@@ -22,7 +22,7 @@ from ..activation import Activation
 from ..experts import Experts
 from ..router import Routing
 from .function import Kernel, empty_gradients, run
-from .hidden import activated, kept_units, pre_gradients
+from .hidden import activated, kept_units, may_fuse_relu, pre_gradients
 from .plan import Plan, dense_weights, local_position, make_plan
 from .products import combine, group_dots, mm_into, onednn_float32
 
@@ -58,7 +58,9 @@ def forward(
     plan = plan_for(x, indices, num_experts)
     weights = _without_absent(weights, plan)
     gather = _Rows(plan, x)
-    kept = [kept_units(gather(x, e), up[e], up_bias[e], gate[e], gate_bias[e], activation) for e in range(num_experts)]
+    fuse = may_fuse_relu(x, indices.numel() * parameters[0].shape[1], parameters, activation)
+    first = zip(up, up_bias, gate, gate_bias, strict=True)
+    kept = [kept_units(gather(x, e), *weights_of_e, activation, fuse) for e, weights_of_e in enumerate(first)]
     outputs, longest = _Outputs(plan, x), max(stop - start for c in plan.chunks for start, stop in c[2])
     buffer = x.new_empty(longest, up[0].shape[0])
     for c, (first, end, spans) in enumerate(plan.chunks):

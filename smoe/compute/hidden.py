@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, mul
 
 from ..activation import ACTIVATIONS, Activation
-from .products import linear
+from .products import linear, uses_onednn
+
+
+def may_fuse_relu(x: Tensor, num_hidden: int, parameters: list[Tensor | None], activation: Activation) -> bool:
+    """Whether ReLU may be a part of oneDNN's product for x (T, d), T > 0: only where nothing can be NaN.
+
+    oneDNN's ReLU makes 0 of NaN, and one in x or in a weight would never show. To look for it reads x and the weights
+    of all experts once; that is less than a ReLU of its own unless there are few hidden units (num_hidden, in all).
+    """
+    first = [x, *(p for p in parameters[2 if parameters[2] is not None else 0 :][:2] if p is not None)]
+    few = num_hidden < sum(t.numel() for t in first)
+    if few or activation is not ACTIVATIONS["relu"] or not uses_onednn(x, num_hidden // x.shape[0]):
+        return False
+    return all(math.isfinite(t.sum().item()) for t in first)  # infinity can become NaN in the product
 
 
 def kept_units(
-    x: Tensor, up: Tensor, up_bias: Tensor | None, gate: Tensor | None, gate_bias: Tensor | None, activation: Activation
+    x: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    activation: Activation,
+    fuse: bool,
 ) -> list[Tensor]:
     """What backward wants kept of the m hidden units of rows x (n, d): one (n, m) tensor; gated, those of up and gate.
 
     Of an activation's input and output the one that it ``saves``; of up's product with the gate the linear output.
+    fuse: see ``may_fuse_relu``.
     """
     if gate is None:
-        return [_saved(x, up, up_bias, activation)]
-    return [linear(x, up, up_bias), _saved(x, gate, gate_bias, activation)]
+        return [_saved(x, up, up_bias, activation, fuse)]
+    return [linear(x, up, up_bias), _saved(x, gate, gate_bias, activation, fuse)]
 
 
-def _saved(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+def _saved(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, fuse: bool) -> Tensor:
     if activation is ACTIVATIONS["relu"]:
-        return linear(x, weight, bias, relu=True)
+        return linear(x, weight, bias, relu=True, fuse=fuse)
     pre = linear(x, weight, bias)
     return activation(pre) if activation.saves_output else pre
 

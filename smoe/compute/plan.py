@@ -67,7 +67,7 @@ def make_plan(indices: Tensor, num_experts: int, chunk: int, multiple: int = 1) 
         position.masked_fill_(absent, spans[-1][1])
     token = torch.arange(num_tokens, device=indices.device).unsqueeze(1).expand_as(position)
     rows = token.new_zeros(spans[-1][1] + 1).scatter_(0, position.flatten(), token.flatten())[:-1]  # absent: the last
-    if multiple > 1:
+    if multiple > 1 and num_tokens > 1:
         counts = [row[-1] - row[0] for row in table]
         sizes = [n for count, (start, end) in zip(counts, spans, strict=True) for n in (count, end - start - count)]
         parts = rows.split(sizes)

@@ -41,7 +41,8 @@ def onednn_float32() -> bool:
         return False
 
 
-def _uses_onednn(x: Tensor, columns: int) -> bool:
+def uses_onednn(x: Tensor, columns: int) -> bool:
+    """Whether the product of x (n, d) with a matrix of so many columns goes to oneDNN."""
     if x.device.type != "cpu":
         return False
     if x.dtype == torch.float32:
@@ -49,15 +50,18 @@ def _uses_onednn(x: Tensor, columns: int) -> bool:
     return x.dtype == torch.bfloat16 and _onednn_bfloat16()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, fuse: bool = False) -> Tensor:
     """``x @ weight.T + bias``, and relu of it on request; x (T, d), weight (h, d), bias (h,) -> (T, h), a new tensor.
 
     In bfloat16 on a CPU ``addmm`` first copies the bias into every row and adds in a second pass; oneDNN's own
     linear layer (what inductor calls) adds bias and ReLU while the result is still in registers: up to twice as fast.
     In float32 MKL's ``addmm`` is the faster one on Intel's processors, and there alone.
+
+    fuse: whether ReLU may be left to oneDNN, whose ReLU of NaN is 0 (see ``hidden.may_fuse_relu``).
     """
-    if _uses_onednn(x, weight.shape[0]):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
+    if uses_onednn(x, weight.shape[0]):
+        out = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu and fuse else "none", [], "")
+        return out.relu() if relu and not fuse else out
     # With out=, since selective checkpointing, which keeps what mm and addmm return, forbids to change that (relu_).
     out = x.new_empty(x.shape[0], weight.shape[0])
     torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
@@ -66,7 +70,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -
 
 def mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     """``out[:] = a @ b``, also where ``out`` has a wider dtype."""
-    if a.dtype == torch.float32 and _uses_onednn(a, b.shape[1]):
+    if a.dtype == torch.float32 and uses_onednn(a, b.shape[1]):
         out.copy_(torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], ""))
     elif out.dtype == a.dtype:
         torch.mm(a, b, out=out)

@@ -40,3 +40,23 @@ def test_a_token_that_is_not_finite_reaches_its_own_experts_alone(dtype, value, 
     want = broken_rows("reference", x, grad, routing, layer)
     assert want["up"] == [0, 1] and want["x"] == [0]
     assert broken_rows("grouped", x, grad, routing, layer) == want
+
+
+@pytest.mark.parametrize("path", ["grouped", "dense"])
+@pytest.mark.parametrize("where", ["x", "weight", "infinite weight"])
+@pytest.mark.parametrize("tokens", [20, 2000])
+@pytest.mark.parametrize("gated", [False, True])
+@DTYPES
+def test_relu_hides_no_nan(dtype, gated, tokens, where, path):
+    """oneDNN's own ReLU, fused with the product, makes 0 of NaN; here for few hidden units as for many."""
+    torch.manual_seed(0)
+    layer = SMoE(64, 4 * 64, 4, 3 if path == "grouped" else 4, gated=gated, seed=1).to(dtype)
+    x = torch.randn(tokens, 64, dtype=dtype)
+    broken = {"x": x[5], "weight": (layer.experts.gate if gated else layer.experts.up).data[:, 7]}
+    broken.get(where, broken["weight"])[0] = float("inf" if "infinite" in where else "nan")
+    if "infinite" in where:
+        x[:, 0] = 0  # 0 x inf
+    layer.compute = "reference"
+    want = layer(x).isfinite().all(1)
+    layer.compute = path
+    assert not want.all() and torch.equal(layer(x).isfinite().all(1), want)
