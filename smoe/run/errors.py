@@ -135,5 +135,7 @@ def _lost_contact(error: RuntimeError) -> bool:
 
 def _stop(message: str, code: int) -> None:
     if message:
-        print(f"error: {message}" if code else message, file=sys.stderr, flush=True)
+        # In one piece: `print` writes the line's end after it, and under torchrun another process may come between.
+        sys.stderr.write(f"error: {message}\n" if code else f"{message}\n")
+        sys.stderr.flush()
     raise SystemExit(code)
