@@ -33,9 +33,11 @@ from smoe.run.trainer_config import PROCESS_TIMEOUT, TrainerConfig
 # What processes need not agree on: how a path is called on their machine, what they show.
 _OWN = ("data", "progress", "scale_reason")
 
-# torchrun's own store, which outlives the workers; None where it doesn't share one.
+# torchrun's own store, which outlives the workers; a new one when another machine becomes the first. None: no torchrun.
 _agents: dist.Store | None = None
-_OPENED = "opened"
+# On rank 0: whether it has seen attempts before this one, and none that opened the run folder.
+_none_opened = False
+_PORT, _OPENED = "port", "opened"
 
 
 def run_trainer(
@@ -57,23 +59,24 @@ def run_trainer(
             raise error
     if _restarted():
         config = dataclasses.replace(config, resume=True)
+        note_opened()
     train(config)
 
 
 def note_opened() -> None:
-    """For the attempts after this one: the run folder is that of this job (main process)."""
+    """For attempts after this one: the run folder is that of this job (main process)."""
     if _agents is not None:
         _agents.set(_OPENED, "yes")
 
 
 def _restarted() -> bool:
     """Whether torchrun started any process of a run again: each machine counts its own restarts."""
-    restarted = [int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0]
-    restarted[0] &= _agents is None or _agents.check([_OPENED])
+    own = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), _none_opened
+    said = [own]
     if dist.is_available() and dist.is_initialized():
-        own, restarted = restarted[0], [False] * dist.get_world_size()
-        dist.all_gather_object(restarted, own)
-    return any(restarted)
+        said = [own] * dist.get_world_size()
+        dist.all_gather_object(said, own)
+    return any(restarts for restarts, _ in said) and not any(none_opened for _, none_opened in said)
 
 
 def connect(timeout: float) -> None:
@@ -91,9 +94,9 @@ def connect(timeout: float) -> None:
     limit = timedelta(seconds=timeout)
     store, rank, world_size = next(rendezvous("env://", timeout=limit))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        global _agents
-        # Jobs that meet at the same endpoint share the store.
-        _agents = dist.PrefixStore(f"smoe/{os.environ.get('TORCHELASTIC_RUN_ID', '')}", store)
+        global _agents, _none_opened
+        _agents = dist.PrefixStore("smoe", store)
+        _none_opened = rank == 0 and _agents.check([_PORT]) and not _agents.check([_OPENED])
         store = _store_of_this_attempt(_agents, rank, world_size, limit)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
 
@@ -102,14 +105,14 @@ def _store_of_this_attempt(agents: dist.Store, rank: int, world_size: int, limit
     """A store that rank 0 opens. torchrun's own outlives the workers: restarted ones would find in it, and try to
     reach, those that are gone. How often it restarted them is no name for an attempt, since each machine counts alone.
     """
-    host, key = os.environ["MASTER_ADDR"], "port"
+    host = os.environ["MASTER_ADDR"]
     if rank == 0:
         store = dist.TCPStore(host, 0, world_size, is_master=True, timeout=limit, wait_for_workers=False)
-        agents.set(key, str(store.port))
+        agents.set(_PORT, str(store.port))
         return store
     give_up = time.monotonic() + limit.total_seconds()
     while True:
-        port = int(agents.get(key))  # waits for the first one
+        port = int(agents.get(_PORT))  # waits for the first one
         try:
             socket.create_connection((host, port), timeout=5).close()
             return dist.TCPStore(host, port, world_size, is_master=False, timeout=limit, wait_for_workers=False)

@@ -107,7 +107,7 @@ def test_a_restart_does_not_go_on_with_a_run_that_its_job_has_not_opened(start_r
     argv = [*train_argv, "--method", "smoe", "--run_dir", tmp_path / "run", "--steps", 2, "--sweep", 16]
     processes.finish(start_ranks(1, "transformer_xl.train", *argv))
     agents = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    env = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": str(agents.port)}
+    env = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(agents.port)}
     for restarts in "01":
         count = {"TORCHELASTIC_RESTART_COUNT": restarts}
         for command in start_ranks(2, "transformer_xl.train", *argv, env=dict.fromkeys(range(2), env | count)):
