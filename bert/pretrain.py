@@ -84,7 +84,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     transformers_logging.set_verbosity_error()
     on_cpu = not torch.cuda.is_available()
     # Recorded as what it came to, so that a resume on another machine computes with the same numbers or says why not.
-    config = config.resolved(torch.device("cpu" if on_cpu else "cuda"))
+    with together():
+        config = config.resolved(torch.device("cpu" if on_cpu else "cuda"))
     groups = join(config)
     arguments = _arguments(config, on_cpu)
 

@@ -44,7 +44,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     environment = environment_record()  # now: the checkout may move on while this runs
     on_cpu = not torch.cuda.is_available()
     # Recorded as what it came to, so that a resume on another machine computes with the same numbers or says why not.
-    config = config.resolved(torch.device("cpu" if on_cpu else "cuda"))
+    with together():
+        config = config.resolved(torch.device("cpu" if on_cpu else "cuda"))
     groups = join(config)
     accelerator = Accelerator(
         cpu=on_cpu,

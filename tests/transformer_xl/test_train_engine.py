@@ -1,6 +1,7 @@
 """The trainer's --engine: FMoE (or its double where there is no fmoe) trains what PyTorch trains."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ def main() -> None:
     """`python -m transformer_xl.train` with an fmoe, for the `start` fixture."""
     from transformer_xl.train import main as train
 
+    if "NO_FMOE" in os.environ:
+        return train()
     if fastmoe_obstacle() is not None:
         sys.path.insert(0, str(DOUBLE))
     from smoe.fastmoe import FastMoE
@@ -24,7 +27,7 @@ def main() -> None:
     run = FastMoE._run
     FastMoE._run = lambda *args: passes.append(None) or run(*args)
     train()
-    print(f"{len(passes)} passes of FMoE")
+    return print(f"{len(passes)} passes of FMoE")
 
 
 def test_fastmoe_trains_the_same_model(train, train_argv, start, tmp_path):
@@ -59,3 +62,11 @@ def test_fastmoe_where_there_is_none_is_one_line(train, tmp_path):
 )
 def test_an_engine_that_says_nothing_is_one_line(method, engine, words, train, tmp_path):
     assert_one_line(train(method, tmp_path / "run", "--engine", engine), 2, *words)
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(fastmoe_obstacle() is None, reason="there is an fmoe here that can run")
+def test_fastmoe_that_one_of_two_has_is_one_line_on_each(start_ranks, train_argv, tmp_path):
+    argv = [*train_argv, "--method", "smoe_dropout", "--run_dir", tmp_path / "run", "--engine", "fastmoe"]
+    for command in start_ranks(2, "test_train_engine", *argv, env={1: {"NO_FMOE": "1"}}):
+        assert_one_line(command, 2, "engine is 'fastmoe'", "docs/fastmoe.md")
