@@ -51,6 +51,9 @@ class SMoE(nn.Module):
         vocab_size: the number of token ids; the hash router alone needs it.
         compute: how the experts are computed: ``auto``, or a path by name (see ``smoe.compute``).
 
+    Under ``torch.compile`` every k is a graph of its own, and after 8 of them PyTorch gives up compiling. With
+    ``torch._dynamo.config.allow_unspec_int_on_nn_module = True`` three graphs serve all k.
+
     Shapes: ``(..., d) -> (..., d)``. With the hash router call ``layer(x, token_ids=ids)``, ids ``(...)``.
     """
 

@@ -143,9 +143,11 @@ class _LinearRouter(Router):
     def logits(self, x: Tensor) -> Tensor:
         """(T, d) -> (T, N), always in float32: a rounding of the logits would change which experts are chosen."""
         with torch.autocast(x.device.type, enabled=False):
-            if x.dtype == torch.float32:
-                return F.linear(x, self.weight.float(), self.bias.float())
-            return _Logits.apply(x, self.weight.float(), self.bias.float())
+            weight, bias = self.weight.float(), self.bias.float()
+            transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+            if x.dtype == torch.float32 or transformed:  # torch.func's transforms want plain autograd
+                return F.linear(x.float(), weight, bias)
+            return _Logits.apply(x, weight, bias)
 
     def _choose(self, logits: Tensor) -> Tensor:
         if self.top_k == self.num_experts:

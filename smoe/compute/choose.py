@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ..experts import Experts
@@ -26,7 +27,13 @@ TINY_EXPERT = 1 << 14
 
 
 def choose(name: str, x: Tensor, experts: Experts, routing: Routing) -> Compute:
-    """The path called ``name``, or for ``auto`` the fastest one known for this input."""
+    """The path called ``name``, or for ``auto`` the fastest one known for this input.
+
+    Under the transforms of ``torch.func`` always ``reference``, which is plain autograd.
+    """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        _refuse_vmap()
+        return PATHS["reference"]
     if name == "auto":
         everything = routing.indices.shape[1] == experts.num_experts and not routing.absent
         tiny = experts.d_model * experts.d_expert <= TINY_EXPERT
@@ -34,6 +41,16 @@ def choose(name: str, x: Tensor, experts: Experts, routing: Routing) -> Compute:
             return PATHS["dense"]
         return PATHS["grouped_mm" if grouped_mm.usable(x, experts) else "grouped"]
     return PATHS[name]
+
+
+def _refuse_vmap() -> None:
+    """A ValueError where a vmap is among the transforms of ``torch.func``."""
+    kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack()]
+    if torch._C._functorch.TransformType.Vmap in kinds:
+        raise ValueError(
+            "torch.func.vmap over an SMoE layer can't work, each sample has other tokens an expert; give the layer all "
+            "samples at once, x (samples, ..., d_model), and for a gradient a sample call torch.func.grad on one a time"
+        )
 
 
 def check_compute(name: str) -> str:
