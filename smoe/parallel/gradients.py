@@ -120,7 +120,8 @@ def attach(accelerator: Any, model: nn.Module, groups: ParallelGroups) -> None:
 
     ``transformers.Trainer`` calls ``clip_grad_norm_`` once a step: parallelize the model before the Trainer is made,
     and call ``attach(trainer.accelerator, model, groups)`` before ``train()``. An optimizer that steps without it would
-    use unsynced gradients; see :func:`sync_before_step` for a loop that never clips.
+    use unsynced gradients; see :func:`sync_before_step` for a loop that never clips. Checkpoints that they write
+    themselves hold one rank's slices: with Trainer, ``save_strategy="no"``, and write what ``gather_state`` returns.
     """
 
     def clip(parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:

@@ -21,9 +21,10 @@ def gather_state(tensors: Mapping[str, Tensor], model: nn.Module, groups: Parall
     the CPU; what FSDP shards is put together; everything else is passed on as rank 0 has it.
 
     Args:
-        tensors: a state dict of ``model`` (DDP's ``module.`` left out), or an optimizer's state with the name of the
-            parameter as one part of the key, between slashes: ``state/layers.0.mlp.experts.up/exp_avg``. A state
-            without a dimension for the experts (a step count) counts as equal everywhere.
+        tensors: a state dict of ``model``, with or without the prefixes of DDP and ``torch.compile``, or an optimizer's
+            state with the name of the parameter as one part of the key, between slashes:
+            ``state/layers.0.mlp.experts.up/exp_avg``. A state without a dimension for the experts (a step count) counts
+            as equal everywhere.
         model: the parallelized model, DDP around it or not.
     """
     names, whole = expert_names(bare(model)), {}
@@ -59,7 +60,7 @@ def shard_state(whole: Mapping[str, Tensor], model: nn.Module, groups: ParallelG
     for key, tensor in whole.items():
         if _is_spread(key, tensor, names):
             tensor = groups.scatter_experts(tensor).clone()
-        parameter = next((parameters[part] for part in key.split("/") if part in parameters), None)
+        parameter = next((parameters[part] for part in _parts(key) if part in parameters), None)
         if is_sharded(parameter) and tensor.shape == parameter.shape:  # FSDP's part of it
             tensor = distribute(tensor, parameter)
         mine[key] = tensor
@@ -68,4 +69,14 @@ def shard_state(whole: Mapping[str, Tensor], model: nn.Module, groups: ParallelG
 
 def _is_spread(key: str, tensor: Tensor, names: set[str]) -> bool:
     """All that an optimizer keeps for stacked experts has them as its first dimension, apart from scalars."""
-    return tensor.dim() > 0 and not names.isdisjoint(key.split("/"))
+    return tensor.dim() > 0 and not names.isdisjoint(_parts(key))
+
+
+def _parts(key: str) -> list[str]:
+    """The parts of a key, and what is left of them without the prefixes of wrappers."""
+    parts = key.split("/")
+    for part in parts:  # and what is appended meanwhile
+        for prefix in ("module.", "_orig_mod."):
+            if part.startswith(prefix):
+                parts.append(part.removeprefix(prefix))
+    return parts

@@ -80,6 +80,24 @@ def test_written_by_four_read_by_one_two_and_four(tmp_path):
     assert losses == {name: pytest.approx(loss, abs=1e-6) for name in losses}
 
 
+def through_ddp(rank: int) -> None:
+    whole = make_model().state_dict()
+    groups = ParallelGroups.create(2, timeout=60)
+    model = parallelize(make_model(), groups)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    gathered = gather_state(wrapped.state_dict(), wrapped, groups)
+    if rank == 0:
+        assert gathered.keys() == wrapped.state_dict().keys() != whole.keys()
+        assert all(torch.equal(value, gathered[f"module.{name}"]) for name, value in whole.items())
+    wrapped.load_state_dict(shard_state({f"module.{name}": value for name, value in whole.items()}, wrapped, groups))
+
+
+@pytest.mark.distributed
+def test_names_may_have_the_prefix_of_ddp():
+    """Else the slices of rank 0 would pass for the whole."""
+    run_ranks(through_ddp, 2)
+
+
 def test_one_process_needs_no_groups():
     """Without a process group everything is there and does nothing."""
     groups = ParallelGroups.create()
