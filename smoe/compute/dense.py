@@ -103,14 +103,18 @@ def backward(
         kept, grads_here = saved[mine], grad_pre[mine]
         grad_hidden, hidden, *more = (b[: num_tokens * (cols.stop - cols.start)].view(num_tokens, -1) for b in buffers)
         mm_into(grad_hidden, grad_y, down[cols].t())
-        scaled, hidden = hidden, activated(kept, activation, hidden)
+        scaled = hidden
+        if need_weights or g_down is not None:
+            hidden = activated(kept, activation, hidden)
         if need_weights:
             group_dots(grad_hidden, hidden, w.shape[1], grad_weights[:, block])
-        mm_into(g_down[cols], scale_(hidden, w, scaled).t(), grad_y)
+        if g_down is not None:
+            mm_into(g_down[cols], scale_(hidden, w, scaled).t(), grad_y)
         scale_(grad_hidden, w, grad_hidden)
         pre_gradients(grad_hidden, kept, activation, grads_here, [scaled, *more])
         for grad, g_weight, g_bias in zip(grads_here, (g_up, g_gate), (g_up_bias, g_gate_bias), strict=False):
-            mm_into(g_weight[cols], grad.t(), x)
+            if g_weight is not None:
+                mm_into(g_weight[cols], grad.t(), x)
             if g_bias is not None:
                 g_bias[cols] = grad.sum(0)
     del buffers
@@ -124,7 +128,8 @@ def backward(
             torch.cat([g[first:end] for g in grad_pre[len(blocks) :]], 1, out=side_by_side)
             grad_x[first:end].addmm_(side_by_side, gate)
     if down_bias is not None:
-        mm_into(grads[5], weights.t(), grad_y)
+        if grads[5] is not None:
+            mm_into(grads[5], weights.t(), grad_y)
         if need_weights:
             grad_weights.addmm_(grad_y, down_bias.t())
     return grad_x, grad_weights, grads

@@ -18,8 +18,8 @@ class Kernel(NamedTuple):
 
     forward(x, weights, indices, activation, parameters, keep) -> y, and (if ``keep``) what backward wants saved.
     backward(grad_y, x, weights, indices, activation, parameters, saved, need_weights, dtypes, reuse) -> gradients of x,
-        of weights (None unless ``need_weights``) and of the parameters, these in ``dtypes``; with ``reuse`` what was
-        saved may be overwritten.
+        of weights (None unless ``need_weights``) and of the parameters, these in ``dtypes`` (None: not wanted, the
+        parameter is frozen); with ``reuse`` what was saved may be overwritten.
     shapes(x, indices, num_experts, h) -> the shapes of what forward saves for T > 0 tokens; gated experts: twice those.
 
     x (T, d) and everything else are of one dtype; weights (T, k) or (T, N); indices (T, k) or None (all N experts).
@@ -67,10 +67,13 @@ def cast(parameters: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tens
 def empty_gradients(
     parameters: list[Tensor | None], dtypes: list[torch.dtype | None], zero: bool
 ) -> list[Tensor | None]:
-    """Where a kernel writes the gradients of its parameters, contiguous even if these are not; with ``zero`` all 0."""
+    """Where a kernel writes the gradients of its parameters, contiguous even if these are not; with ``zero`` all 0.
+
+    None where the dtype is None.
+    """
     make = torch.zeros if zero else torch.empty
     return [
-        None if p is None else make(p.shape, dtype=dtype, device=p.device)
+        None if p is None or dtype is None else make(p.shape, dtype=dtype, device=p.device)
         for p, dtype in zip(parameters, dtypes, strict=True)
     ]
 
@@ -84,7 +87,8 @@ class _Function(torch.autograd.Function):
         if keep:
             ctx.save_for_backward(x, weights, indices, *in_dtype, *saved)
             ctx.kernel, ctx.activation = kernel, activation
-            ctx.dtypes = [None if p is None else p.dtype for p in parameters]
+            wanted = ctx.needs_input_grad[-len(parameters) :]
+            ctx.dtypes = [p.dtype if want else None for p, want in zip(parameters, wanted, strict=True)]
         return y
 
     @staticmethod

@@ -123,17 +123,21 @@ def backward(
         wg = ge if narrow else torch.mul(ge, we, out=scaled[:n])
         grad_hidden, block, *more = (b[:n] for b in buffers)
         mm_into(grad_hidden, ge if narrow or late else wg, down[e].t())
-        hidden = activated(kept, activation, block)
+        if need_weights or g_down[e] is not None:
+            hidden = activated(kept, activation, block)
         if need_weights:
             group_dots(grad_hidden, hidden, 1, pair_grad[start:end])
-        mm_into(g_down[e], torch.mul(hidden, we, out=block).t() if narrow else hidden.t(), wg)
+        if g_down[e] is not None:
+            mm_into(g_down[e], torch.mul(hidden, we, out=block).t() if narrow else hidden.t(), wg)
         if narrow:
             grad_hidden.mul_(we)
         pre_gradients(grad_hidden, kept, activation, grad_pre[e], [block, *more])
-        xe = gather(x, e)
-        wx = torch.mul(xe, we, out=scaled[:n]) if late else xe
+        if g_up[e] is not None or g_gate[e] is not None:
+            xe = gather(x, e)
+            wx = torch.mul(xe, we, out=scaled[:n]) if late else xe
         for grad, g_weight, g_bias in zip(grad_pre[e], (g_up, g_gate), (g_up_bias, g_gate_bias), strict=False):
-            mm_into(g_weight[e], grad.t(), wx)
+            if g_weight[e] is not None:
+                mm_into(g_weight[e], grad.t(), wx)
             if g_bias[e] is not None:
                 g_bias[e].copy_(torch.mm(we.t(), grad).squeeze(0) if late else grad.sum(0))
     del buffers, scaled, gather
@@ -153,7 +157,8 @@ def backward(
     grad_weights = pair_grad[plan.position.view(-1)].view(weights.shape) if need_weights else None
     down_bias = parameters[5]
     if down_bias is not None:
-        mm_into(grads[5], dense_weights(weights, indices, num_experts, plan.absent is not None).t(), grad_y)
+        if grads[5] is not None:
+            mm_into(grads[5], dense_weights(weights, indices, num_experts, plan.absent is not None).t(), grad_y)
         if need_weights:
             grad_weights += (grad_y @ down_bias.t()).gather(1, indices.clamp_min(0))
     return grad_x, None if grad_weights is None else _without_absent(grad_weights, plan), grads

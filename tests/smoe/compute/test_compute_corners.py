@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 from smoe import Routing, SMoE
 from smoe.compute import PATHS
@@ -132,6 +133,27 @@ def test_frozen_parameters(path, frozen):
         assert (p.grad is None) == (name in frozen)
         if p.grad is not None:
             torch.testing.assert_close(p.grad, want[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", FAST)
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_frozen_matrices_cost_no_products(path, need_weights):
+    layer = experts(activation="gelu", gated=True)
+    found = []
+    for frozen in ((), ("down",), ("up", "gate"), ("up", "gate", "down", "up_bias", "gate_bias", "down_bias")):
+        for name, p in layer.named_parameters():
+            p.requires_grad_(name not in frozen)
+        x, routing, grad = inputs()
+        x.requires_grad_()
+        y = PATHS[path](x, layer, routing._replace(weights=routing.weights.requires_grad_(need_weights)))
+        with FlopCounterMode(display=False) as counter:
+            y.backward(grad)
+        found.append((counter.get_total_flops(), x.grad, routing.weights.grad))
+    every, no_down, no_up, nothing = (flops for flops, _, _ in found)
+    assert every > no_down > no_up > nothing and nothing < 0.6 * every
+    for _, grad_x, grad_weights in found:
+        torch.testing.assert_close(grad_x, found[0][1])
+        torch.testing.assert_close(grad_weights, found[0][2])
 
 
 @pytest.mark.parametrize("path", FAST)
