@@ -128,6 +128,8 @@ class SMoE(nn.Module):
             raise ValueError(f"x has {features} features; its last dimension must be d_model = {self.d_model}")
         if not x.is_floating_point():
             raise ValueError(f"x is {x.dtype}; it must be of a floating-point type")
+        if x.is_meta:
+            raise ValueError("x is on the meta device, without values to route by; smoe.flops.count takes such a model")
         flat = x.reshape(-1, self.d_model)
         routing = self.router(flat, token_ids)
         if self.scale != 1:

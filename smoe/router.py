@@ -327,8 +327,8 @@ class HashRouter(Router):
         if ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(f"token_ids is {ids.dtype}; a hash router needs whole numbers")
         try:
-            # long(): an index of bytes (uint8) would be taken for a mask.
-            indices = self.table[ids.long(), : self.top_k].long()
+            # index_select, which takes no negative ids: [...] would count them from the table's end.
+            indices = self.table[:, : self.top_k].index_select(0, ids.long()).long()
         except IndexError:  # on a CPU; a CUDA device asserts by itself
             lowest, highest = int(ids.min()), int(ids.max())
             raise ValueError(

@@ -29,11 +29,15 @@ TINY_EXPERT = 1 << 14
 def choose(name: str, x: Tensor, experts: Experts, routing: Routing) -> Compute:
     """The path called ``name``, or for ``auto`` the fastest one known for this input.
 
-    Under the transforms of ``torch.func`` always ``reference``, which is plain autograd.
+    Under the transforms of ``torch.func`` and under ``torch.jit.trace`` always ``reference``, which is plain autograd
+    and whose trace holds for other inputs.
     """
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        _refuse_vmap()
-        return PATHS["reference"]
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            _refuse_vmap()
+            return PATHS["reference"]
+        if torch.jit.is_tracing():
+            return PATHS["reference"]
     if name == "auto":
         everything = routing.indices.shape[1] == experts.num_experts and not routing.absent
         tiny = experts.d_model * experts.d_expert <= TINY_EXPERT

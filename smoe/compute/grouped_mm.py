@@ -18,7 +18,7 @@ def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
     """x (T, d) -> y (T, d), the same numbers as ``reference.compute``."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    _check_widths(dtype, experts)
+    _check(dtype, experts)
     num_tokens, top_k = routing.indices.shape
     if num_tokens == 0:  # all have a gradient nevertheless
         return x.to(dtype) + 0 * sum(p.sum().to(dtype) for p in (*experts.parameters(), routing.weights))
@@ -62,8 +62,10 @@ def usable(x: Tensor, experts: Experts) -> bool:
     return dtype == torch.bfloat16 and experts.d_model % 8 == 0 and experts.d_expert % 8 == 0
 
 
-def _check_widths(dtype: torch.dtype, experts: Experts) -> None:
-    """A ValueError for rows that are not whole 16 bytes, of which PyTorch only says that it dislikes their strides."""
+def _check(dtype: torch.dtype, experts: Experts) -> None:
+    """A ValueError for float64, and for rows that are not whole 16 bytes, whose strides PyTorch would dislike."""
+    if dtype == torch.float64:
+        raise ValueError(f"x is {dtype}; compute 'grouped_mm' takes 16 or 32 bits")
     multiple = 16 // dtype.itemsize
     for name, width in (("d_model", experts.d_model), ("an expert's hidden width", experts.d_expert)):
         if width % multiple:

@@ -228,6 +228,7 @@ def test_hash_takes_ids_of_any_integer_type(dtype):
         (torch.tensor([1, 2, V]), [str(V), str(V - 1)]),
         (torch.tensor([1.0, 2.0, 3.0]), ["token_ids", "float32"]),
         (torch.tensor([True, False, True]), ["token_ids", "bool"]),
+        (torch.tensor([0, -1, 2]), ["token_ids", "from -1 to 2"]),
     ],
 )
 def test_bad_token_ids_are_named(ids, words):

@@ -225,3 +225,13 @@ def test_input_that_is_no_floating_point(dtype):
 def test_input_without_a_dimension():
     with pytest.raises(ValueError, match="x has no features; its last dimension must be d_model = 12"):
         SMoE(12, 24, 4, 2)(torch.tensor(1.0))
+
+
+def test_grouped_mm_names_the_dtype_it_cannot_take():
+    with pytest.raises(ValueError, match="x is torch.float64; compute 'grouped_mm' takes 16 or 32 bits"):
+        SMoE(16, 32, 4, 2, compute="grouped_mm").double()(torch.randn(3, 16, dtype=torch.float64))
+
+
+def test_input_on_the_meta_device():
+    with pytest.raises(ValueError, match="x is on the meta device, without values to route by; smoe.flops.count takes"):
+        SMoE(12, 24, 4, 2).to("meta")(torch.randn(3, 12, device="meta"))

@@ -56,3 +56,12 @@ def test_three_graphs_serve_every_k():
             x = torch.randn(9, 16)
             torch.testing.assert_close(compiled(x), layer(x))
     assert counters["stats"]["unique_graphs"] <= 3
+
+
+@pytest.mark.parametrize("compute", ["auto", "grouped", "dense"])
+def test_a_trace_holds_for_other_inputs(compute):
+    layer, x = make(compute, torch.float32)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x, check_trace=False)
+        for other in (torch.randn(9, 16), torch.randn(4, 16)):
+            torch.testing.assert_close(traced(other), layer(other))
