@@ -175,7 +175,7 @@ def measure(
 def lines(record: dict, ks: list[int]) -> list[str]:
     """One line a k: ratio to dense, the bar, the limit, to the best dense, to the best peer, memory."""
     n, ratio = record["experts"], record["ratio_to_dense"]
-    best_dense = min(value for name, value in ratio.items() if name.startswith("dense"))
+    dense_ratios = [value for name, value in ratio.items() if name.startswith("dense")]
     out = []
     for k in ks:
         ours = ratio[f"smoe k={k}"]
@@ -185,6 +185,7 @@ def lines(record: dict, ks: list[int]) -> list[str]:
         others = {
             m: v for m, v in ratio.items() if m.endswith(f" k={k}") and m.split(" k=")[0] not in ("smoe", "products")
         }
+        best_dense = f"{ours / min(dense_ratios):.3f}" if len(dense_ratios) > 1 else "-"  # without peers there is one
         best = min(others, key=others.get) if others else None
         peer = f"{others[best] / ours:5.2f}x {best.split(' k=')[0]}" if best else "-"
         memory = "-"
@@ -192,7 +193,7 @@ def lines(record: dict, ks: list[int]) -> list[str]:
             memory = f"{record['peak_bytes'][f'smoe k={k}'] / record['peak_bytes']['dense']:.2f}"
         out.append(
             f"{record['shape']:<9}{record['dtype']:<9}{k:>3}{ours:>8.3f}{verdict:>13}"
-            f"{flops:>8.3f}{ratio[f'products k={k}']:>10.3f}{ours / best_dense:>12.3f}{memory:>8}   {peer}"
+            f"{flops:>8.3f}{ratio[f'products k={k}']:>10.3f}{best_dense:>12}{memory:>8}   {peer}"
         )
     return out
 
