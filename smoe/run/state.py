@@ -59,7 +59,10 @@ def restore_optimizer(
         where = "checkpoint" if differing[0] in source else "model"
         raise ValueError(f"optimizer: parameter {differing[0]!r} is only in the {where}")
     groups, state, position = [], {}, 0
-    for members in here:
+    for group, members in zip(optimizer.param_groups, here, strict=True):
+        if not members:
+            groups.append(group)
+            continue
         first, *others = dict.fromkeys(source[name] for name in members)
         options = _join(saved[first]["options"], f"group/{first}", tensors)
         for other in others:

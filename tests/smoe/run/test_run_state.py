@@ -147,6 +147,17 @@ def draw() -> list:
     ]
 
 
+def test_a_group_may_be_empty():
+    """Where nothing is without weight decay, say."""
+    layer = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW([{"params": list(layer.parameters())}, {"params": [], "weight_decay": 0.0}])
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    tensors, plain = flatten_optimizer(optimizer, layer.named_parameters())
+    restore_optimizer(optimizer, tensors, plain, layer.named_parameters())
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 0]
+
+
 @pytest.mark.parametrize("half_drawn", [False, True])  # a gaussian kept for the next call is part of the state
 def test_generators_continue_where_they_were(tmp_path, half_drawn):
     random.seed(1), numpy.random.seed(2), torch.manual_seed(3)
