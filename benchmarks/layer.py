@@ -12,13 +12,11 @@ MLP's (forward, router included, by PyTorch's counter).
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +30,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from benchmarks.options import parse, timing_parser  # noqa: E402
 from benchmarks.peers import peers  # noqa: E402
 from smoe import SMoE  # noqa: E402
 from smoe.flops import count  # noqa: E402
@@ -235,24 +234,14 @@ def draw(records: list[dict], ks: list[int], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timing_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "autocast", "fp32"])
     parser.add_argument("--k", nargs="+", type=int, default=[4, 8, 12, 16])
     parser.add_argument("--inference", action="store_true", help="forward without gradients alone")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, help="default: PyTorch's own choice")
-    parser.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for a busy machine"
-    )
     parser.add_argument("--no_peers", action="store_true", help="ours, dense and the bare products alone")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--png", type=Path)
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    parser.add_argument("--png", type=Path, help="draw the ratios")
+    options, clock = parse(parser, k=min(shape[1] for shape in SHAPES.values()))
     records = []
     print(HEADER)
     for dtype in options.dtype:

@@ -13,19 +13,17 @@ On a busy machine `--threads 1 --clock cpu` counts the processor time that a ste
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.options import parse, timing_parser
 from benchmarks.transformer_xl_reference import build_reference, run_reference
 from smoe import set_top_k
 from smoe.flops import count_step, transformer_xl_step_flops
@@ -182,22 +180,14 @@ def _line(row: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timing_parser(__doc__)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--precision", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
     parser.add_argument("--batch", type=int, default=BATCH, help="sequences of the Transformer-XL")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of each")
     parser.add_argument("--dropout", nargs="+", type=float, default=DROPOUTS)
     parser.add_argument("--reference", help="checkout of github.com/kimiyoung/transformer-xl to compare with")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, help="default: PyTorch's own choice")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--json", help="file for the numbers", type=Path)
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    options, clock = parse(parser, batch=None, length=None)
 
     rows = []
     print(HEADER)
