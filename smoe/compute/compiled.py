@@ -20,13 +20,13 @@ def _kernel(indices: Tensor | None):
 
 def capacity(x: Tensor, weights: Tensor, indices: Tensor | None, keep: bool, up: Tensor, gated: bool) -> int:
     """The most elements that all that is kept can have."""
-    from .grouped import row_multiple
+    from .grouped import most_padding
 
     if not keep:
         return 0
     pairs, (num_experts, h) = weights.numel(), up.shape[:2]
     if indices is not None:
-        pairs = pairs + num_experts * row_multiple(x, pairs, num_experts)
+        pairs = pairs + num_experts * most_padding(x, pairs, num_experts)
     return pairs * h * (2 if gated else 1)
 
 

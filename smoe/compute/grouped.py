@@ -34,6 +34,8 @@ CHUNK_BYTES = 24 << 20
 # the rows of an expert are padded to a multiple of this, or of about 1/16 of what an expert gets if that is more: the
 # numbers soon repeat, and all kernels fit into oneDNN's cache (1024 of them). It costs about 3 % of superfluous rows.
 PADDING = 64
+# The same where an expert gets fewer than ``PADDING`` rows: there are few numbers then anyway, and padding would cost.
+FEW_PADDING = 8
 
 
 def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
@@ -181,6 +183,12 @@ def plan_for(x: Tensor, indices: Tensor, num_experts: int) -> Plan:
 
 def row_multiple(x: Tensor, num_pairs: int, num_experts: int) -> int:
     """What the rows of an expert are padded to a multiple of (see ``PADDING``)."""
+    most = most_padding(x, num_pairs, num_experts)
+    return min(most, FEW_PADDING) if num_pairs < PADDING * num_experts else most
+
+
+def most_padding(x: Tensor, num_pairs: int, num_experts: int) -> int:
+    """At least ``row_multiple``, without a case for few pairs: the number of these may be a symbol of torch.compile."""
     if x.device.type == "cpu" and (x.element_size() == 2 or x.dtype == torch.float32 and onednn_float32()):
         return PADDING * max(1, num_pairs // (16 * PADDING * num_experts))
     return 1

@@ -271,6 +271,8 @@ def test_padding_limits_the_number_of_kernel_shapes():
     padded, exact = (plan_for(torch.zeros(300, 12, dtype=t), indices, 4) for t in (torch.bfloat16, torch.float64))
     assert all((end - start) % PADDING == 0 for start, end in padded.spans)
     assert exact.num_pairs == 600 <= padded.num_pairs <= 600 + 4 * PADDING
+    few = plan_for(torch.zeros(9, 12, dtype=torch.bfloat16), indices[:9], 4)  # padding to 64 would be most of the work
+    assert few.num_pairs <= 18 + 4 * 8 and all((end - start) % 8 == 0 for start, end in few.spans)
     for plan in (padded, exact):
         tokens = torch.arange(300).unsqueeze(1).expand(-1, 2)
         assert torch.equal(plan.rows[plan.position], tokens)
