@@ -61,8 +61,8 @@ def forward(
     weights = _without_absent(weights, plan)
     gather = _Rows(plan, x)
     fuse = may_fuse_relu(x, indices.numel() * parameters[0].shape[1], parameters, activation)
-    first = zip(up, up_bias, gate, gate_bias, strict=True)
-    kept = [kept_units(gather(x, e), *weights_of_e, activation, fuse) for e, weights_of_e in enumerate(first)]
+    first_layers = zip(up, up_bias, gate, gate_bias, strict=True)
+    kept = [kept_units(gather(x, e), *layer, activation, fuse) for e, layer in enumerate(first_layers)]
     outputs, longest = _Outputs(plan, x), max(stop - start for c in plan.chunks for start, stop in c[2])
     buffer = x.new_empty(longest, up[0].shape[0])
     for c, (first, end, spans) in enumerate(plan.chunks):

@@ -35,3 +35,8 @@ def test_import_needs_torch_alone_and_no_time():
     assert not foreign, f"import smoe also imports {sorted(foreign)}"
     assert "torch._dynamo" not in runs[0]["new"], "import smoe also imports torch's compiler, which takes a second"
     assert statistics.median(run["seconds"] for run in runs) < 0.3
+
+
+def test_importing_smoe_needs_no_transformers():
+    code = "import sys, smoe; assert callable(smoe.modulize); assert 'transformers' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,8 +1,6 @@
 """``modulize`` on plain PyTorch models: forms, dropout, choice of layers, what it refuses."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -356,54 +354,3 @@ def test_a_copy_is_independent_and_the_trial_leaves_no_trace():
     with torch.no_grad():
         smoe.smoe_layers(twin)[0][1].experts.down.zero_()
     assert not torch.equal(twin(x), model(x))
-
-
-class Odd(nn.Module):
-    """An MLP that gives nothing away: it can't be called with a tensor alone."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.rate = nn.Linear(D, H), nn.Linear(H, D), 0.0
-
-    def forward(self, *, batch):
-        return self.second(torch.sin(self.first(batch["x"])))
-
-
-@pytest.fixture
-def registry():
-    before = dict(mlp_find._registered)
-    yield
-    mlp_find._registered.clear()
-    mlp_find._registered.update(before)
-
-
-def test_register_mlp(registry):
-    torch.manual_seed(0)
-    model, x = randomised(Odd()), torch.randn(3, D)
-    y = model(batch={"x": x})
-    with pytest.raises(ValueError, match="Odd"):
-        smoe.modulize(model, 4)
-    smoe.register_mlp(Odd, up="first", down="second", activation=torch.sin, dropout="rate")
-    smoe.modulize(model, 4, score="sum")
-    torch.testing.assert_close(model(batch={"x": x}), y, atol=1e-5, rtol=1e-5)
-    smoe.demodulize(model)
-    assert torch.equal(model(batch={"x": x}), y)
-
-
-def test_register_mlp_to_skip(registry):
-    model = nn.ModuleDict({"good": sequential(), "bad": NormInside()})
-    smoe.register_mlp(NormInside, skip=True)
-    assert [name for name, _ in smoe.smoe_layers(smoe.modulize(model, 4))] == ["good.3.mlp"]
-
-
-def test_register_mlp_with_a_wrong_form(registry):
-    with pytest.raises(ValueError, match="up is None"):
-        smoe.register_mlp(Odd)
-    smoe.register_mlp(Odd, up="first", down="third")
-    with pytest.raises(ValueError, match="down='third', but there is no such layer"):
-        smoe.modulize(Odd(), 4)
-
-
-def test_importing_smoe_needs_no_transformers():
-    code = "import sys, smoe; assert callable(smoe.modulize); assert 'transformers' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
