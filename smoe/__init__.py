@@ -1,6 +1,6 @@
 """Sparse mixtures of experts as a training technique: SMoE-Dropout on torch alone."""
 
-from .control import get_top_k, record_routing, set_top_k, smoe_layers
+from .control import activated, get_top_k, record_routing, set_top_k, smoe_layers
 from .dropout import ConcreteDropout, DropBlock
 from .experts import Experts, merge, split
 from .layer import SMoE
@@ -9,7 +9,7 @@ from .mlp_find import register_mlp
 from .modulize import demodulize, modulize
 from .router import HashRouter, LearnedRouter, RandomRouter, Router, Routing, UniformRouter
 from .saving import from_pretrained, save_pretrained
-from .schedule import k_at
+from .schedule import k_at, ks_at
 from .slim import slim, vote
 
 __version__ = "0.1.0"
@@ -28,11 +28,13 @@ __all__ = [
     "Routing",
     "SMoE",
     "UniformRouter",
+    "activated",
     "demodulize",
     "from_pretrained",
     "get_method",
     "get_top_k",
     "k_at",
+    "ks_at",
     "merge",
     "modulize",
     "record_routing",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -33,17 +33,42 @@ def check_whole(model: nn.Module, doing: str) -> None:
             )
 
 
-def set_top_k(model: nn.Module, k: int) -> None:
-    """Sets the number of activated experts of every SMoE layer. All layers take it, or none does.
+def set_top_k(model: nn.Module, k: int | Sequence[int]) -> None:
+    """Sets the number of activated experts: one k for every SMoE layer, or one k per layer in the model's order.
+
+    All layers take it, or none does.
 
     Raises:
-        ValueError: the model has no SMoE layer, or k is not in 1..N of one of them.
+        ValueError: the model has no SMoE layer, a list has another length than there are layers, or a k is not in 1..N
+            of its layer.
     """
     layers = _layers_or_error(model)
-    for _, layer in layers:
-        check_top_k(k, layer.num_experts)
-    for _, layer in layers:
-        layer.top_k = k
+    ks = list(k) if isinstance(k, (list, tuple)) else [k] * len(layers)
+    if len(ks) != len(layers):
+        raise ValueError(
+            f"k is {ks}, {len(ks)} numbers; {type(model).__name__} has {len(layers)} SMoE layers, so it must be one "
+            f"number or {len(layers)}"
+        )
+    for (_, layer), layer_k in zip(layers, ks, strict=True):
+        check_top_k(layer_k, layer.num_experts)
+    for (_, layer), layer_k in zip(layers, ks, strict=True):
+        layer.top_k = layer_k
+
+
+@contextmanager
+def activated(model: nn.Module, k: int | Sequence[int] | None) -> Iterator[None]:
+    """Within the block the SMoE layers of ``model`` activate k experts (one k, or one per layer); afterwards as before.
+
+    None leaves every layer at its own k.
+    """
+    before = [(layer, layer.top_k) for _, layer in smoe_layers(model)]
+    try:
+        if k is not None:
+            set_top_k(model, k)
+        yield
+    finally:
+        for layer, top_k in before:
+            layer.top_k = top_k
 
 
 def get_top_k(model: nn.Module) -> int | list[int]:
@@ -54,7 +79,7 @@ def get_top_k(model: nn.Module) -> int | list[int]:
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
-    """Within the block, every forward pass appends one :class:`Routing` a layer to the list that it yields.
+    """Within the block, every forward pass appends one :class:`Routing` per layer to the list that it yields.
 
     Balance losses, votes and load plots come from it: ``sum(r.balance_loss for r in routings)``. A model may be
     wrapped (DDP) or compiled and may run several passes. Blocks may be nested. Under activation checkpointing run

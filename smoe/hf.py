@@ -6,23 +6,23 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .control import smoe_layers
+from .control import set_top_k, smoe_layers
 from .modulize import note_on_config
 from .saving import from_pretrained, save_pretrained
-from .schedule import MODES, k_at
+from .schedule import MODES, ks_at
 
 __all__ = ["TopKCallback", "from_pretrained", "save_pretrained"]
 
 
 class TopKCallback(TrainerCallback):
-    """Lets k grow while a ``Trainer`` trains: before every step each SMoE layer gets ``k_at(step, max_steps, ...)``.
+    """Lets k grow while a ``Trainer`` trains: before every step the SMoE layers get ``ks_at(step, max_steps, ...)``.
 
     k follows from the trainer's step alone, so a run resumed with ``resume_from_checkpoint`` goes on with the k it
     would have had. While the trainer evaluates, k is that of the last step.
 
     Args:
         k_min, k_max: None means N / 2 and N, the paper's.
-        mode, seed: of :func:`smoe.k_at`.
+        mode, seed: of :func:`smoe.ks_at`.
     """
 
     def __init__(
@@ -37,10 +37,11 @@ class TopKCallback(TrainerCallback):
         layers = smoe_layers(model)
         if not layers:
             raise ValueError(f"{type(model).__name__} has no SMoE layer; TopKCallback needs smoe.modulize(model) first")
-        for i, (_, layer) in enumerate(layers):
+        ranges = []
+        for _, layer in layers:
             k_max = layer.num_experts if self.k_max is None else self.k_max
-            k_min = min(max(layer.num_experts // 2, 1), k_max) if self.k_min is None else self.k_min
-            layer.top_k = k_at(step, total_steps, k_min, k_max, self.mode, seed=self.seed, layer=i)
+            ranges.append((min(max(layer.num_experts // 2, 1), k_max) if self.k_min is None else self.k_min, k_max))
+        set_top_k(model, ks_at(step, total_steps, ranges, self.mode, seed=self.seed))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.set_top_k(model, state.global_step, state.max_steps)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
+from typing import Literal, get_args
 
-MODES = (
+Mode = Literal[
     "linear",
     "linear_decrease",
     "cosine",
@@ -15,7 +17,26 @@ MODES = (
     "multistep_decrease",
     "constant",
     "random",
-)
+    "random_per_layer",
+]
+MODES: tuple[str, ...] = get_args(Mode)
+
+
+def ks_at(
+    step: int, total_steps: int, ranges: Sequence[tuple[int, int]], mode: str = "linear", *, seed: int = 0
+) -> list[int]:
+    """The number of activated experts of every SMoE layer at ``step``, in the model's order.
+
+    Every training asks this one function: the training loop, ``smoe.hf.TopKCallback``, logs, records and FLOPs.
+
+    Args:
+        ranges: (k_min, k_max) per layer.
+        step, total_steps, mode, seed: of :func:`k_at`.
+    """
+    return [
+        k_at(step, total_steps, k_min, k_max, mode, seed=seed, layer=layer)
+        for layer, (k_min, k_max) in enumerate(ranges)
+    ]
 
 
 def k_at(
@@ -24,11 +45,13 @@ def k_at(
     """The number of activated experts at ``step``: a pure function, so a resumed run recomputes it.
 
     Args:
-        step: 0 for the first step; from ``total_steps`` on the last value holds (``random`` goes on drawing).
+        step: 0 for the first step; from ``total_steps`` on the last value holds (the random modes go on drawing).
         mode: ``linear``: round((k_max - k_min) * step / total_steps) + k_min, the paper's;
             ``cosine``: half a cosine from k_min to k_max; ``exponential``: k_min * (k_max / k_min) ** (step / total);
             ``multistep``: k_min, 2 k_min, 4 k_min, ... k_max in equal stretches; ``*_decrease``: the same, from k_max
-            down to k_min; ``constant``: k_max; ``random``: uniform in k_min..k_max, drawn from (seed, step, layer).
+            down to k_min; ``constant``: k_max; ``random``: uniform in k_min..k_max, drawn from (seed, step), the same
+            for all layers of a model; ``random_per_layer``: drawn from (seed, step, layer).
+        layer: the index of the SMoE layer, from 0; only ``random_per_layer`` depends on it.
 
     Raises:
         ValueError: a mode that is not in ``MODES``, or k_min > k_max, k_min < 1, step < 0, total_steps < 1, or one of
@@ -45,8 +68,8 @@ def k_at(
         raise ValueError(f"step is {step} of {total_steps}; steps count from 0 and total_steps from 1")
     if mode == "constant":
         return k_max
-    if mode == "random":
-        return random.Random(f"{seed}/{step}/{layer}").randint(k_min, k_max)
+    if mode in ("random", "random_per_layer"):
+        return random.Random(f"{seed}/{step}/{layer if mode == 'random_per_layer' else 0}").randint(k_min, k_max)
     if mode.startswith("multistep"):
         stages = [k_min]
         while stages[-1] < k_max:

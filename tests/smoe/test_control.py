@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from smoe import SMoE, get_top_k, record_routing, set_top_k, smoe_layers
+from smoe import SMoE, activated, get_top_k, record_routing, set_top_k, smoe_layers
 from smoe.router import ROUTERS, SCORES
 
 D = 8
@@ -173,3 +173,25 @@ def test_under_ddp_no_parameter_goes_unused(one_process):
                     assert len(routings) == 1
                 set_top_k(wrapped, 2)
                 assert model.top_k == get_top_k(wrapped) == 2
+
+
+def test_one_k_per_layer_is_set_as_a_whole_or_not_at_all():
+    model = nn.Sequential(SMoE(8, 32, 4), SMoE(8, 32, 8))
+    set_top_k(model, [3, 5])
+    assert get_top_k(model) == [3, 5]
+    for wrong, words in (([1], "1 numbers.*2 SMoE layers"), ([2, 9], "top_k is 9"), ([5, 5], "top_k is 5")):
+        with pytest.raises(ValueError, match=words):
+            set_top_k(model, wrong)
+        assert get_top_k(model) == [3, 5]
+
+
+def test_activated_is_for_the_block_alone():
+    model = nn.Sequential(SMoE(8, 32, 4), SMoE(8, 32, 8))
+    set_top_k(model, [3, 5])
+    with activated(model, 2):
+        assert get_top_k(model) == 2
+        with activated(model, None):
+            assert get_top_k(model) == 2
+    with pytest.raises(RuntimeError, match="stop"), activated(model, [1, 7]):
+        raise RuntimeError("stop")
+    assert get_top_k(model) == [3, 5]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smoe import k_at
+from smoe import k_at, ks_at
 from smoe.schedule import MODES
 
 UP = ("linear", "cosine", "exponential", "multistep")
@@ -75,17 +75,17 @@ def test_constant():
 @given(bounds, st.integers(0, 10**6), st.integers(0, 99), st.integers(0, 24))
 def test_random_is_pure_and_in_range(limits, step, seed, layer):
     state = random.getstate()
-    k = k_at(step, 100, *limits, "random", seed=seed, layer=layer)
+    k = k_at(step, 100, *limits, "random_per_layer", seed=seed, layer=layer)
     assert limits[0] <= k <= limits[1]
-    assert k == k_at(step, 100, *limits, "random", seed=seed, layer=layer)
+    assert k == k_at(step, 100, *limits, "random_per_layer", seed=seed, layer=layer)
     assert random.getstate() == state
 
 
 def test_random_takes_every_k_about_equally_and_each_argument_counts():
-    counts = Counter(k_at(step, 8000, 1, 8, "random") for step in range(8000))
+    counts = Counter(k_at(step, 8000, 1, 8, "random_per_layer") for step in range(8000))
     assert sum((counts[k] - 1000) ** 2 / 1000 for k in range(1, 9)) < 29.9  # chi-square, 7 degrees, 99.99 %
     runs = [
-        [k_at(step, 50, 1, 16, "random", seed=seed, layer=layer) for step in range(50)]
+        [k_at(step, 50, 1, 16, "random_per_layer", seed=seed, layer=layer) for step in range(50)]
         for seed, layer in ((0, 0), (1, 0), (0, 1), (0, 10), (10, 0))
     ]
     assert len({tuple(run) for run in runs}) == 5
@@ -110,3 +110,18 @@ def test_bad_arguments_are_named(arguments, words):
     with pytest.raises(ValueError) as error:
         k_at(*arguments)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_random_is_one_k_per_model_or_one_per_layer():
+    ranges = [(2, 16)] * 6
+    per_model = [ks_at(step, 100, ranges, "random", seed=3) for step in range(50)]
+    assert all(len(set(ks)) == 1 for ks in per_model) and len({ks[0] for ks in per_model}) > 5
+    per_layer = [ks_at(step, 100, ranges, "random_per_layer", seed=3) for step in range(50)]
+    assert sum(len(set(ks)) > 1 for ks in per_layer) > 45
+    assert per_layer == [ks_at(step, 100, ranges, "random_per_layer", seed=3) for step in range(50)]
+    assert per_layer != [ks_at(step, 100, ranges, "random_per_layer", seed=4) for step in range(50)]
+    assert {k for ks in per_layer for k in ks} == set(range(2, 17))
+
+
+def test_layers_of_different_sizes_have_ranges_of_their_own():
+    assert ks_at(50, 100, [(2, 4), (8, 16)]) == [3, 12]
