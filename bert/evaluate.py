@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from bert.config import PretrainConfig
 from bert.data import Blocks, Vocabulary, evaluation_batches
 from bert.model import MaskedLM, build_model
+from smoe.errors import run_main
 from smoe.run.checkpoint import Checkpoint
-from smoe.run.errors import run_main
 from smoe.run.evaluation import Measure, bits_per_token, evaluation_command, recover_run
 from smoe.run.precision import resolve_precision
 

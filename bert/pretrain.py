@@ -25,12 +25,12 @@ from bert.callback import RunCallback
 from bert.config import CONFIG_DIR, PretrainConfig
 from bert.data import Blocks, TrainingBatches
 from bert.model import MaskedLM, build_model
+from smoe.errors import run_main
 from smoe.flops import count, count_step
 from smoe.hf import TopKCallback
 from smoe.methods import MethodLoss
 from smoe.parallel import check_agreement
 from smoe.run.checkpoint import load_checkpoint
-from smoe.run.errors import run_main
 from smoe.run.launch import join, keep_from_ddp, leave, run_trainer, spread, together
 from smoe.run.record import environment_record, parameter_counts
 from smoe.run.result import flops_per_k, run_result, sweep

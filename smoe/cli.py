@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .run.errors import BAD_INPUT, clean_exit
+from .errors import BAD_INPUT, clean_exit
 
 _DESCRIPTION = "Sparse mixtures of experts as a training technique: counts, benchmarks and reports."
 

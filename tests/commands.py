@@ -32,7 +32,7 @@ def _child(module: str, argv: list[str], environment: dict[str, str], output: st
         import torch
 
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    from smoe.run.errors import run_main
+    from smoe.errors import run_main
 
     run_main(importlib.import_module(module).main)
 

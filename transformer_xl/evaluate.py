@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from smoe.errors import run_main
 from smoe.run.checkpoint import Checkpoint
-from smoe.run.errors import run_main
 from smoe.run.evaluation import Measure, bits_per_token, evaluation_command, recover_run
 from smoe.run.precision import resolve_precision
 from transformer_xl.config import TrainConfig

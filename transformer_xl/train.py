@@ -19,10 +19,10 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from smoe import set_top_k
+from smoe.errors import run_main
 from smoe.flops import transformer_xl_flops, transformer_xl_step_flops
 from smoe.parallel import check_agreement, clip_grad_norm_
 from smoe.run.checkpoint import load_checkpoint
-from smoe.run.errors import run_main
 from smoe.run.launch import join, keep_from_ddp, leave, run_trainer, spread, together
 from smoe.run.record import environment_record, parameter_counts
 from smoe.run.result import flops_per_k, run_result, sweep

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smoe.run.errors import CheckpointError, one_line
-from smoe.run.folder import fsync_path
+from smoe.errors import CheckpointError, one_line
+from smoe.files import fsync_path
 from smoe.run.state import flatten_optimizer, restore_optimizer, restore_rng, rng_tensors
 
 __all__ = [

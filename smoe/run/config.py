@@ -1,7 +1,7 @@
 """A trainer's configuration: a flat frozen dataclass, filled from a scale's YAML, a user's YAML and the command line.
 
 Later wins: the class's defaults < `config_dir/{scale}.yaml` < `--config FILE` < flags. Every mistake is a `ValueError`
-of one line that names the field, the value and what would be right; `smoe.run.errors.run_main` makes it an exit code.
+of one line that names the field, the value and what would be right; `smoe.errors.run_main` makes it an exit code.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from smoe import set_top_k, smoe_layers
+from smoe.errors import CheckpointError, Parser
 from smoe.router import check_top_k
 from smoe.run.checkpoint import Checkpoint, load_checkpoint, load_latest
-from smoe.run.errors import CheckpointError, Parser
 from smoe.run.folder import RunFolder
 from smoe.run.precision import resolve_precision
 from smoe.run.result import k_name

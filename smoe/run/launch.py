@@ -25,9 +25,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
+from smoe.errors import RunError, one_line
 from smoe.parallel import ParallelGroups, check_agreement, fully_shard_model, parallelize
 from smoe.run.config import parse_config, to_dict
-from smoe.run.errors import RunError, one_line
 from smoe.run.trainer_config import PROCESS_TIMEOUT, TrainerConfig
 
 # What processes need not agree on: how a path is called on their machine, what they show.

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from smoe.run.folder import RunFolder, write_atomic
+from smoe.files import write_atomic
+from smoe.run.folder import RunFolder
 
 
 class MetricsLogger:

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from smoe.run.errors import Parser, run_main
-from smoe.run.folder import read_result, write_atomic
+from smoe.errors import Parser, run_main
+from smoe.files import write_atomic
+from smoe.run.folder import read_result
 
 Result = Mapping[str, Any]
 

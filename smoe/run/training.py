@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from smoe.errors import NonFiniteError, Stopped
 from smoe.methods import MethodLoss
 from smoe.parallel import ParallelGroups
 from smoe.run.config import to_dict
-from smoe.run.errors import NonFiniteError, Stopped
 from smoe.run.folder import RunFolder
 from smoe.run.interrupt import StopRequest
 from smoe.run.launch import leave, note_opened, together

@@ -200,7 +200,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from smoe.run.config import parse_config
-from smoe.run.errors import run_main
+from smoe.errors import run_main
 
 @dataclass(frozen=True)
 class C:

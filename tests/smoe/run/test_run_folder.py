@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from smoe.run.folder import RunFolder, read_result, write_atomic
+from smoe.files import write_atomic
+from smoe.run.folder import RunFolder, read_result
 
 CONFIG = {"method": "smoe", "lr": 0.1 + 0.2, "ks": (1, 2), "seed": None, "resume": False, "steps": 5}
 
@@ -92,7 +93,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("smoe.run.folder.os.fsync", full)
+    monkeypatch.setattr("smoe.files.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_atomic(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.json"]

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from smoe.run.errors import run_main
+from smoe.errors import run_main
 from smoe.run.report import main, paper_bpc, plot_slimming, slimming_table
 
 KS = ("1", "2", "4", "8", "16")

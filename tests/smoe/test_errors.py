@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from smoe.run.errors import CheckpointError, clean_exit, run_main
+from smoe.errors import CheckpointError, clean_exit, run_main
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_process_among_others_ends_at_once_with_its_code(tmp_path):
     script = f"""
 import atexit, os
 import torch.distributed as dist
-from smoe.run.errors import run_main
+from smoe.errors import run_main
 
 def main():
     dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
