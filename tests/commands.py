@@ -16,7 +16,7 @@ _server = multiprocessing.get_context("forkserver")
 PRELOAD = ["transformer_xl.train", "transformer_xl.evaluate", "smoe.run.report", "bert.pretrain", "bert.evaluate"]
 # What they would import at their first use.
 PRELOAD += ["transformers.models.bert.modeling_bert", "transformers.models.roberta.modeling_roberta", "torch._dynamo"]
-PRELOAD += ["torch.utils.flop_counter", "torch.utils.tensorboard", "transformers.trainer", "matplotlib.pyplot"]
+PRELOAD += ["torch.utils.flop_counter", "torch.utils.tensorboard", "matplotlib.pyplot"]
 _server.set_forkserver_preload(PRELOAD)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import time
-from typing import Any
 
 import torch
+
+from smoe.train.processes import Processes
 
 _SAME_WISH = 1.0  # seconds
 
@@ -26,12 +27,9 @@ class StopRequest:
             os.kill(os.getpid(), number)
         self._received = self._received or time.monotonic()
 
-    def requested(self, accelerator: Any) -> bool:
-        """Whether any process of the `accelerate.Accelerator` was asked; the same answer on all."""
-        if accelerator.num_processes == 1:
-            return self._received is not None
-        flag = torch.tensor(float(self._received is not None), device=accelerator.device)
-        return bool(accelerator.reduce(flag, "sum").item())
+    def requested(self, processes: Processes) -> bool:
+        """Whether any process of the run was asked; the same answer on all."""
+        return bool(processes.sum(torch.tensor(float(self._received is not None))).item())
 
     def release(self) -> None:
         """Give the signals back to whoever had them: all is saved, and a sweep can be done again."""
