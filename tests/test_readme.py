@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from smoe.run.report import paper_bpc, slimming_table, with_block
+from smoe.report import read_result, slimming_table, with_block
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -47,7 +47,7 @@ def test_flags_of_the_script_lines_are_the_trainers(line, tmp_path):
 def test_tables_are_made_of_the_kept_results(model, count):
     records = sorted((ROOT / "results" / "table1" / "cpu" / model).glob("*.json"))
     assert len(records) == count
-    table = slimming_table([json.loads(record.read_text()) for record in records], paper_bpc())
+    table = slimming_table([read_result(record) for record in records])
     block = f"table1-cpu-{model}" if model else "table1-cpu"
     assert with_block(README, block, table) == README, "run script/report.sh"
 

@@ -11,6 +11,7 @@ from runs import assert_one_line, assert_same_weights, lines, losses, result, wa
 
 from bert.pretrain import PretrainConfig
 from smoe import METHODS
+from smoe.report import check_result, slimming_table
 from smoe.train.checkpoint import list_steps
 from smoe.train.command import parse_config
 
@@ -35,6 +36,7 @@ def test_every_method_trains_and_leaves_a_full_run_folder(model, method, pretrai
     assert record["flops"].keys() == keys and record["tokens_per_step"] == 4 * 32
     assert all(cell["true"] > 0 and cell["training_step"] > 0 for cell in record["flops"].values())
     assert record["config"]["d_hidden"] == (128 if model == "bert" else 64)
+    assert model in slimming_table([check_result(record)])
     assert not {"run_dir", "data"} & record["config"].keys(), "a record says nothing of places"
     measured = losses(run)
     assert list(measured) == [5, 10, 15, 20]

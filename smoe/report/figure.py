@@ -1,11 +1,15 @@
-"""The figure of a self-slimming model: BPC over active parameters, labelled directly, in colours all can tell."""
+"""The figure of a self-slimming model: its metric over active parameters, in colours that most readers can tell."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from smoe.report.groups import Block, Group, blocks_of, plain
+from smoe.report.records import Record
 
 # Okabe and Ito's palette, which most colour-blind readers can tell apart; each method has its own marker as well.
 STYLES = {
@@ -19,66 +23,64 @@ STYLES = {
 SPARE = [("#56B4E9", "X"), ("#882255", "<"), ("#117733", ">"), ("#332288", "h"), ("#AA4499", "*"), ("#000000", "d")]
 INK, FAINT = "#222222", "#d9d9d9"
 
-Run = tuple[str, Mapping[str, Any]]  # label, result
 
+def plot_slimming(records: Sequence[Record], path: str | Path) -> Path:
+    """Draw the deciding metric over active parameters, one line per group, as in the paper's Figure 1.
 
-def draw_slimming(panels: Mapping[str, Sequence[Run]], path: Path) -> Path:
-    """Draw one panel for each title and write the file. Results must have been checked by the report."""
+    One panel per model, dataset, scale and metric. Runs that differ in the seed alone are averaged, with a band from
+    the lowest to the highest. The file's ending chooses the format (.png, .pdf, .svg). ValueError when a record lacks
+    a field, matplotlib is missing or the ending is unknown.
+    """
+    blocks, path = blocks_of(records), Path(path)
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("plot: needs matplotlib; pip install matplotlib") from None
-    canvas = FigureCanvasAgg(Figure(figsize=(7.6 * len(panels), 4.6), layout="constrained"))
-    if path.suffix.lower().lstrip(".") not in canvas.get_supported_filetypes():
-        raise ValueError(f"plot: {path} ends in {path.suffix!r}, expected .png, .pdf or .svg")
-    for axes, (title, runs) in zip(
-        canvas.figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
-        _draw_panel(axes, title, runs)
-    canvas.figure.savefig(path, dpi=200)
+        raise ValueError("plot: needs matplotlib; pip install 'smoe[report]'") from None
+    canvas = FigureCanvasAgg(Figure(figsize=(7.6 * len(blocks), 4.6), layout="constrained"))
+    ending = path.suffix.lower().lstrip(".")
+    if ending not in canvas.get_supported_filetypes():
+        raise ValueError(f"plot: {path} ends in {path.suffix!r}; it must be .png, .pdf or .svg")
+    for axes, block in zip(canvas.figure.subplots(1, len(blocks), squeeze=False)[0], blocks, strict=True):
+        _draw_panel(axes, block)
+    drawn = io.BytesIO()
+    canvas.figure.savefig(drawn, format=ending, dpi=200)
+    path.write_bytes(drawn.getvalue())
     return path
 
 
-def _draw_panel(axes: Any, title: str, runs: Sequence[Run]) -> None:
-    axes.set_title(title, fontsize=11, color=INK, loc="left", pad=12)
+def _draw_panel(axes: Any, block: Block) -> None:
+    # A name may hold a dollar sign, which is no formula.
+    axes.set_title(plain(block.name, 80), fontsize=11, color=INK, loc="left", pad=12, parse_math=False)
     axes.set_xlabel("active parameters (million)", color=INK)
-    axes.set_ylabel("test BPC (lower is better)", color=INK)
+    axes.set_ylabel(plain(block.measure, 60), color=INK, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, labelsize=9)
 
-    ends, spare = [], list(SPARE)
-    methods: dict[str, list[Mapping[str, Any]]] = {}
-    for label, result in runs:
-        methods.setdefault(label, []).append(result)
-    for label, results in methods.items():
+    ends, styles, spare = [], dict(STYLES), list(SPARE)
+    for group in block.groups:
         # A run with a label of its own is an ablation: it must look different from the method it varies.
-        style = None if results[0].get("label") else STYLES.get(results[0]["method"])
+        style = None if group.own_label else styles.pop(group.method, None)
         color, marker = style or (spare.pop(0) if spare else SPARE[-1])
-        ends.append((_draw_method(axes, results, color, marker), label, color))
-    _mark_experts(axes, [result for _, result in runs])
+        ends.append((_draw_group(axes, group, color, marker), plain(group.label, 60), color))
+    _mark_experts(axes, block.groups)
     _label_ends(axes, ends)
 
 
-def _draw_method(axes: Any, results: Sequence[Mapping[str, Any]], color: str, marker: str) -> tuple[float, float]:
-    """Draw the curve of one method (mean over its runs) and return its last point, in data units."""
-    values: dict[float, list[float]] = {}
-    for result in results:
-        for key, bpc in result["bpc"]["test"].items():
-            parameters = result["parameters"]
-            x = parameters["total"] if key == "dense" else parameters["active_per_k"][key]
-            values.setdefault(x / 1e6, []).append(bpc)
-    xs = sorted(values)
-    means = [fmean(values[x]) for x in xs]
+def _draw_group(axes: Any, group: Group, color: str, marker: str) -> tuple[float, float]:
+    """Draw the curve of one group (mean over its runs) and return its last point, in data units."""
+    keys = sorted(group.keys, key=group.parameters)
+    xs = [group.parameters(key) / 1e6 for key in keys]
+    values = [group.values(key) for key in keys]
+    means = [fmean(of_seeds) for of_seeds in values]
     if len(xs) == 1:  # one dense model: its dot, and its level carried across for comparison
         axes.axhline(means[0], color=color, linestyle=(0, (4, 3)), linewidth=1.1, zorder=1.5)
-    band = {"color": color, "alpha": 0.18, "linewidth": 0, "zorder": 1.8}
-    if any(len(values[x]) > 1 for x in xs):
-        lows, highs = [min(values[x]) for x in xs], [max(values[x]) for x in xs]
+    if len(group.records) > 1:
+        lows, highs = list(map(min, values)), list(map(max, values))
         if len(xs) > 1:
-            axes.fill_between(xs, lows, highs, **band)
+            axes.fill_between(xs, lows, highs, color=color, alpha=0.18, linewidth=0, zorder=1.8)
         else:
             axes.errorbar(xs, means, [[means[0] - lows[0]], [highs[0] - means[0]]], color=color, capsize=3)
     axes.plot(
@@ -96,13 +98,13 @@ def _draw_method(axes: Any, results: Sequence[Mapping[str, Any]], color: str, ma
     return xs[-1], means[-1]
 
 
-def _mark_experts(axes: Any, results: Sequence[Mapping[str, Any]]) -> None:
-    """A second scale on top with k, when all runs agree on the active parameters at each k."""
+def _mark_experts(axes: Any, groups: Sequence[Group]) -> None:
+    """A second scale on top with k, when all groups agree on the active parameters at each k."""
     places: dict[int, set[float]] = {}
-    for result in results:
-        for key in result["bpc"]["test"]:
+    for group in groups:
+        for key in group.keys:
             if key != "dense":
-                places.setdefault(int(key), set()).add(result["parameters"]["active_per_k"][key] / 1e6)
+                places.setdefault(int(key), set()).add(group.parameters(key) / 1e6)
     if not places or any(max(xs) - min(xs) > 0.01 * max(xs) for xs in places.values()):
         return
     top = axes.secondary_xaxis("top")
@@ -136,6 +138,7 @@ def _label_ends(axes: Any, ends: Sequence[tuple[tuple[float, float], str, str]])
             fontsize=9.5,
             va="center",
             annotation_clip=False,
+            parse_math=False,
             arrowprops={
                 "arrowstyle": "-",
                 "color": color,
