@@ -5,10 +5,10 @@ from .dropout import ConcreteDropout, DropBlock
 from .experts import Experts, merge, split
 from .layer import SMoE
 from .methods import METHODS, DenseMLP, Method, get_method
-from .mlp_find import register_mlp
 from .modulize import demodulize, modulize
+from .modulize.find import register_mlp
+from .modulize.save import from_pretrained, save_pretrained
 from .router import HashRouter, LearnedRouter, RandomRouter, Router, Routing, UniformRouter
-from .saving import from_pretrained, save_pretrained
 from .schedule import k_at, ks_at
 from .slim import slim, vote
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .activation import ACTIVATIONS, Activation, get_activation
-from .mlp_trial import Match, activations_of, as_activation, is_linear, trial, widths
+from ..activation import ACTIVATIONS, Activation, get_activation
+from .trial import Match, activations_of, as_activation, is_linear, trial, widths
 
 DEPTH = 3  # how far below their common module the two linear layers of an MLP may be
 
@@ -17,7 +17,7 @@ DEPTH = 3  # how far below their common module the two linear layers of an MLP m
 class FoundMLP:
     """One MLP of a model. Its linear layers take ``(..., d_model)`` to d_hidden units and back.
 
-    name: of ``down`` in the model. The rest is :class:`smoe.mlp_trial.Match`.
+    name: of ``down`` in the model. The rest is :class:`smoe.modulize.trial.Match`.
     """
 
     name: str

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .experts import merge, split
-from .layer import SMoE
-from .mlp_find import FoundMLP
-from .mlp_trial import is_transposed
+from ..experts import merge, split
+from ..layer import SMoE
+from .find import FoundMLP
+from .trial import is_transposed
 
 
 class _Channel:

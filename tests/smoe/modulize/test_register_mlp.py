@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import smoe
-from smoe import mlp_find
+from smoe.modulize import find
 
 D, H = 16, 64
 
@@ -23,10 +23,10 @@ class Odd(nn.Module):
 
 @pytest.fixture
 def registry():
-    before = dict(mlp_find._registered)
+    before = dict(find._registered)
     yield
-    mlp_find._registered.clear()
-    mlp_find._registered.update(before)
+    find._registered.clear()
+    find._registered.update(before)
 
 
 def test_register_mlp(registry):

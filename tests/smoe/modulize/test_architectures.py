@@ -12,7 +12,7 @@ import smoe
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 
-DOCS = Path(__file__).parents[2] / "docs" / "modulize.md"
+DOCS = Path(__file__).parents[3] / "docs" / "modulize.md"
 
 
 @pytest.mark.parametrize("row", MODELS, ids=[row[0] for row in MODELS])

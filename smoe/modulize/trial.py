@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activation import ACTIVATIONS, Activation, get_activation
+from ..activation import ACTIVATIONS, Activation, get_activation
 
 TOKENS = 8  # enough numbers to tell activations and dropout rates apart even in a tiny MLP
 

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .control import check_whole, smoe_layers
-from .experts import check_divisible
-from .layer import SMoE
-from .mlp_find import FoundMLP, find_mlps
-from .mlp_swap import Outlet, exchange, make_layer, restore, silence_fast_path, slots_of
-
-LAYERS = ("all", "early", "middle", "later", "every-2")
+from ..control import check_whole, smoe_layers
+from ..experts import check_divisible
+from ..layer import SMoE
+from .find import FoundMLP, find_mlps
+from .layers import Layers, chosen_layers
+from .record import note_on_config
+from .swap import Outlet, exchange, make_layer, restore, silence_fast_path, slots_of
 
 
 def modulize(
     model: nn.Module,
     num_experts: int = 16,
-    layers: str | Sequence[int] = "all",
+    layers: Layers = "all",
     **layer_options: Any,
 ) -> nn.Module:
     """Cuts the MLPs of ``model`` into ``num_experts`` experts each, in place, and returns the model.
 
     The weights are kept: with ``score="sum"`` the model computes the same at k = N. MLPs are recognised by what they
-    compute (see ``smoe.mlp_trial``), so it works for most transformers; ``smoe.register_mlp`` is for the rest.
+    compute (see ``smoe.modulize.trial``), so it works for most transformers; ``smoe.register_mlp`` is for the rest.
     Create the optimizer afterwards: the parameters are new.
 
     Args:
@@ -88,31 +87,6 @@ def demodulize(model: nn.Module) -> nn.Module:
     return model
 
 
-def chosen_layers(layers: str | Sequence[int], count: int) -> list[int]:
-    """The indices that ``layers`` means for a model of ``count`` MLPs, ascending."""
-    half = max(count // 2, 1)
-    start = (count - half) // 2
-    named = {
-        "all": range(count),
-        "early": range(half),
-        "middle": range(start, start + half),
-        "later": range(count - half, count),
-        "every-2": range(1, count, 2),
-    }
-    if isinstance(layers, str):
-        if layers not in named:
-            raise ValueError(f"layers is {layers!r}; it must be one of {', '.join(LAYERS)} or a list of indices")
-        chosen = list(named[layers])
-    else:
-        chosen = list(layers)
-        wrong = [i for i in chosen if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < count]
-        if wrong or len(set(chosen)) < len(chosen):
-            raise ValueError(f"layers is {chosen}; it must be different whole numbers from 0 to {count - 1}")
-    if not chosen:
-        raise ValueError(f"layers is {layers!r}, which is none of the model's {count} MLPs")
-    return sorted(chosen)
-
-
 _OPTIONS = ("top_k", "router", "score", "output_scale", "seed", "compute", "engine")
 
 
@@ -135,17 +109,3 @@ def _check_fit(found: FoundMLP, num_experts: int, options: dict[str, Any]) -> No
         raise ValueError(f"{found.name}: {error}") from None
     with torch.device("meta"):  # whatever else is wrong shows here, before anything is changed
         SMoE(found.d_model, found.d_hidden, num_experts, **options)
-
-
-def note_on_config(model: nn.Module) -> None:
-    """Writes what was done into a Hugging Face model's config, so that whoever saves the model saves that too."""
-    from .saving import describe
-
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "to_dict"):
-        return
-    record = describe(model)
-    if record is not None:
-        config.smoe = record
-    elif hasattr(config, "smoe"):
-        del config.smoe

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import smoe
-from smoe import mlp_find
-from smoe.modulize import chosen_layers
+from smoe.modulize import find
 
 D, H = 16, 64
 
@@ -204,24 +203,6 @@ def test_dropout_rate_is_checked(rate):
         smoe.SMoE(D, H, 4, dropout=rate)
 
 
-@pytest.mark.parametrize(
-    ("layers", "count", "expected"),
-    [
-        ("all", 4, [0, 1, 2, 3]),
-        ("early", 4, [0, 1]),  # the paper's options for 4 layers, Figure 5 (e)
-        ("middle", 4, [1, 2]),
-        ("later", 4, [2, 3]),
-        ("every-2", 4, [1, 3]),
-        ("later", 12, list(range(6, 12))),
-        ("middle", 12, list(range(3, 9))),
-        ([3, 0], 4, [0, 3]),
-        ("later", 1, [0]),
-    ],
-)
-def test_choice_of_layers(layers, count, expected):
-    assert chosen_layers(layers, count) == expected
-
-
 @pytest.mark.parametrize("layers", ["last", [4], [-1], [0, 0], [], [True], [1.0]])
 def test_wrong_choice_of_layers(layers):
     model = FlatModel()
@@ -343,7 +324,7 @@ def test_a_copy_is_independent_and_the_trial_leaves_no_trace():
     model = ConvNeXtBlock().train()
     model.dwconv = nn.Sequential(model.dwconv, nn.BatchNorm2d(D))
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    mlp_find.find_mlps(model)
+    find.find_mlps(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(model.state_dict()[key], before[key]) for key in before)
     assert all(module.training and "forward" not in vars(module) for module in model.modules())

@@ -9,42 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .control import check_whole, set_top_k
-from .mlp_find import FoundMLP, find_mlps
-from .mlp_swap import Outlet
-from .mlp_trial import is_transposed
-from .modulize import place
-from .router import LearnedRouter, RandomRouter, UniformRouter
+from ..control import check_whole, set_top_k
+from .convert import place
+from .find import FoundMLP, find_mlps
+from .record import VERSION, describe
+from .trial import is_transposed
 
 WEIGHTS, CONFIG, OWN_CONFIG = "model.safetensors", "config.json", "smoe.json"
-VERSION = 1
-
-_ROUTERS = {RandomRouter: "random", LearnedRouter: "learned", UniformRouter: "uniform"}
-
-
-def describe(model: nn.Module) -> dict[str, Any] | None:
-    """What ``modulize``, ``slim`` and ``demodulize`` made of the MLPs of ``model``, as JSON; None if nothing.
-
-    ``layers``: the SMoE layers, by the name of the linear layer they replaced. ``widths``: the dense MLPs that slimming
-    made narrower, likewise.
-    """
-    layers, widths = {}, {}
-    for name, module in model.named_modules():
-        if isinstance(module, Outlet):
-            layer = module.mlp
-            layers[name] = {
-                "num_experts": layer.num_experts,
-                "d_hidden": layer.d_hidden,
-                "top_k": layer.top_k,
-                "router": _ROUTERS[type(layer.router)],
-                "score": layer.router.score,
-                "output_scale": layer.output_scale,
-                "dropout": layer.experts.dropout,
-                "compute": layer.compute,
-            }
-        elif hasattr(module, "smoe_width"):
-            widths[name] = module.smoe_width
-    return {"version": VERSION, "layers": layers, "widths": widths} if layers or widths else None
 
 
 def save_pretrained(model: nn.Module, path: str | Path) -> Path:
