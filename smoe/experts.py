@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activation import Activation, get_activation
+from .activation import get_activation
 
 
 def _check_size(name: str, value: int) -> None:
@@ -64,7 +64,7 @@ class Experts(nn.Module):
         for name, value in (("num_experts", num_experts), ("d_model", d_model), ("d_expert", d_expert)):
             _check_size(name, value)
         self.num_experts, self.d_model, self.d_expert = num_experts, d_model, d_expert
-        self._activation = get_activation(activation)
+        self.activation = get_activation(activation)
         self.dropout = dropout
         shape = (num_experts, d_expert, d_model)
         self.up = nn.Parameter(torch.empty(shape))
@@ -77,25 +77,25 @@ class Experts(nn.Module):
 
     @property
     def drops(self) -> bool:
-        """Whether hidden units are dropped now. Only a path that calls ``activation`` once, under autograd, may run."""
+        """Whether hidden units are dropped now."""
         return self.training and self.dropout > 0
-
-    @property
-    def activation(self) -> Activation:
-        """The elementwise function; while units are dropped, with the dropout behind it.
-
-        With a gate too: dropping ``act(gate)`` drops ``act(gate) * up``.
-        """
-        if not self.drops:
-            return self._activation
-        return get_activation(lambda x: F.dropout(self._activation(x), self.dropout))
 
     @property
     def gated(self) -> bool:
         return self.gate is not None
 
+    def hidden(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Hidden units from the outputs of the first linear layers, all (..., h): ``act(up)`` or ``act(gate) * up``.
+
+        In training with dropout; a second call drops other units.
+        """
+        act = self.activation(up if gate is None else gate)
+        if self.drops:
+            act = F.dropout(act, self.dropout)
+        return act if gate is None else act * up
+
     def forward(self, x: Tensor, routing: Any, compute: Callable[[Tensor, Experts, Any], Tensor]) -> Tensor:
-        """``compute(x, self, routing)``; a call of the module, since FSDP gathers its weights then."""
+        """``compute(x, self, routing)``. A call of the module, so that FSDP gathers its weights first."""
         return compute(x, self, routing)
 
     def reset_parameters(self, std: float | None = None) -> None:
@@ -127,7 +127,7 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"num_experts={self.num_experts}, d_model={self.d_model}, d_expert={self.d_expert}, "
-            f"activation={self._activation}, bias={self.up_bias is not None}, gated={self.gated}"
+            f"activation={self.activation}, bias={self.up_bias is not None}, gated={self.gated}"
         ) + (f", dropout={self.dropout}" if self.dropout else "")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from .activation import get_activation
 from .control import record_routing
 from .dropout import ConcreteDropout, DropBlock, Dropout
 from .layer import SMoE
+
+MethodName = Literal["dense_dropout", "dense_concrete_dropout", "dense_dropblock", "thor", "smoe", "smoe_dropout"]
 
 
 class DenseMLP(nn.Module):

@@ -14,13 +14,18 @@ hash       a fixed random table from token id to experts (Hash Layers, Roller et
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SCORES = ("softmax_after_topk", "softmax_before_topk", "sum")
+from .uncompiled import uncompiled
+
+Score = Literal["softmax_after_topk", "softmax_before_topk", "sum"]
+RouterKind = Literal["random", "learned", "uniform", "hash"]
+SCORES: tuple[str, ...] = get_args(Score)
+ROUTERS: tuple[str, ...] = get_args(RouterKind)
 
 
 class Routing(NamedTuple):
@@ -70,7 +75,6 @@ class Router(nn.Module):
     def __init__(self, num_experts: int, top_k: int, score: str = "softmax_after_topk") -> None:
         super().__init__()
         self._watchers: list[list[Routing]] = []
-        self._watched = False
         if score not in SCORES:
             raise ValueError(f"score is {score!r}; it must be one of {', '.join(SCORES)}")
         self.num_experts = num_experts
@@ -88,9 +92,8 @@ class Router(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Routing:
         routing = super().__call__(*args, **kwargs)
-        if self._watched:
-            # The check spares uncompiled models the import of the compiler, a matter of seconds.
-            (self._tell_uncompiled if torch.compiler.is_compiling() else self._tell)(routing)
+        if self._watchers:
+            self._tell(routing)
         return routing
 
     def watch(self, routings: list[Routing]) -> None:
@@ -99,20 +102,15 @@ class Router(nn.Module):
         No forward hook: a model that torch.compile has seen without the hook would never call it.
         """
         self._watchers.append(routings)
-        self._watched = True
 
     def unwatch(self, routings: list[Routing]) -> None:
         """Ends :meth:`watch` for this very list."""
         self._watchers = [watcher for watcher in self._watchers if watcher is not routings]
-        self._watched = bool(self._watchers)
 
+    @uncompiled
     def _tell(self, routing: Routing) -> None:
         for watcher in self._watchers:
             watcher.append(routing)
-
-    @torch._disable_dynamo  # torch.compiler.disable would import the compiler together with smoe
-    def _tell_uncompiled(self, routing: Routing) -> None:
-        self._tell(routing)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}, score={self.score}"
@@ -336,9 +334,6 @@ class HashRouter(Router):
                 f"{self.table.shape[0] - 1}"
             ) from None
         return Routing(indices, self._constant_weights(indices), None)
-
-
-ROUTERS = ("random", "learned", "uniform", "hash")
 
 
 def make_router(

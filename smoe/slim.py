@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .control import check_whole, record_routing, smoe_layers
 from .experts import Experts
 from .layer import SMoE
+from .modulize import note_on_config
 from .router import HashRouter, Router
 
 Votes = dict[str, Tensor]
@@ -103,8 +104,6 @@ def slim(model: nn.Module, votes: Votes, keep: int = 8) -> nn.Module:
     for name, layer in layers.items():
         most = votes[name].argsort(descending=True, stable=True)[:keep]
         keep_experts(layer, most.sort().values)
-    from .modulize import note_on_config
-
     note_on_config(model)
     return model
 

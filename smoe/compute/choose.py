@@ -11,9 +11,9 @@ from ..experts import Experts
 from ..router import Routing
 from . import dense, grouped, grouped_mm, reference
 
-Compute = Callable[[Tensor, Experts, Routing], Tensor]
+ComputePath = Callable[[Tensor, Experts, Routing], Tensor]
 
-PATHS: dict[str, Compute] = {
+PATHS: dict[str, ComputePath] = {
     "reference": reference.compute,
     "grouped": grouped.compute,
     "dense": dense.compute,
@@ -26,7 +26,7 @@ PATHS: dict[str, Compute] = {
 TINY_EXPERT = 1 << 14
 
 
-def choose(name: str, x: Tensor, experts: Experts, routing: Routing) -> Compute:
+def choose(name: str, x: Tensor, experts: Experts, routing: Routing) -> ComputePath:
     """The path called ``name``, or for ``auto`` the fastest one known for this input.
 
     Under the transforms of ``torch.func`` and under ``torch.jit.trace`` always ``reference``, which is plain autograd

@@ -38,13 +38,10 @@ def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
             present = (expert < experts.num_experts).unsqueeze(1)
             rows = _keep(rows, present)
             expert = expert.clamp_max(experts.num_experts - 1)
-        hidden = _linear(rows, experts.up, experts.up_bias, expert, offsets, present)
-        if experts.gate is None:
-            hidden = experts.activation(hidden)
-        else:
+        up, gate = _linear(rows, experts.up, experts.up_bias, expert, offsets, present), None
+        if experts.gate is not None:
             gate = _linear(rows, experts.gate, experts.gate_bias, expert, offsets, present)
-            hidden = experts.activation(gate) * hidden
-        hidden = _keep(hidden, present)
+        hidden = _keep(experts.hidden(up, gate), present)
         out = _keep(F.grouped_mm(hidden, experts.down.to(dtype), offs=offsets), present)
         if experts.down_bias is not None:
             out = out + experts.down_bias.to(dtype)[expert]

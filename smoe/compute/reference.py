@@ -17,13 +17,11 @@ def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
         token, choice = (routing.indices == e).nonzero(as_tuple=True)
         # Experts without tokens stay in the graph (with zero gradients): nothing is "unused" under DDP.
         rows = x[token]
-        hidden = F.linear(rows, experts.up[e], None if experts.up_bias is None else experts.up_bias[e])
-        if experts.gate is None:
-            hidden = experts.activation(hidden)
-        else:
-            gate_bias = None if experts.gate_bias is None else experts.gate_bias[e]
-            hidden = experts.activation(F.linear(rows, experts.gate[e], gate_bias)) * hidden
-        out = hidden @ experts.down[e]
+        up = F.linear(rows, experts.up[e], None if experts.up_bias is None else experts.up_bias[e])
+        gate = None
+        if experts.gate is not None:
+            gate = F.linear(rows, experts.gate[e], None if experts.gate_bias is None else experts.gate_bias[e])
+        out = experts.hidden(up, gate) @ experts.down[e]
         if experts.down_bias is not None:
             out = out + experts.down_bias[e]
         y = y.index_add(0, token, (out * routing.weights[token, choice].unsqueeze(1)).to(y.dtype))

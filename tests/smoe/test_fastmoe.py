@@ -21,7 +21,7 @@ import smoe
 from benchmarks.fastmoe_parity import KS, D, H, N, cases, compare, make_layer
 from smoe import SMoE, record_routing
 from smoe.compute import PATHS, choose
-from smoe.engine import fastmoe_obstacle, kernels_are_compiled, replace_grouped
+from smoe.fastmoe_available import fastmoe_obstacle, kernels_are_compiled
 from smoe.parallel import ParallelGroups, clip_grad_norm_, fully_shard_model, parallelize
 from smoe.router import PartialRouting
 
@@ -57,7 +57,7 @@ def no_fmoe(monkeypatch, tmp_path):
     """A Python that sees no fmoe but what is put into the folder."""
     forget("fmoe", "fmoe_cuda")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("smoe.engine.find_spec", lambda name: PathFinder.find_spec(name, [str(tmp_path)]))
+    monkeypatch.setattr("smoe.fastmoe_available.find_spec", lambda name: PathFinder.find_spec(name, [str(tmp_path)]))
     yield tmp_path
     forget("fmoe", "fmoe_cuda")
 
@@ -249,13 +249,15 @@ def test_auto_finds_it_with_cuda_alone(fmoe, monkeypatch):
     assert torch.equal(layer(x), wanted(x))  # on a CPU
 
 
-def test_auto_takes_it_for_the_loop_over_experts_on_cuda_alone():
-    layer, mine = SMoE(128, 8 * 256, 8, 4), object()
+def test_auto_takes_it_for_the_loop_over_experts_on_cuda_alone(fmoe):
+    from smoe.fastmoe import FastMoE
+
+    layer, mine = SMoE(128, 8 * 256, 8, 4), FastMoE(8, 128)
 
     def chosen(device: str, dtype: torch.dtype, k: int):
         x = SimpleNamespace(device=torch.device(device), dtype=dtype)  # there need be no such device
         layer.top_k = k
-        return replace_grouped(choose("auto", x, layer.experts, layer.router(torch.randn(3, 128))), mine, x)
+        return mine.replace(choose("auto", x, layer.experts, layer.router(torch.randn(3, 128))), x)
 
     assert chosen("cuda", torch.float32, 4) is mine
     assert chosen("cuda", torch.bfloat16, 4) is PATHS["grouped_mm"]
@@ -332,7 +334,7 @@ def test_spreading_needs_nccl_and_one_group(fmoe, monkeypatch):
     from smoe.fastmoe import check_spread
 
     check_spread(one), check_spread(one)
-    with pytest.raises(ValueError, match="one expert-parallel group a process"):
+    with pytest.raises(ValueError, match="one expert-parallel group per process"):
         parallelize(layer, other)
     assert layer.dispatch is None and layer.experts.up.shape[0] == N
 

@@ -1,6 +1,7 @@
 """The six methods: what they build and what they minimise."""
 
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from smoe import METHODS, ConcreteDropout, DenseMLP, DropBlock, LearnedRouter, SMoE, get_method, record_routing
-from smoe.methods import concrete_regularization, symmetric_kl
+from smoe.methods import MethodName, concrete_regularization, symmetric_kl
 from smoe.router import RandomRouter, UniformRouter
 
 D, H, CLASSES = 12, 32, 7
@@ -41,14 +42,18 @@ def run(name, model=None, **weights):
 
 
 def test_the_rows_of_table_1():
-    assert list(METHODS) == [
-        "dense_dropout",
-        "dense_concrete_dropout",
-        "dense_dropblock",
-        "thor",
-        "smoe",
-        "smoe_dropout",
-    ]
+    assert (
+        list(METHODS)
+        == list(get_args(MethodName))
+        == [
+            "dense_dropout",
+            "dense_concrete_dropout",
+            "dense_dropblock",
+            "thor",
+            "smoe",
+            "smoe_dropout",
+        ]
+    )
     assert all(method.name == name == get_method(name).name and method.title for name, method in METHODS.items())
     assert [name for name, method in METHODS.items() if method.routed] == ["thor", "smoe", "smoe_dropout"]
 

@@ -218,7 +218,7 @@ def test_grouped_mm_names_the_width_it_cannot_take(d, h, name):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
 def test_input_that_is_no_floating_point(dtype):
-    with pytest.raises(ValueError, match=f"x is {dtype}; it must be of a floating-point type"):
+    with pytest.raises(ValueError, match=f"x is {dtype}; it must have a floating-point dtype"):
         SMoE(12, 24, 4, 2)(torch.ones(3, 12, dtype=dtype))
 
 
