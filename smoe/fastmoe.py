@@ -19,6 +19,7 @@ from fmoe.linear import MOELinear
 from torch import Tensor
 
 from .compute import PATHS, ComputePath
+from .compute.products import product_dtype
 from .experts import Experts
 from .fastmoe_available import kernels_are_compiled
 from .router import Routing
@@ -96,7 +97,7 @@ class FastMoE(FMoE):
         device = x.device.type
         if device != "cuda" and kernels_are_compiled():
             raise ValueError(f"x is on {device}; engine 'fastmoe' computes on CUDA devices only, engine 'torch' on all")
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = product_dtype(x)
         num_tokens = x.shape[0]
         if num_tokens == 0:
             x, routing = _one_token(x, routing)

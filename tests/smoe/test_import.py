@@ -1,11 +1,16 @@
 """``import smoe`` needs torch alone and costs next to nothing on top of it."""
 
+import ast
+import graphlib
 import json
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import smoe
 
 # Importing torch takes seconds, so one process does it and forks: every child imports smoe for the first time.
 CODE = """
@@ -40,3 +45,38 @@ def test_import_needs_torch_alone_and_no_time():
 def test_importing_smoe_needs_no_transformers():
     code = "import sys, smoe; assert callable(smoe.modulize); assert 'transformers' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+SMOE = Path(smoe.__file__).parent
+# The method core: what the layer is made of.
+CORE = ("router", "experts", "activation", "dropout", "layer", "control", "methods", "schedule", "engine")
+CORE += ("fastmoe", "fastmoe_available", "uncompiled", "compute")
+
+
+def imports() -> dict[str, set[str]]:
+    """Module of smoe -> modules of smoe that it imports: at its top, within a function, or for type hints only."""
+    names = {".".join(("smoe", *path.relative_to(SMOE).with_suffix("").parts)): path for path in SMOE.rglob("*.py")}
+    names = {name.removesuffix(".__init__"): path for name, path in names.items()}
+    found = {}
+    for name, path in names.items():
+        found[name] = set()
+        package = name if path.stem == "__init__" else name.rpartition(".")[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            base = package.split(".")[: len(package.split(".")) - node.level + 1]
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found[name] |= {sub if (sub := f"{module}.{alias.name}") in names else module for alias in node.names}
+    return found
+
+
+def test_the_core_has_no_import_cycle_and_does_not_know_what_is_above_it():
+    found = imports()
+    core = [name for name in found if name.startswith(tuple(f"smoe.{part}" for part in CORE))]
+    assert {"smoe.layer", "smoe.compute.grouped", "smoe.fastmoe"} <= set(core)
+    # Raises if there is a cycle, with its modules.
+    order = list(graphlib.TopologicalSorter({name: found[name] for name in core}).static_order())
+    assert order.index("smoe.experts") < order.index("smoe.compute.grouped") < order.index("smoe.layer")
+    for name in core:
+        above = {module for module in found[name] if not module.startswith(tuple(f"smoe.{part}" for part in CORE))}
+        assert not above, f"{name} imports {sorted(above)}"

@@ -192,11 +192,11 @@ def test_the_operator_answers_in_the_layout_that_it_promises(path):
     strided = x.t().contiguous().t().requires_grad_()
     up = layer.up.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     rest = (layer.up_bias, layer.gate, layer.gate_bias, layer.down, layer.down_bias)
-    arguments = (strided, weights.requires_grad_(), indices, "gelu", True, up, *rest)
+    arguments = (path, strided, weights.requires_grad_(), indices, "gelu", True, up, *rest)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(experts_op, arguments, test_utils=checks)
     with torch.no_grad():
-        y, kept = experts_op(*arguments[:4], False, up, *rest)
+        y, kept = experts_op(*arguments[:5], False, up, *rest)
     assert kept.numel() == 0
     torch.testing.assert_close(y, experts_op(*arguments)[0])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smoe import Routing, SMoE
-from smoe.compute import PATHS, choose
+from smoe.compute import PATHS, choose, dense, grouped_mm, grouping, products
+from smoe.compute.fast_path import FAST_PATHS
+from smoe.compute.grouping import PADDING, group
 from smoe.router import SCORES, PartialRouting
 
 FAST = ["dense", "grouped"]
@@ -109,9 +110,7 @@ def test_all_tokens_to_one_expert(path, dtype, tokens):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_chunks(path, dtype, monkeypatch):
     """Chunks bound the temporaries; they must not show in the numbers."""
-    from smoe.compute import dense, grouped
-
-    monkeypatch.setattr(grouped, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(grouping, "CHUNK_BYTES", 2000)
     monkeypatch.setattr(dense, "BLOCK_BYTES", 2000)
     for k in (1, 3, 4):
         for gated in (False, True):
@@ -214,16 +213,15 @@ def test_bfloat16_is_as_accurate_as_the_dense_mlp():
 
 @pytest.mark.parametrize("path", FAST)
 def test_no_grad_keeps_nothing(path, monkeypatch):
-    module = importlib.import_module(f"smoe.compute.{path}")
-    kept, kernel = [], module.KERNEL
-    spy = kernel._replace(forward=lambda *args: kept.append(kernel.forward(*args)) or kept[-1])
-    monkeypatch.setattr(module, "KERNEL", spy)
+    results, functions = [], FAST_PATHS[path]
+    spy = functions._replace(forward=lambda *args: results.append(functions.forward(*args)) or results[-1])
+    monkeypatch.setitem(FAST_PATHS, path, spy)
     layer, x = make(k=2, compute=path), torch.randn(20, 12)
     y = layer(x)
-    assert kept[-1][1]
+    assert results[-1][1]
     with torch.no_grad():
         torch.testing.assert_close(layer(x), y)
-    assert not kept[-1][1]
+    assert not results[-1][1]
 
 
 @pytest.mark.parametrize("path", FAST)
@@ -265,19 +263,17 @@ def test_which_path_runs(monkeypatch):
 
 def test_padding_limits_the_number_of_kernel_shapes():
     """Where oneDNN computes, every product of an expert has a multiple of 64 rows, whatever the routing."""
-    from smoe.compute.grouped import PADDING, plan_for
-
     indices = torch.rand(300, 4).topk(2).indices
-    padded, exact = (plan_for(torch.zeros(300, 12, dtype=t), indices, 4) for t in (torch.bfloat16, torch.float64))
+    padded, exact = (group(torch.zeros(300, 12, dtype=t), indices, 4) for t in (torch.bfloat16, torch.float64))
     assert all((end - start) % PADDING == 0 for start, end in padded.spans)
     assert exact.num_pairs == 600 <= padded.num_pairs <= 600 + 4 * PADDING
-    few = plan_for(torch.zeros(9, 12, dtype=torch.bfloat16), indices[:9], 4)  # padding to 64 would be most of the work
+    few = group(torch.zeros(9, 12, dtype=torch.bfloat16), indices[:9], 4)  # padding to 64 would be most of the work
     assert few.num_pairs <= 18 + 4 * 8 and all((end - start) % 8 == 0 for start, end in few.spans)
-    for plan in (padded, exact):
+    for found in (padded, exact):
         tokens = torch.arange(300).unsqueeze(1).expand(-1, 2)
-        assert torch.equal(plan.rows[plan.position], tokens)
-        for expert, (start, end) in enumerate(plan.spans):
-            here = (plan.position >= start) & (plan.position < end)
+        assert torch.equal(found.tokens[found.position], tokens)
+        for expert, (start, end) in enumerate(found.spans):
+            here = (found.position >= start) & (found.position < end)
             assert torch.equal(here, indices == expert)
 
 
@@ -285,14 +281,12 @@ def test_padding_limits_the_number_of_kernel_shapes():
 @pytest.mark.parametrize("onednn", [False, True])
 def test_float32_products_of_either_library(path, onednn, monkeypatch):
     """Large enough for oneDNN, where the processor calls for it; as exact as with MKL, padded or not."""
-    from smoe.compute import grouped, products
-
     if onednn and not torch.backends.mkldnn.is_available():
         pytest.skip("needs a PyTorch with oneDNN")
     called = []
     real = torch.ops.mkldnn._linear_pointwise if onednn else None
     monkeypatch.setattr(products, "ONEDNN_FLOAT32", 1)
-    for module in (products, grouped):
+    for module in (products, grouping):
         monkeypatch.setattr(module, "onednn_float32", lambda: onednn)
     if onednn:
         spy = SimpleNamespace(_linear_pointwise=lambda *args: called.append(args) or real(*args))
@@ -323,8 +317,6 @@ def test_on_cuda(path):
     for name, value in want.items():
         assert (got[name] - value).norm() <= 2e-2 * value.norm(), name
     layer.compute = "auto"
-    from smoe.compute import grouped_mm
-
     assert choose("auto", x, layer.experts, layer.router(x)) is grouped_mm.compute
 
 
