@@ -1,4 +1,4 @@
-"""Which experts the data votes for; keep those (the paper's "self-slimmable" models, section 4.3)."""
+"""Counting which experts the data chooses, and keeping those (the paper's "self-slimmable", section 4.3)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def vote(model: nn.Module, batches: Iterable[Any]) -> Votes:
     """Counts how often each expert is chosen while ``model`` reads ``batches``, in evaluation mode, at its current k.
 
     Args:
-        batches: what the model is called with: mappings (``model(**batch)``), tuples or lists (``model(*batch)``), or
-            anything else (``model(batch)``), on the model's device. Padding votes too.
+        batches: the inputs, on the model's device: mappings (``model(**batch)``), tuples or lists
+            (``model(*batch)``), or anything else (``model(batch)``). Padding tokens count too.
 
     Returns:
-        The name of every SMoE layer -> (N,) int64 counts, which add up to tokens * k.
+        For every SMoE layer, by name, (N,) int64 counts, which add up to tokens * k.
 
     Raises:
         ValueError: the model has no SMoE layer, or there was no batch.
@@ -39,7 +39,7 @@ def vote(model: nn.Module, batches: Iterable[Any]) -> Votes:
     full = [name for name, layer in layers if layer.top_k == layer.num_experts]
     if full:
         warnings.warn(
-            f"{full[0]} activates all of its experts, so all get the same votes; smoe.set_top_k(model, k) comes first",
+            f"{full[0]} activates all of its experts, so all get the same votes; call smoe.set_top_k(model, k) first",
             stacklevel=3,
         )
     votes = {name: torch.zeros(layer.num_experts, dtype=torch.int64) for name, layer in layers}
@@ -60,7 +60,7 @@ def vote(model: nn.Module, batches: Iterable[Any]) -> Votes:
         for module, mode in modes.items():
             module.training = mode
     if not seen:
-        raise ValueError("batches is empty; at least one batch has to vote")
+        raise ValueError("batches is empty; it must hold at least one batch")
     return votes
 
 
@@ -75,17 +75,18 @@ def _call(model: nn.Module, batch: Any) -> None:
 
 @torch.no_grad()
 def slim(model: nn.Module, votes: Votes, keep: int = 8) -> nn.Module:
-    """Keeps the ``keep`` experts of every SMoE layer that got the most votes, in place, and returns the model.
+    """Keeps, in every SMoE layer, the ``keep`` experts with the most votes, in place, and returns the model.
 
-    The others are gone, with their rows of the router: the model is smaller, and N is now ``keep``. Experts stay in
-    their order; of equal votes the first win. k goes down to ``keep`` where it was more. Create the optimizer
-    afterwards: the parameters are new.
+    The other experts and their rows of the router are removed: the model is smaller, and N is ``keep``. Experts stay in
+    their order; among equal votes the first ones are kept. Where k was larger than ``keep``, it becomes ``keep``. The
+    parameters are new ones, so create the optimizer afterwards.
 
     Args:
-        votes: of :func:`vote`, or (N,) numbers of your own for every layer.
+        votes: from :func:`vote`, or (N,) numbers of your own for every layer.
+        keep: the number of experts to keep per layer.
 
     Raises:
-        ValueError: votes don't fit the model's layers, or keep is not in 1..N. Nothing is changed then.
+        ValueError: votes do not fit the model's layers, or keep is not in 1..N. Nothing is changed then.
     """
     layers = dict(smoe_layers(model))
     if not layers:
@@ -110,7 +111,7 @@ def slim(model: nn.Module, votes: Votes, keep: int = 8) -> nn.Module:
 
 @torch.no_grad()
 def keep_experts(layer: SMoE, kept: Tensor) -> None:
-    """Makes ``layer`` an SMoE of the experts ``kept`` (n,) alone, numbered 0..n - 1 in that order."""
+    """Removes all experts of ``layer`` but ``kept`` (n,), which are numbered 0..n - 1 in that order."""
     kept = kept.to(layer.experts.up.device)
     count = kept.numel()
     experts, router = layer.experts, layer.router
@@ -134,7 +135,7 @@ def _keep_rows(module: Experts | Router, names: tuple[str, ...], kept: Tensor) -
 
 
 def _keep_ids(table: Tensor, kept: Tensor) -> Tensor:
-    """(V, N) orders of experts -> (V, n): the kept ones in the order they had, by their new numbers."""
+    """(V, N) orders of experts -> (V, n): the kept ones in the same order, by their new numbers."""
     number = torch.full((table.shape[1],), -1, dtype=table.dtype, device=table.device)
     number[kept] = torch.arange(kept.numel(), dtype=table.dtype, device=table.device)
     renumbered = number[table.long()]

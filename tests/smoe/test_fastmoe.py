@@ -1,7 +1,7 @@
-"""The layer on fastmoe's FMoE against the layer on PyTorch alone.
+"""The layer with engine fastmoe against the layer with engine torch.
 
-Where fmoe can't be imported, the tests of one process run on a double of its interface (``fmoe_double``), and those
-that only fmoe itself can answer say that they are skipped.
+Where fmoe cannot run, the tests of a single process use a double of its interface (``fmoe_double``); those that need
+fmoe itself are skipped.
 """
 
 import copy
@@ -42,7 +42,7 @@ def forget(*names: str) -> None:
 
 @pytest.fixture
 def fmoe(monkeypatch):
-    """fmoe itself where it is, else its double."""
+    """fmoe itself where it can run on a CPU, else its double."""
     if HAS_FMOE and not kernels_are_compiled():
         yield
         return
@@ -54,7 +54,7 @@ def fmoe(monkeypatch):
 
 @pytest.fixture
 def no_fmoe(monkeypatch, tmp_path):
-    """A Python that sees no fmoe but what is put into the folder."""
+    """Python finds no fmoe except what a test puts into the folder."""
     forget("fmoe", "fmoe_cuda")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("smoe.fastmoe_available.find_spec", lambda name: PathFinder.find_spec(name, [str(tmp_path)]))
@@ -84,7 +84,7 @@ def engines(**options):
     return fast, plain
 
 
-def test_it_is_fmoe_that_computes(fmoe):
+def test_fmoe_computes_the_experts(fmoe):
     import fmoe as package
 
     layer, plain = engines()
@@ -232,7 +232,7 @@ def test_an_fmoe_that_does_not_import_is_named(no_fmoe, monkeypatch):
     assert SMoE(D, H, N).engine == "torch"
 
 
-def test_options_that_say_nothing_with_fmoe(fmoe):
+def test_a_path_cannot_be_chosen_with_fmoe(fmoe):
     with pytest.raises(ValueError, match="compute is 'grouped'.*'auto'"):
         SMoE(D, H, N, engine="fastmoe", compute="grouped")
 
@@ -255,7 +255,7 @@ def test_auto_takes_it_for_the_loop_over_experts_on_cuda_alone(fmoe):
     layer, mine = SMoE(128, 8 * 256, 8, 4), FastMoE(8, 128)
 
     def chosen(device: str, dtype: torch.dtype, k: int):
-        x = SimpleNamespace(device=torch.device(device), dtype=dtype)  # there need be no such device
+        x = SimpleNamespace(device=torch.device(device), dtype=dtype)  # the device need not exist
         layer.top_k = k
         return mine.replace(choose("auto", x, layer.experts, layer.router(torch.randn(3, 128))), x)
 
@@ -345,5 +345,5 @@ def test_spreading_needs_nccl_and_one_group(fmoe, monkeypatch):
 def test_on_cuda():
     for options in cases():
         differences = compare(options, device="cuda")
-        # Sums in another order, on another device.
+        # The device sums in another order.
         assert max(differences.values()) <= 1e-4, (options, differences)

@@ -1,4 +1,4 @@
-"""``import smoe`` needs torch alone and costs next to nothing on top of it."""
+"""``import smoe`` needs torch only and takes little time on top of it; the core's imports go one way."""
 
 import ast
 import graphlib
@@ -12,7 +12,7 @@ import pytest
 
 import smoe
 
-# Importing torch takes seconds, so one process does it and forks: every child imports smoe for the first time.
+# Importing torch takes seconds, so one process does it and then forks children that import smoe for the first time.
 CODE = """
 import json, os, sys, time
 import torch
