@@ -32,7 +32,7 @@ def vote(model: nn.Module, batches: Iterable[Any], mask: Key | Mapping[str, Key]
             ``{"encoder": "attention_mask", "decoder": "decoder_attention_mask"}``. None counts every token.
 
     Returns:
-        The name of every SMoE layer -> (N,) int64 counts, which add up to tokens * k.
+        For every SMoE layer, by name, (N,) int64 counts, which add up to tokens * k.
 
     Raises:
         ValueError: the model has no SMoE layer, there is no batch, or a batch has no mask of the size that a layer
@@ -111,7 +111,7 @@ def _chosen(routing: Routing, tokens: Tensor | None, name: str) -> Tensor:
 
 @torch.no_grad()
 def slim(model: nn.Module, votes: Votes, keep: int = 8) -> nn.Module:
-    """Keeps the ``keep`` experts of every SMoE layer that got the most votes, in place, and returns the model.
+    """Keeps, in every SMoE layer, the ``keep`` experts with the most votes, in place, and returns the model.
 
     The other experts and their rows of the router are gone: the model is smaller, and N is now ``keep``. Experts stay
     in their order; of equal votes the first wins. k goes down to ``keep`` where it was more. Create the optimizer
@@ -128,7 +128,7 @@ def slim(model: nn.Module, votes: Votes, keep: int = 8) -> nn.Module:
         votes: from :func:`vote`, or (N,) numbers of your own for every layer.
 
     Raises:
-        ValueError: votes don't fit the model's layers, or keep is not in 1..N. Nothing is changed then.
+        ValueError: votes do not fit the model's layers, or keep is not in 1..N. Nothing is changed then.
     """
     layers = dict(smoe_layers(model))
     if not layers:
@@ -166,7 +166,7 @@ def _check_shared(layers: dict[str, SMoE], kept: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def keep_experts(layer: SMoE, kept: Tensor) -> None:
-    """Makes ``layer`` an SMoE of the experts ``kept`` (n,) alone, numbered 0..n - 1 in that order."""
+    """Removes all experts of ``layer`` but ``kept`` (n,), which are numbered 0..n - 1 in that order."""
     kept = kept.to(layer.experts.up.device)
     before, count = layer.num_experts, kept.numel()
     experts, router = layer.experts, layer.router
@@ -195,7 +195,7 @@ def _keep_rows(module: Experts | Router, names: tuple[str, ...], kept: Tensor) -
 
 
 def _keep_ids(table: Tensor, kept: Tensor) -> Tensor:
-    """(V, N) orders of experts -> (V, n): the kept ones in the order they had, by their new numbers."""
+    """(V, N) orders of experts -> (V, n): the kept ones in the same order, by their new numbers."""
     number = torch.full((table.shape[1],), -1, dtype=table.dtype, device=table.device)
     number[kept] = torch.arange(kept.numel(), dtype=table.dtype, device=table.device)
     renumbered = number[table.long()]

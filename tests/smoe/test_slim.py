@@ -1,4 +1,4 @@
-"""Votes for experts, and keeping the most voted."""
+"""Votes for experts, and keeping those with the most votes."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_votes_are_the_choices_of_the_routers():
         expected += torch.bincount(model.layers[0].router(x.reshape(-1, D)).indices.flatten(), minlength=N)
     assert torch.equal(votes["layers.0"], expected)
     assert all(v.sum() == 4 * 15 * 2 for v in votes.values())
-    # Reading twice gives the same: nothing is dropped while voting.
+    # A second reading gives the same votes: dropout is off.
     assert all(torch.equal(a, b) for a, b in zip(votes.values(), smoe.vote(model, BATCHES).values(), strict=True))
 
 
@@ -84,7 +84,7 @@ def test_wrong_masks(mask, message):
     assert model.training
 
 
-def test_votes_at_full_k_say_nothing_and_say_so():
+def test_votes_at_full_k_warn_that_all_are_equal():
     model = Model()
     smoe.set_top_k(model, N)
     with pytest.warns(UserWarning, match="set_top_k"):
@@ -104,14 +104,14 @@ def test_no_batches_or_no_layers():
 @pytest.mark.parametrize("router", ["random", "learned"])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("score", ["softmax_after_topk", "sum"])
-def test_slimmed_layer_is_the_whole_one_with_a_choice_among_the_kept(router, gated, score):
+def test_slimmed_layer_equals_the_whole_one_that_chooses_among_the_kept(router, gated, score):
     torch.manual_seed(0)
     whole = smoe.SMoE(D, H, N, 2, router=router, gated=gated, score=score, seed=1)
     kept = torch.tensor([1, 4, 6])
     slim = smoe.SMoE(D, H, N, 2, router=router, gated=gated, score=score, seed=1)
     slim.load_state_dict(whole.state_dict())
     keep_experts(slim, kept)
-    with torch.no_grad():  # experts that are not kept can't win any more
+    with torch.no_grad():  # experts that are not kept are never chosen
         whole.router.bias[torch.tensor([0, 2, 3, 5, 7])] = -1e4
     x = torch.randn(11, D)
     torch.testing.assert_close(slim(x), whole(x))
