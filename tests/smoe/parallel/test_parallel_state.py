@@ -1,4 +1,4 @@
-"""Checkpoints are whole: written at any number of ranks, loaded at any other, by unspread models too."""
+"""Checkpoints are whole: written with any number of ranks, loaded with any other number or without parallelism."""
 
 import copy
 from pathlib import Path
@@ -19,7 +19,7 @@ def step(model, optimizer, rank: int, world_size: int, number: int, groups) -> f
     optimizer.zero_grad()
     loss = model(*share(rank, world_size, number))["loss"]
     loss.backward()
-    if groups is not None and groups.world_size > 1:  # what DDP would do
+    if groups is not None and groups.world_size > 1:  # what DDP does
         for name, parameter in model.named_parameters():
             if ".experts." not in name or groups.expert_parallel == 1:
                 torch.distributed.all_reduce(parameter.grad.div_(world_size))
@@ -30,7 +30,7 @@ def step(model, optimizer, rank: int, world_size: int, number: int, groups) -> f
 
 
 def write(rank: int, expert_parallel: int, folder: str) -> float:
-    """Three steps, a checkpoint, and the loss of the next step."""
+    """Trains three steps, writes a checkpoint, and returns the loss of the next step."""
     world_size = torch.distributed.get_world_size()
     groups = ParallelGroups.create(expert_parallel, timeout=60)
     model = parallelize(make_model(), groups)
@@ -51,7 +51,7 @@ def write(rank: int, expert_parallel: int, folder: str) -> float:
 def read(rank: int, expert_parallel: int, folder: str) -> float:
     world_size = torch.distributed.get_world_size()
     groups = ParallelGroups.create(expert_parallel, timeout=60)
-    torch.manual_seed(77)  # other weights than those to be loaded
+    torch.manual_seed(77)  # not the weights that are loaded
     model = parallelize(Tiny("learned"), groups)
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
     load(model, optimizer, folder, groups)
@@ -94,12 +94,12 @@ def through_ddp(rank: int) -> None:
 
 @pytest.mark.distributed
 def test_names_may_have_the_prefix_of_ddp():
-    """Else the slices of rank 0 would pass for the whole."""
+    """If gather_state did not know the prefix, it would return rank 0's shards as whole tensors."""
     run_ranks(through_ddp, 2)
 
 
 def test_one_process_needs_no_groups():
-    """Without a process group everything is there and does nothing."""
+    """Without a process group every function works and changes nothing."""
     groups = ParallelGroups.create()
     assert (groups.world_size, groups.expert_parallel, groups.expert_data_parallel) == (1, 1, 1)
     model = make_model()
