@@ -1,12 +1,12 @@
-"""On paper: how long a layer's traffic takes at 8, 64 and 1024 GPUs, and from how many tokens data parallel sends less.
+"""Estimates: time of a layer's traffic on 8, 64 and 1024 GPUs, and the tokens from which data parallel sends less.
 
     python -m benchmarks.scaling         # the tables of docs/scaling.md
 
-No run is behind these numbers: bytes by the formulas of `smoe.parallel.wire`, divided by the speed of the links.
-Machines of 8 GPUs; tokens of bfloat16, gradients of float32. Within a machine every GPU sends `NVLINK` bytes a second,
-between machines each has `NIC` of its own; both are busy at once, so the slower one counts. All-reduces are taken to be
-hierarchical (what NCCL comes to with a card per GPU): of S bytes, 2 S 7/8 within the machine and 2 (n - 1)/n S/8
-between n machines. The start of a message (10 to 20 us each) is in none of the figures.
+Nothing is measured: the bytes of `smoe.parallel.wire`'s formulas are divided by the speed of the links. Machines have 8
+GPUs; tokens are bfloat16, gradients float32. A GPU sends `NVLINK` bytes per second within its machine and `NIC` to
+others; both links work at once, so the slower one counts. All-reduces are hierarchical (as NCCL does with one network
+card per GPU): of S bytes, 2 S 7/8 are sent within a machine and 2 (n - 1)/n S/8 between n machines. The latency of a
+message (10 to 20 us) is not included.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from dataclasses import dataclass
 
 from smoe.parallel.wire import all_reduce_bytes, wire_bytes
 
-NVLINK = 450e9  # bytes a second, one direction, of one GPU: NVLink 4 (18 links of 25 GB/s)
+NVLINK = 450e9  # bytes per second and GPU, in one direction: NVLink 4 (18 links of 25 GB/s)
 NIC = 50e9  # InfiniBand NDR, 400 Gbit/s, one card per GPU
-FLOPS = 400e12  # what an H100 makes of its 989 TFLOP/s in bfloat16 (an assumption, 40 %)
+FLOPS = 400e12  # of an H100 in bfloat16; an assumption, 40 % of its 989 TFLOP/s
 MACHINE = 8
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the paper; tokens: of each GPU, the paper's batch over 8 (and the batch grows with the GPUs)."""
+    """A model of the paper. tokens: per GPU, an eighth of the paper's batch; so the batch grows with the GPUs."""
 
     name: str
     layers: int
@@ -42,11 +42,11 @@ MODELS = (
 
 
 def seconds(model: Model, scheme: str, world: int, spread: int, k: int) -> float:
-    """Of one layer and step; scheme ``data_parallel``, ``fastmoe`` or ``ours``, experts over ``spread`` ranks."""
+    """Per layer and step; scheme ``data_parallel``, ``fastmoe`` or ``ours``, with experts over ``spread`` ranks."""
     if scheme == "data_parallel":
         return _all_reduce(_bytes(model, 1, k).data_parallel, world, MACHINE)
     moved = getattr(_bytes(model, spread, k), scheme)
-    # Of a rank's spread - 1 partners those beyond the machine are reached through the network card.
+    # The share of a rank's spread - 1 partners that is on other machines, reached through the network card.
     beyond = max(spread - MACHINE, 0) / (spread - 1)
     exchange = max(moved * (1 - beyond) / NVLINK, moved * beyond / NIC)
     gradients = _bytes(model, 1, k).data_parallel / spread
@@ -55,12 +55,12 @@ def seconds(model: Model, scheme: str, world: int, spread: int, k: int) -> float
 
 def _bytes(model: Model, spread: int, k: int):
     """With spread = 1, ``data_parallel`` is the size of the gradients."""
-    world = 2 if spread == 1 else spread  # over two ranks a ring sends just the size
+    world = 2 if spread == 1 else spread  # over two ranks a ring sends the size of the gradients
     return wire_bytes(model.tokens, model.d, k, model.n, world, d_expert=model.h, itemsize=2, bias=model.bias)
 
 
 def _all_reduce(size: float, ranks: int, within: int) -> float:
-    """Among ``ranks``, ``within`` of them in a machine."""
+    """Seconds of an all-reduce of ``size`` bytes among ``ranks``, with ``within`` of them per machine."""
     within = min(within, ranks)
     return max(
         all_reduce_bytes(size, within) / NVLINK,
@@ -69,12 +69,12 @@ def _all_reduce(size: float, ranks: int, within: int) -> float:
 
 
 def compute_seconds(model: Model, k: int) -> float:
-    """The matrix products of the layer's experts, forward and backward."""
+    """Seconds of the matrix products of the experts, forward and backward, per layer and step."""
     return 12 * model.tokens * k * model.h * model.d / FLOPS
 
 
 def break_even(model: Model, spread: int, k: int) -> float:
-    """Tokens of a rank up to which we send less than data parallel, experts over all ``spread`` ranks of a run."""
+    """Tokens per rank below which ours sends less than data parallel, with the experts over all ``spread`` ranks."""
     per_token = (_ours(model, spread, k, 1 << 20) - _ours(model, spread, k, 0)) / (1 << 20)
     return (all_reduce_bytes(_bytes(model, 1, k).data_parallel, spread) - _ours(model, spread, k, 0)) / per_token
 

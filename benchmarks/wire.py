@@ -1,12 +1,12 @@
-"""What one layer sends in a training step, as the system's TCP counters saw it, beside the formulas.
+"""Bytes that one layer sends in a training step: counted by the system's TCP, and by the formulas of smoe.parallel.
 
     python -m benchmarks.wire [--ranks 2 4] [--tokens 512] [--json results/wire_bytes.json]
     python -m benchmarks.wire --show results/wire_bytes.json [--png Figs/wire_bytes.png]     # for docs/scaling.md
 
-Processes on this machine talk by gloo over TCP, and each asks the system how many bytes its connections have sent: all
-that went out, with gloo's own headers, and nothing of our own counting. Three schemes do the same step: data parallel
-(DDP around the whole layer), a copy per expert (what fastmoe sends: a token's vector for every expert it chose that
-is elsewhere, out and back, forward and backward), and `smoe.parallel`.
+Processes on this machine communicate by gloo over TCP, and each asks the system how many bytes its connections have
+sent. That counts everything, gloo's headers included. Three schemes do the same step: data parallel (DDP around the
+whole layer); a copy per expert (what fastmoe sends: the vector of a token for every chosen expert on another rank,
+there and back, forward and backward); and `smoe.parallel`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SCHEMES = {
 
 
 def bytes_sent() -> int:
-    """What all TCP connections of this process have sent so far, by Linux's tcp_info; what was sent again, once."""
+    """Bytes that all TCP connections of this process have sent, by Linux's tcp_info; retransmissions don't count."""
     total = 0
     for descriptor in os.listdir("/proc/self/fd"):
         try:
@@ -51,7 +51,7 @@ def bytes_sent() -> int:
                 continue
             with socket.socket(fileno=os.dup(int(descriptor))) as connection:
                 information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-        except OSError:  # closed meanwhile, or no TCP
+        except OSError:  # closed in the meantime, or not TCP
             continue
         sent, again = struct.unpack_from("QQ", information, 200)  # tcpi_bytes_sent, tcpi_bytes_retrans
         total += sent - again
@@ -60,9 +60,9 @@ def bytes_sent() -> int:
 
 def measured(step: Callable[[], None]) -> int:
     """Bytes that ``step`` makes this process send."""
-    step()  # the first time makes connections and buckets
+    step()  # the first step opens connections and makes DDP's buckets
     dist.barrier()
-    time.sleep(0.05)  # what is handed to the system has left by now
+    time.sleep(0.05)  # by now the system has sent what it was given
     before = bytes_sent()
     step()
     dist.barrier()
@@ -78,7 +78,7 @@ def barrier_bytes() -> int:
 
 
 def copy_per_expert(indices: Tensor, num_experts: int, x: Tensor) -> None:
-    """Sends what a step sends that gives every expert its own copy of a token; computes nothing."""
+    """Sends what a step sends when every chosen expert gets its own copy of a token; computes nothing."""
     world, rank = dist.get_world_size(), dist.get_rank()
     counts = torch.bincount(indices.flatten(), minlength=num_experts)
     theirs = torch.empty_like(counts)
@@ -121,7 +121,7 @@ def run_rank(rank: int, world: int, store: str, shapes: list[str], tokens: int, 
             whole = DistributedDataParallel(SMoE(d, n * h, n, k, activation=activation_name, seed=1))
             sent["data_parallel"] = measured(lambda whole=whole, step=step: step(whole))
             pairs, copies = count_pairs(indices, n, world, rank)
-            # Averaged over the ranks, as many rows come as go.
+            # Averaged over the ranks, a rank receives as many rows as it sends.
             exact = wire_bytes(tokens, d, k, n, world, d_expert=h, itemsize=wide.element_size(),
                                rows=(pairs, pairs), copies=(copies, copies))  # fmt: skip
             random = wire_bytes(tokens, d, k, n, world, d_expert=h, itemsize=wide.element_size())
@@ -150,7 +150,7 @@ def run(world: int, shapes: list[str], tokens: int) -> list[dict[str, Any]]:
 
 
 def tables(record: dict[str, Any], *only: tuple[str, str, int]) -> str:
-    """Markdown: measured bytes and how far from the formula, a table for each (shape, dtype, number of ranks)."""
+    """Markdown: measured bytes and their distance from the formula, one table per (shape, dtype, number of ranks)."""
     rows, parts = record["rows"], []
     for key in only or dict.fromkeys((row["shape"], row["dtype"], row["ranks"]) for row in rows):
         chosen = [row for row in rows if (row["shape"], row["dtype"], row["ranks"]) == key]
@@ -175,7 +175,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Bytes over k at the largest number of ranks, bf16: dots are measured, lines the formulas."""
+    """Bytes over k at the largest number of ranks in bf16; dots are measured, lines are the formulas."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -206,9 +206,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--shapes", nargs="+", default=["txl", "bert", "roberta"], choices=SHAPES)
-    parser.add_argument("--tokens", type=int, default=512, help="of each rank")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens per rank")
     parser.add_argument("--json", type=Path, help="write the record here")
-    parser.add_argument("--show", type=Path, help="print the tables of this record and measure nothing")
+    parser.add_argument("--show", type=Path, help="print the tables of this record instead of measuring")
     parser.add_argument("--png", type=Path, help="draw the record")
     arguments = parser.parse_args()
     if arguments.show:
