@@ -4,7 +4,7 @@
 
 Both layers start from the same state dict and take the same steps of SGD, each with its own gradients, while k changes
 from step to step. Needs fmoe: with its CUDA extension and --device cuda, or on a CPU with an fmoe_cuda written in
-Python. What is printed are the largest differences; the record says what they were measured with.
+Python. It prints the largest differences; the record also says which fmoe, torch and device they were measured with.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def cases() -> list[dict[str, Any]]:
 
 
 def make_layer(engine: str, device: str, dtype: torch.dtype = torch.float32, **options: Any) -> SMoE:
-    """A layer with router weights so large that every score rule shows."""
+    """A layer whose router weights are so large that the score rules give clearly different weights."""
     layer = SMoE(D, H, N, engine=engine, vocab_size=V, seed=1, **options)
     if options.get("router") in ("random", "learned"):
         generator = torch.Generator().manual_seed(2)
@@ -62,8 +62,8 @@ def compare(
 ) -> dict[str, float]:
     """The largest differences |a - b| / (1 + |b|) between the engines, over one step at each k of ``KS``.
 
-    With groups of several ranks the layer on fmoe is spread over them, every rank has other tokens (in one step none),
-    and the layer on PyTorch is one process that sees them all: the same weights after the same steps.
+    With several ranks, the experts of the layer on fmoe are spread over them and each rank has tokens of its own (the
+    last one has none in one step). The layer on PyTorch then computes the tokens of all ranks in one process.
 
     Raises:
         AssertionError: the engines routed a token differently.
@@ -84,7 +84,7 @@ def compare(
     for step, k in enumerate(KS):
         fast.zero_grad(), plain.zero_grad()
         for rank, inputs in enumerate(_inputs(step, groups.world_size, device, dtype)):
-            # DDP and sync_expert_gradients take means over ranks.
+            # DDP and sync_expert_gradients average over ranks, so each rank's pass counts 1 / world_size here.
             routed, y, grad_x = _pass(plain, k, *inputs, seed=rank, weight=1 / groups.world_size)
             if rank == groups.rank:
                 mine = _pass(fast, k, *inputs, seed=rank)
@@ -101,7 +101,7 @@ def compare(
             note("gradients of parameters", parameter.grad, expected)
         for layer in (fast, plain):
             torch.optim.SGD(layer.parameters(), lr=0.01).step()
-    # And back: what was trained on fmoe is the same layer on PyTorch.
+    # The other way: PyTorch loads the state that was trained on fmoe.
     whole = gather_state(fast.state_dict(), fast, groups)
     *_, inputs = itertools.islice(_inputs(0, groups.world_size, device, dtype), groups.rank + 1)
     y = _pass(fast, N // 2, *inputs, seed=0)[1]
@@ -114,7 +114,7 @@ def compare(
 
 
 def _inputs(step: int, ranks: int, device: str, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """x, token ids and the direction of the loss, rank after rank; the last of several has no tokens in step 1."""
+    """For each rank: x, token ids, and the direction of the loss. With several, the last has no tokens in step 1."""
     generator = torch.Generator().manual_seed(step)
     for rank in range(ranks):
         tokens = 0 if step == 1 and 0 < rank == ranks - 1 else TOKENS // 2 + 7 * rank
@@ -140,7 +140,7 @@ def _pass(
 
 
 def fmoe_record() -> dict[str, Any]:
-    """Which fmoe this is: version if installed, commit if a checkout, a digest of its Python files; and its kernels."""
+    """Which fmoe this is: version if installed, commit if a checkout, SHA-256 of its Python files, kind of kernels."""
     import fmoe
 
     folder = Path(fmoe.__file__).resolve().parent
@@ -176,7 +176,7 @@ def _run(groups: ParallelGroups, device: str) -> list[dict[str, float]]:
 
 
 def run(processes: int, device: str) -> list[dict[str, Any]]:
-    """One record a case: its options, and the largest differences on any rank."""
+    """One record per case: its options, and the largest differences on any rank."""
     if processes == 1:
         by_rank = [_run(ParallelGroups.create(), device)]
     else:
@@ -195,7 +195,9 @@ def run(processes: int, device: str) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="expert-parallel ranks, a run each")
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[1, 2], help="expert-parallel ranks, one run per number"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="write the record here")
     options = parser.parse_args()

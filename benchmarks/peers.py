@@ -1,8 +1,8 @@
-"""Other people's expert layers, wrapped to be timed beside ours: what is importable, and nothing otherwise.
+"""Expert layers of other projects, wrapped to be timed beside ours. Those that can't be imported are left out.
 
-Every wrapper routes with our fixed random router and holds experts of the same sizes, so that only the way in which the
-experts are computed differs. st-moe-pytorch and mixture-of-experts cannot be compared so: the first drops tokens
-beyond a capacity and has gated experts, the second knows k = 2 alone.
+Every wrapper holds experts of the same sizes, and routes with our fixed random router where the peer allows it, so that
+only the computation of the experts differs. st-moe-pytorch and mixture-of-experts can't be compared this way: the first
+drops tokens beyond a capacity and has gated experts, the second supports only k = 2.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from smoe import RandomRouter
 
-# The batched experts of Hugging Face copy an expert's weights for every (token, choice): made for decoding.
+# Hugging Face's batched experts copy the weights of an expert for every (token, choice): they are made for decoding.
 MOST_BATCHED_BYTES = 2 << 30
 
 
@@ -94,7 +94,7 @@ class MegaBlocks(nn.Module):
 def peers(
     d: int, num_experts: int, h: int, tokens: int, k: int, activation: Callable, device: str
 ) -> dict[str, nn.Module]:
-    """Name -> layer, of all that can be built here."""
+    """Name -> layer, for every peer that can be built here."""
     makers: dict[str, Callable[[], nn.Module]] = {
         "hf grouped": lambda: HuggingFaceExperts(d, num_experts, h, k, activation(), "grouped")
     }

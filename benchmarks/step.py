@@ -4,11 +4,11 @@
     python -m benchmarks.step --model transformer_xl --batch 22 --length 512  # the paper's batch
     python -m benchmarks.step --model transformer_xl --reference CHECKOUT     # of github.com/kimiyoung/transformer-xl
 
-A step is forward, backward, gradient clipping and the optimizer's, on random tokens; the Transformer-XL's with a memory
-as long as its segment. All variants take turns within one run, so that whatever else the machine does falls on all
-alike: compare ratios, not seconds of two runs. Beside every time stands the step's arithmetic (``smoe.flops``), and
-"k = 8..16" is the mean over the schedule, which grows k linearly: 8 and 16 count a quarter each, 12 a half.
-On a busy machine `--threads 1 --clock cpu` counts the processor time that a step takes, however long it waits.
+A step is forward, backward, gradient clipping and the optimizer step, on random tokens; Transformer-XL has a memory as
+long as its segment. All variants take turns within one run, so that whatever else the machine does affects all alike:
+compare ratios, not seconds of two runs. Every time has the FLOPs of the step beside it (``smoe.flops``). "k = 8..16" is
+the mean over the schedule, in which k grows linearly: k = 8 and 16 weigh a quarter each, k = 12 a half.
+On a busy machine use `--threads 1 --clock cpu`, which counts processor time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from transformer_xl.config import TrainConfig
 from transformer_xl.flops import step_flops
 
 MODELS = ("transformer_xl", "bert", "roberta")
-BATCH, LENGTH = 8, 128  # Transformer-XL, unless asked for others
+BATCH, LENGTH = 8, 128  # Transformer-XL; defaults of --batch and --length
 SEQUENCES, SEQUENCE = 8, 512  # BERT and RoBERTa: what one of the paper's 8 GPUs gets
 VOCABULARY = {"bert": 30522, "roberta": 50265}
 TOP_KS = (8, 12, 16)
@@ -43,7 +43,7 @@ Step = Callable[[], None]
 
 
 def _step(model: nn.Module, loss_of: Callable[[], Tensor], optimizer: type, precision: str, device: str) -> Step:
-    """One optimizer step, fused where PyTorch has it: so does this repository train; the reference has plain Adam."""
+    """A function that runs one training step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer(parameters)
 
@@ -98,7 +98,7 @@ def masked_lm(name: str, method: str, dropout: float, device: str) -> tuple:
 def variants(
     build: Callable[..., tuple], precision: str, device: str, dropouts: list[float]
 ) -> tuple[dict[str, Step], dict[str, int]]:
-    """Steps and their FLOPs by name; every k of one dropout rate is the same model."""
+    """Steps and their FLOPs, by name. All k of one dropout rate share one model."""
     steps, flops = {}, {}
     for dropout in dropouts:
         for method in ("dense_dropout", "smoe_dropout"):
@@ -115,7 +115,7 @@ def variants(
 
 
 def reference(checkout: str, batch: int, length: int, precision: str, dropout: float) -> Step:
-    """A step of the reference implementation's dense Transformer-XL, same sizes."""
+    """A step of the dense Transformer-XL of the reference implementation, with the same sizes."""
     c = TrainConfig(method="dense_dropout", run_dir="", dropout=dropout).model_config()
     torch.manual_seed(0)
     sizes = {name: getattr(c, name) for name in ("vocab_size", "num_layers", "d_model", "num_heads", "d_head")}
@@ -126,12 +126,13 @@ def reference(checkout: str, batch: int, length: int, precision: str, dropout: f
         nn.init.normal_(parameter, 0.0, c.init_std)
     ids, targets = torch.randint(0, c.vocab_size, (2, length, batch))
     memories = [torch.randn(length, batch, c.d_model) for _ in range(c.num_layers + 1)]
+    # Not fused, unlike ours: its own training script takes this one.
     adam = lambda parameters: torch.optim.Adam(parameters, lr=2.5e-4)  # noqa: E731
     return _step(model, lambda: run_reference(model, ids, targets, *memories)[0].mean(), adam, precision, "cpu")
 
 
 def measure(steps: dict[str, Step], repeats: int, clock: Callable[[], float], device: str) -> dict[str, list[float]]:
-    """Seconds by `clock` of `repeats` runs of each step, all taking turns, after two of each that don't count."""
+    """Seconds of `repeats` runs of each step by `clock`; steps take turns, and two warm-up runs of each don't count."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for repeat in range(-2, repeats):
@@ -148,7 +149,7 @@ def measure(steps: dict[str, Step], repeats: int, clock: Callable[[], float], de
 def rows_of(
     model: str, precision: str, seconds: dict[str, list[float]], flops: dict[str, int], dropouts: list[float]
 ) -> list[dict]:
-    """One row a variant, and one for the mean over the schedule at each dropout rate."""
+    """One row per variant, and one per dropout rate for the mean over the schedule."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for dropout in dropouts:
         names = [f"SMoE, k = {k}, dropout {dropout}" for k in TOP_KS]
@@ -207,7 +208,7 @@ def main() -> None:
             del steps
             here = [row for row in rows if (row["model"], row["precision"]) == (model, precision)]
             print("\n".join(map(_line, here)), flush=True)
-            if options.json:  # after every model: a run that is cut short leaves what it has
+            if options.json:  # after every model, so that an interrupted run keeps what it has measured
                 record = {
                     "what": f"training step: transformer_xl {options.batch} x {options.length} tokens; bert and "
                     f"roberta {SEQUENCES} x {SEQUENCE} tokens; medians in seconds, ratios of medians",

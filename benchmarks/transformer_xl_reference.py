@@ -1,7 +1,7 @@
 """Run a checkout of the published Transformer-XL (github.com/kimiyoung/transformer-xl) on a current PyTorch.
 
-The code is imported from the user's checkout; nothing of it is here. Two things of it don't work any more: it reads
-the CUDA version on machines without one, and masks with bytes where booleans are needed now.
+The code is imported from the user's checkout; none of it is here. Two things in it no longer work: it reads the CUDA
+version even on machines without CUDA, and it masks with bytes where PyTorch now needs booleans.
 """
 
 import importlib
@@ -29,12 +29,12 @@ def build_reference(
 ) -> nn.Module:
     """Build the reference `MemTransformerLM` as its enwik8 script does; weights are left as constructed.
 
-    Raises ValueError if `checkout` doesn't hold pytorch/mem_transformer.py.
+    Raises ValueError if `checkout` has no pytorch/mem_transformer.py.
     """
     folder = Path(checkout) / "pytorch"
     if not (folder / "mem_transformer.py").is_file():
-        raise ValueError(f"{checkout} is no checkout of kimiyoung/transformer-xl: it lacks pytorch/mem_transformer.py")
-    cuda_version, torch.version.cuda = torch.version.cuda, torch.version.cuda or "12.0"  # any will do
+        raise ValueError(f"{checkout} is no checkout of kimiyoung/transformer-xl: it has no pytorch/mem_transformer.py")
+    cuda_version, torch.version.cuda = torch.version.cuda, torch.version.cuda or "12.0"  # any version will do
     sys.path[:0] = [str(folder), str(folder / "utils")]
     try:
         module = importlib.import_module("mem_transformer")

@@ -2,8 +2,10 @@
 
 import json
 import re
+import runpy
 import shlex
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -59,3 +61,9 @@ def test_smoe_dropout_slims_in_the_kept_results(model):
     values = [bpc[k] for k in sorted(bpc, key=int)]
     assert len(values) == 6
     assert all(later <= earlier + 0.005 for earlier, later in zip(values, values[1:], strict=False))
+
+
+def test_the_drawing_is_what_its_script_writes():
+    drawing = runpy.run_path(str(ROOT / "Figs/framework.py"))["drawing"]
+    assert drawing() == (ROOT / "Figs/framework.svg").read_text(encoding="utf-8"), "run python Figs/framework.py"
+    ElementTree.fromstring(drawing())  # it is XML
