@@ -2,12 +2,12 @@
 
 import gzip
 import hashlib
-import importlib.util
 import json
 import lzma
 import os
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +16,15 @@ import pytest
 pytest.importorskip("tokenizers", reason="needs tokenizers: pip install .[hf]")
 from tokenizers import Tokenizer  # noqa: E402
 
-from bert import corpus as corpus_module  # noqa: E402
-from bert.corpus import SourceError, Store, from_enwik8, from_hub, hold_out, text_files, unwrap  # noqa: E402
-from bert.wikitext import articles, strip_markup  # noqa: E402
+from data.bookcorpus import corpus as corpus_module  # noqa: E402
+from data.bookcorpus import prepare as bookcorpus  # noqa: E402
+from data.bookcorpus.corpus import Store, from_enwik8, from_hub, hold_out, text_files, unwrap  # noqa: E402
+from data.bookcorpus.wikitext import articles, strip_markup  # noqa: E402
+from data.enwik8.prepare import cut  # noqa: E402
+from data.errors import SourceError  # noqa: E402
+from data.fetch import LocalPath  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-spec = importlib.util.spec_from_file_location("bookcorpus_prepare", ROOT / "data/bookcorpus/prepare.py")
-bookcorpus = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bookcorpus)
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly boxed".split()
@@ -249,23 +250,23 @@ def test_without_a_hub_it_is_the_prose_of_enwik8_and_says_so(monkeypatch, tmp_pa
 
     fake_datasets(monkeypatch, load)
     pages = [page(f"Topic {n}", story(n).replace("\n\n", "\n")) for n in range(12)]
-    enwik8 = tmp_path / "enwik8"
-    enwik8.mkdir()
-    (enwik8 / "prepare.py").write_text(
-        "SPLITS = {'train': 1, 'valid': 1}\nSHA256 = 'ab' * 32\n"
-        "def is_prepared(folder): return (folder / 'train.bin').exists()\n"
-        "def default_sources(): return []\n"
-        "def prepare(folder, sources):\n"
-        f"    text = {''.join(pages).encode()!r}\n"
-        "    (folder / 'train.bin').write_bytes(text[:9000])\n"
-        "    (folder / 'valid.bin').write_bytes(text[9000:])\n"
+    text = "".join(pages).encode()
+    (tmp_path / "pages").write_bytes(text)
+    sizes = {"train": 9000, "valid": 100, "test": len(text) - 9100}
+    sha256 = hashlib.sha256(text).hexdigest()
+    enwik8 = replace(
+        bookcorpus.ENWIK8,
+        folder=tmp_path / "enwik8",
+        sha256=sha256,
+        sources=[LocalPath(tmp_path / "pages")],
+        read=lambda path, folder: cut(path, folder, sizes),
     )
-    monkeypatch.setattr(bookcorpus, "HERE", tmp_path / "bookcorpus")
+    monkeypatch.setattr(bookcorpus, "ENWIK8", enwik8)
     out = tmp_path / "out"
     assert run("--scale", "smoke", "--out", out, "--block_length", 32, "--vocab_size", 300) == 0
     assert "using prose out of enwik8 instead" in capsys.readouterr().err
     meta, tokenizer, blocks = read(out)
-    assert meta["dataset"] == "enwik8-prose" and meta["origin"] == {"enwik8": "ab" * 32}
+    assert meta["dataset"] == "enwik8-prose" and meta["origin"] == {"enwik8": sha256}
     assert "in place of BookCorpus" in meta["note"] and "no route to the hub" in meta["note"]
     assert sum(part["documents"] for part in meta["splits"].values()) == 12
 
@@ -275,17 +276,11 @@ def test_neither_hub_nor_enwik8_is_one_line(monkeypatch, tmp_path, capsys):
         raise ConnectionError("no route")
 
     fake_datasets(monkeypatch, load)
-    (tmp_path / "enwik8").mkdir()
-    (tmp_path / "enwik8" / "prepare.py").write_text(
-        "from smoe.run.download import DownloadError\n"
-        "def is_prepared(folder): return False\n"
-        "def default_sources(): return []\n"
-        "def prepare(folder, sources): raise DownloadError('no network')\n"
-    )
-    monkeypatch.setattr(bookcorpus, "HERE", tmp_path / "bookcorpus")
+    enwik8 = replace(bookcorpus.ENWIK8, folder=tmp_path / "enwik8", sources=[LocalPath(tmp_path / "nowhere")])
+    monkeypatch.setattr(bookcorpus, "ENWIK8", enwik8)
     assert run("--scale", "smoke", "--out", tmp_path / "out") == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "error: bookcorpus: no network; give text files with --source"
+    assert last == (f"error: bookcorpus: {tmp_path / 'nowhere'}: no such file or folder; give text files with --source")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 

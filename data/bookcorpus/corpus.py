@@ -12,12 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from smoe.run.download import SourceError, read_chunks, sha256_file
+from data.bookcorpus.wikitext import articles
+from data.errors import SourceError, printable
+from data.folder import sha256_file
+from data.unpack import read_file
 
 # The maintained copies of BookCorpus on the hub: plain Parquet, no loading script.
 HUB = (("rojagtap/bookcorpus", None), ("bookcorpus/bookcorpus", "refs/convert/parquet"))
 STRETCH = 10_000  # sentences
 SUFFIXES = (".txt", ".xz", ".gz")
+MAX_FILE_BYTES = 1_000_000_000  # of text in one file: a file is one document, and is read as a whole
 HELD_OUT, MOST_HELD_OUT = 0.05, 20_000_000  # valid and test each: this share of the bytes, at most so many
 
 
@@ -59,7 +63,7 @@ def from_files(files: Sequence[Path], name: str = "text") -> Corpus:
     def documents() -> Iterator[str]:
         for file in files:
             try:
-                yield b"".join(read_chunks(file)).decode("utf-8-sig")
+                yield b"".join(read_file(file, MAX_FILE_BYTES)).decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 raise ValueError(f"source: {file} is not UTF-8 text (byte {error.start})") from None
             except SourceError as error:
@@ -83,7 +87,7 @@ def from_hub() -> Corpus:
         try:
             rows = datasets.load_dataset(repository, revision=revision, split="train")
         except Exception as error:  # dozens of types: connection, missing, gated, damaged
-            failures.append(f"{repository}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            failures.append(f"{repository}: {type(error).__name__}: {printable(error, 200)}")
             continue
 
         def documents(rows: Any = rows) -> Iterator[str]:
@@ -104,13 +108,11 @@ def _check_hub(timeout: float = 10.0) -> None:
     except urllib.error.HTTPError:
         return  # somebody is there
     except (OSError, ValueError) as error:
-        raise SourceError(f"{url}: {' '.join(str(getattr(error, 'reason', error)).split())}") from None
+        raise SourceError(f"{url}: {printable(getattr(error, 'reason', error))}") from None
 
 
 def from_enwik8(chunks: Callable[[], Iterator[bytes]], sha256: str, why: str) -> Corpus:
     """Prose of the articles in enwik8, in place of books; `why` is recorded."""
-    from bert.wikitext import articles
-
     note = f"prose stripped out of enwik8, in place of BookCorpus: {why}"
     return Corpus("enwik8-prose", {"enwik8": sha256}, lambda: articles(chunks()), note=note)
 
