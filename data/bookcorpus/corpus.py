@@ -21,6 +21,8 @@ from data.unpack import read_file
 HUB = (("rojagtap/bookcorpus", None), ("bookcorpus/bookcorpus", "refs/convert/parquet"))
 STRETCH = 10_000  # sentences
 SUFFIXES = (".txt", ".xz", ".gz")
+# Files about books, by their names without SUFFIXES, in upper or lower case.
+NOTES = {"readme", "license", "licence", "copying", "copyright", "notice", "source", "sources", "authors", "changelog"}
 MAX_FILE_BYTES = 1_000_000_000  # of text in one file: a file is one document, and is read as a whole
 HELD_OUT, MOST_HELD_OUT = 0.05, 20_000_000  # valid and test each: this share of the bytes, at most so many
 
@@ -41,20 +43,45 @@ class Corpus:
     note: str | None = None
 
 
-def text_files(paths: Sequence[Path]) -> list[Path]:
-    """The files meant by files and folders (.txt, .xz, .gz anywhere below), sorted. ValueError if there is none."""
-    files: list[Path] = []
+def text_files(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The files of text meant by `paths`, and those left out; each once, a folder's sorted.
+
+    A path to a file is taken as it is. Of a folder, what ends in SUFFIXES anywhere below is taken, unless it is hidden
+    (a dot before its name or a folder's) or its name is one of NOTES. ValueError when a path does not exist or a folder
+    has no text.
+    """
+    taken: list[Path] = []
+    left_out: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-            if not inside:
-                raise ValueError(f"source: no {', '.join(SUFFIXES)} file in {path}")
-            files += inside
-        elif path.is_file():
-            files.append(path)
+        if path.is_file():
+            taken.append(path)
+        elif path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+            texts = [file for file in files if _is_text(file.relative_to(path))]
+            others = sorted(set(files) - set(texts))
+            if not texts:
+                raise ValueError(f"source: no {', '.join(SUFFIXES)} file in {path}{listed('; left out: ', others)}")
+            taken += texts
+            left_out += others
         else:
             raise ValueError(f"source: no such file or folder: {path}")
-    return list(dict.fromkeys(files))
+    once = dict.fromkeys(taken)
+    return list(once), [file for file in dict.fromkeys(left_out) if file not in once]
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a file of a folder, `path` relative to it, is text rather than about the text."""
+    name = path.name.lower()
+    for suffix in (".xz", ".gz", ".txt"):
+        name = name.removesuffix(suffix)
+    return path.suffix in SUFFIXES and name not in NOTES and not any(part.startswith(".") for part in path.parts)
+
+
+def listed(before: str, files: Sequence[Path], most: int = 5) -> str:
+    """`before` and the names of `files`, the first `most` of them, for a message; nothing when there are none."""
+    names = [printable(file.name) for file in files[:most]]
+    more = [f"{len(files) - most} more"] if len(files) > most else []
+    return before + ", ".join(names + more) if files else ""
 
 
 def from_files(files: Sequence[Path], name: str = "text") -> Corpus:

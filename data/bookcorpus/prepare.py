@@ -6,9 +6,12 @@
 Writes train.bin, valid.bin and test.bin, tokenizer.json and meta.json to --out, and prints that folder. A block is
 [CLS] 510 tokens [SEP], or <s> ... </s>; documents run on within a split, with one more [SEP] or </s> between them.
 
-Without --source the text is BookCorpus from the hub; where that can't be had, prose stripped out of enwik8, and
-meta.json says so. Whole documents are held out, one that comes twice is used once, and the vocabulary is learned from
-train alone. Does nothing when the same is already there.
+Of a folder given with --source, every .txt, .xz and .gz file is a document, in subfolders too; hidden files and those
+about the text (README, LICENSE, SOURCE and the like) are left out and named. Without --source the text is BookCorpus
+from the hub; where that can't be had, prose stripped out of enwik8, and meta.json says so.
+
+Whole documents are held out, one that comes twice is used once, and the vocabulary is learned from train alone. Does
+nothing when the same is already there.
 """
 
 import argparse
@@ -21,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script of a checkout: `data` is not installed
 
-from data.bookcorpus.corpus import Corpus, Store, from_enwik8, from_files, from_hub, hold_out, text_files
+from data.bookcorpus.corpus import Corpus, Store, from_enwik8, from_files, from_hub, hold_out, listed, text_files
 from data.bookcorpus.tokenizer import read_tokenizer, special_ids, train_tokenizer
 from data.enwik8.prepare import ENWIK8
 from data.errors import DownloadError, SourceError, run
@@ -174,7 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _prepare_as_asked(out: Path, options: argparse.Namespace, size: dict[str, Any]) -> None:
     """Prepare what the options ask for, unless `out` holds it already; `size` is the scale's entry of SCALES."""
-    corpus = from_files(text_files(options.source), options.name or "text") if options.source else None
+    files, left_out = text_files(options.source)
+    corpus = from_files(files, options.name or "text") if options.source else None
     request = {
         "model": options.model,
         "source": corpus.origin if corpus else "hub, else enwik8",
@@ -192,6 +196,8 @@ def _prepare_as_asked(out: Path, options: argparse.Namespace, size: dict[str, An
         corpus = corpus or default_corpus()
     except DownloadError as error:
         raise DownloadError(f"{error}; give text files with --source") from error
+    if left_out:
+        print(f"bookcorpus: {listed('left out: ', left_out)}; give the path of a file to use it", file=sys.stderr)
     print(f"bookcorpus: preparing {corpus.name} for {options.model} in {out}", file=sys.stderr)
     meta = prepare(out, corpus, request, options.tokenizer)
     blocks = ", ".join(f"{split} {part['blocks']}" for split, part in meta["splits"].items())
@@ -204,7 +210,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", choices=("bert", "roberta"), default="bert", help="whose tokens (default: bert)")
     parser.add_argument("--scale", choices=(*SCALES, "auto"), default="auto", help="sets vocab_size and max_bytes")
-    parser.add_argument("--source", type=Path, nargs="+", default=[], help="text: files or folders, .txt, .xz, .gz")
+    parser.add_argument("--source", type=Path, nargs="+", default=[], help="text: files, or folders of .txt, .xz, .gz")
     parser.add_argument("--tokenizer", type=Path, nargs="+", default=[], help="a vocabulary: a folder or its files")
     parser.add_argument("--vocab_size", type=_positive, help="of a vocabulary learned from the text")
     parser.add_argument("--max_bytes", type=_positive, help="of text to use")

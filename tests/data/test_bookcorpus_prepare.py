@@ -106,12 +106,12 @@ def test_blocks_hold_the_text_and_whole_documents_are_held_out(model, source, tm
 
 def test_vocabulary_is_learned_from_train_alone(source, tmp_path):
     # Each document has a letter of its own; those of the held-out ones must stay unknown.
-    for number, path in enumerate(text_files([source])):
+    for number, path in enumerate(text_files([source])[0]):
         if path.suffix == ".txt":
             path.write_text(path.read_text() + f"\n\n{chr(0x430 + number) * 3}\n")
     assert small(source, tmp_path / "out") == 0
     store = Store(tmp_path / "text")
-    store.fill(corpus_module.from_files(text_files([source])).documents())
+    store.fill(corpus_module.from_files(text_files([source])[0]).documents())
     parts = hold_out([size for _, size in store.spans], store.digests, True)
     letters = {
         split: {c for lines in store.lines(part) for c in "".join(lines).lower()} for split, part in parts.items()
@@ -120,6 +120,37 @@ def test_vocabulary_is_learned_from_train_alone(source, tmp_path):
     own = {chr(0x430 + number) for number in range(9)}
     assert vocabulary & own == letters["train"] & own
     assert (letters["valid"] | letters["test"]) & own - vocabulary
+
+
+def test_what_is_taken_from_a_folder_and_what_is_left_out(source, tmp_path, capsys):
+    about = ["SOURCE.txt", "README.txt", "License.txt.xz", "deeper/COPYING.gz", "sources.txt"]
+    hidden = [".draft.txt", ".old/0.txt", "._0.txt"]
+    books = ["source_of_the_nile.txt", "deeper/The Source.txt", "license.to.kill.txt", "readme1.txt"]
+    for file in (*about, *hidden, *books):
+        (source / file).parent.mkdir(exist_ok=True)
+        (source / file).write_text("about")
+    taken, left_out = text_files([source])
+    own = {"0.txt", "1.txt.xz", "deeper/2.txt.gz", *(f"{n}.txt" for n in range(3, 8)), "copy.txt"}
+    assert {str(file.relative_to(source)) for file in taken} == {*own, *books}
+    assert {str(file.relative_to(source)) for file in left_out} == {*about, *hidden, "notes.md"}
+    # A path to a file means that file.
+    named, left_out = text_files([source / "SOURCE.txt", source, source / ".draft.txt", source / "notes.md"])
+    assert named == [source / "SOURCE.txt", *taken, source / ".draft.txt", source / "notes.md"]
+    assert not {source / "SOURCE.txt", source / ".draft.txt", source / "notes.md"} & set(left_out)
+
+    for file in (*hidden, *books):
+        (source / file).unlink()
+    assert small(source, tmp_path / "out") == 0
+    assert (
+        "bookcorpus: left out: License.txt.xz, README.txt, SOURCE.txt, COPYING.gz, notes.md, 1 more; give the path of a"
+        in capsys.readouterr().err
+    )
+    origin = read(tmp_path / "out")[0]["origin"]
+    assert {name for name, _ in origin} == {Path(file).name for file in own}
+    for file in about:
+        (source / file).unlink()
+    assert small(source, tmp_path / "out") == 0
+    assert capsys.readouterr().err == "", "the same request: what is left out makes no difference"
 
 
 def test_split_does_not_depend_on_names_or_order():
@@ -345,6 +376,8 @@ def test_fallback_can_be_read_twice():
 # ---- mistakes -----------------------------------------------------------------------------------------------------
 def test_bad_input_is_one_line_and_leaves_nothing(source, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "about").mkdir()
+    (tmp_path / "about" / "README.txt").write_text("about nothing")
     (tmp_path / "two").mkdir()
     for n in range(2):
         (tmp_path / "two" / f"{n}.txt").write_text(story(n))
@@ -358,6 +391,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(source, tmp_path, capsys):
     cases = [
         ([tmp_path / "nowhere"], [], "no such file or folder"),
         ([tmp_path / "empty"], [], "no .txt, .xz, .gz file in"),
+        ([tmp_path / "about"], [], "no .txt, .xz, .gz file in {}; left out: README.txt".format(tmp_path / "about")),
         ([tmp_path / "two"], [], "2 documents; there must be at least 3"),
         ([tmp_path / "short"], [], "fewer tokens than a block of 32"),
         ([tmp_path / "latin" / "a.txt"], [], "is not UTF-8 text (byte 3)"),
