@@ -12,12 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from smoe.run.download import SourceError, read_chunks, sha256_file
+from data.bookcorpus.wikitext import articles
+from data.errors import SourceError, printable
+from data.folder import sha256_file
+from data.unpack import read_file
 
 # The maintained copies of BookCorpus on the hub: plain Parquet, no loading script.
 HUB = (("rojagtap/bookcorpus", None), ("bookcorpus/bookcorpus", "refs/convert/parquet"))
 STRETCH = 10_000  # sentences
 SUFFIXES = (".txt", ".xz", ".gz")
+# Files about books, by their names without SUFFIXES, in upper or lower case.
+NOTES = {"readme", "license", "licence", "copying", "copyright", "notice", "source", "sources", "authors", "changelog"}
+MAX_FILE_BYTES = 1_000_000_000  # of text in one file: a file is one document, and is read as a whole
 HELD_OUT, MOST_HELD_OUT = 0.05, 20_000_000  # valid and test each: this share of the bytes, at most so many
 
 
@@ -37,20 +43,45 @@ class Corpus:
     note: str | None = None
 
 
-def text_files(paths: Sequence[Path]) -> list[Path]:
-    """The files meant by files and folders (.txt, .xz, .gz anywhere below), sorted. ValueError if there is none."""
-    files: list[Path] = []
+def text_files(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The files of text meant by `paths`, and those left out; each once, a folder's sorted.
+
+    A path to a file is taken as it is. Of a folder, what ends in SUFFIXES anywhere below is taken, unless it is hidden
+    (a dot before its name or a folder's) or its name is one of NOTES. ValueError when a path does not exist or a folder
+    has no text.
+    """
+    taken: list[Path] = []
+    left_out: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-            if not inside:
-                raise ValueError(f"source: no {', '.join(SUFFIXES)} file in {path}")
-            files += inside
-        elif path.is_file():
-            files.append(path)
+        if path.is_file():
+            taken.append(path)
+        elif path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+            texts = [file for file in files if _is_text(file.relative_to(path))]
+            others = sorted(set(files) - set(texts))
+            if not texts:
+                raise ValueError(f"source: no {', '.join(SUFFIXES)} file in {path}{listed('; left out: ', others)}")
+            taken += texts
+            left_out += others
         else:
             raise ValueError(f"source: no such file or folder: {path}")
-    return list(dict.fromkeys(files))
+    once = dict.fromkeys(taken)
+    return list(once), [file for file in dict.fromkeys(left_out) if file not in once]
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a file of a folder, `path` relative to it, is text rather than about the text."""
+    name = path.name.lower()
+    for suffix in (".xz", ".gz", ".txt"):
+        name = name.removesuffix(suffix)
+    return path.suffix in SUFFIXES and name not in NOTES and not any(part.startswith(".") for part in path.parts)
+
+
+def listed(before: str, files: Sequence[Path], most: int = 5) -> str:
+    """`before` and the names of `files`, the first `most` of them, for a message; nothing when there are none."""
+    names = [printable(file.name) for file in files[:most]]
+    more = [f"{len(files) - most} more"] if len(files) > most else []
+    return before + ", ".join(names + more) if files else ""
 
 
 def from_files(files: Sequence[Path], name: str = "text") -> Corpus:
@@ -59,7 +90,7 @@ def from_files(files: Sequence[Path], name: str = "text") -> Corpus:
     def documents() -> Iterator[str]:
         for file in files:
             try:
-                yield b"".join(read_chunks(file)).decode("utf-8-sig")
+                yield b"".join(read_file(file, MAX_FILE_BYTES)).decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 raise ValueError(f"source: {file} is not UTF-8 text (byte {error.start})") from None
             except SourceError as error:
@@ -83,7 +114,7 @@ def from_hub() -> Corpus:
         try:
             rows = datasets.load_dataset(repository, revision=revision, split="train")
         except Exception as error:  # dozens of types: connection, missing, gated, damaged
-            failures.append(f"{repository}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            failures.append(f"{repository}: {type(error).__name__}: {printable(error, 200)}")
             continue
 
         def documents(rows: Any = rows) -> Iterator[str]:
@@ -104,13 +135,11 @@ def _check_hub(timeout: float = 10.0) -> None:
     except urllib.error.HTTPError:
         return  # somebody is there
     except (OSError, ValueError) as error:
-        raise SourceError(f"{url}: {' '.join(str(getattr(error, 'reason', error)).split())}") from None
+        raise SourceError(f"{url}: {printable(getattr(error, 'reason', error))}") from None
 
 
 def from_enwik8(chunks: Callable[[], Iterator[bytes]], sha256: str, why: str) -> Corpus:
     """Prose of the articles in enwik8, in place of books; `why` is recorded."""
-    from bert.wikitext import articles
-
     note = f"prose stripped out of enwik8, in place of BookCorpus: {why}"
     return Corpus("enwik8-prose", {"enwik8": sha256}, lambda: articles(chunks()), note=note)
 
