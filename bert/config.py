@@ -1,9 +1,10 @@
-"""What every task of BERT and RoBERTa can be told: which of the two, and its sizes, beside ``smoe.train.config``."""
+"""What a training of BERT or RoBERTa can be told, beside what ``smoe.train.config`` has for every training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import ClassVar, Literal
 
 from smoe.train.config import TrainConfig, at_least
 from smoe.train.learning_rate import Decay
@@ -11,7 +12,7 @@ from smoe.train.learning_rate import Decay
 
 @dataclass(frozen=True)
 class RunConfig(TrainConfig):
-    """A run with a BERT or RoBERTa.
+    """Any task with a BERT or RoBERTa.
 
     Args:
         model: bert or roberta
@@ -51,3 +52,29 @@ class RunConfig(TrainConfig):
         super().__post_init__()
         if self.d_model % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}; it must divide d_model = {self.d_model}")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """One pretraining run of a BERT or RoBERTa.
+
+    Args:
+        data: the folder that data/bookcorpus/prepare.py filled; null: data/bookcorpus/MODEL-SCALE. A block of it holds
+            a whole number of sequences of seq_len tokens
+        mask_share: share of the tokens to predict
+        eval_sequences: sequences of valid and of test to evaluate on; null: all of them
+    """
+
+    scales_file: ClassVar[Path] = Path(__file__).parent / "configs" / "masked_lm.yaml"
+
+    data: str | None = None
+    mask_share: float = 0.15
+    eval_sequences: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.data is None:
+            object.__setattr__(self, "data", f"data/bookcorpus/{self.model}-{self.scale}")
+        at_least("eval_sequences", self.eval_sequences, 1)
+        super().__post_init__()
+        if not 0 < self.mask_share < 1:
+            raise ValueError(f"mask_share is {self.mask_share}; it must be above 0 and below 1")

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from bert.config import PretrainConfig
 from bert.data import Vocabulary
 from bert.model import build_model
-from bert.pretrain import MaskedLanguageModel, PretrainConfig
+from bert.pretrain import MaskedLanguageModel
 from smoe.errors import run_main
 from smoe.train.evaluate import evaluation_command, read_run
 from smoe.train.resume import Checkpoint

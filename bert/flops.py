@@ -64,7 +64,7 @@ def masked_lm(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see the module's docstring."""
-    from bert.config import CONFIG_DIR, PretrainConfig
+    from bert.config import PretrainConfig
     from smoe.cli import add_flops_options, add_run_options, flops_row, given_lengths, need, print_flops, read_config
 
     parser = Parser(
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_run_options(parser)
     options = parser.parse_args(argv)
     need("transformers", "hf")
-    config, given = read_config(PretrainConfig, CONFIG_DIR, options), given_lengths(options)
+    config, given = read_config(PretrainConfig, options), given_lengths(options)
     evaluation = {"batch": config.eval_batch_size, "seq_len": config.seq_len} | given
     training = {"batch": config.batch_size, "seq_len": config.seq_len} | given
     weights = {name: getattr(config, name) for name in ("consistency_weight", "balance_weight")}

@@ -13,49 +13,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bert.config import RunConfig
+from bert.config import PretrainConfig
 from bert.data import Blocks, MaskedBatch, TrainingBatches, evaluation_batches
 from bert.model import MaskedLM, MaskedLMOutput, build_model
 from smoe.errors import run_main
 from smoe.flops import count, count_step
 from smoe.train.command import run_training
-from smoe.train.config import at_least
 from smoe.train.metrics import BITS_PER_MASKED_TOKEN
 from smoe.train.task import Task
-
-
-@dataclass(frozen=True)
-class PretrainConfig(RunConfig):
-    """One pretraining run of a BERT or RoBERTa.
-
-    Args:
-        data: the folder that data/bookcorpus/prepare.py filled; null: data/bookcorpus/MODEL-SCALE. A block of it holds
-            a whole number of sequences of seq_len tokens
-        mask_share: share of the tokens to predict
-        eval_sequences: sequences of valid and of test to evaluate on; null: all of them
-    """
-
-    scales_file: ClassVar[Path] = Path(__file__).parent / "configs" / "masked_lm.yaml"
-
-    data: str | None = None
-    mask_share: float = 0.15
-    eval_sequences: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.data is None:
-            object.__setattr__(self, "data", f"data/bookcorpus/{self.model}-{self.scale}")
-        at_least("eval_sequences", self.eval_sequences, 1)
-        super().__post_init__()
-        if not 0 < self.mask_share < 1:
-            raise ValueError(f"mask_share is {self.mask_share}; it must be above 0 and below 1")
 
 
 class MaskedLanguageModel(Task):

@@ -98,8 +98,9 @@ def add_flops_options(parser: argparse.ArgumentParser, *lengths: str) -> None:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --config, whose values take the place of the other options' defaults, and --step."""
-    parser.add_argument("--config", metavar="YAML", help="of a run or a scale; its values are the defaults")
+    """Adds --config and --scale, whose values take the place of the other options' defaults, and --step."""
+    parser.add_argument("--config", metavar="YAML", help="of a run; its values are the defaults")
+    parser.add_argument("--scale", help="whose sizes are the defaults (default: that of --config, else paper)")
     parser.add_argument("--step", action="store_true", help="a training step too")
 
 
@@ -109,20 +110,21 @@ def given_lengths(options: argparse.Namespace) -> dict[str, int]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def read_config(config_class: type, config_dir: Path, options: argparse.Namespace) -> Any:
+def read_config(config_class: type, options: argparse.Namespace) -> Any:
     """The configuration that the command line asks for: a file's or the paper's, with the flags given."""
     need("jsonargparse", "train")
-    from .run.config import load_yaml, parse_config
+    from .train.command import parse_config
+    from .train.yaml_files import load_yaml
 
-    file = config_dir / "paper.yaml" if options.config is None else Path(options.config)
-    # What a configuration can't do without and a scale's YAML does not say.
-    flags = {
-        name: value for name, value in (("method", "smoe_dropout"), ("run_dir", ".")) if name not in load_yaml(file)
-    }
-    given = {name: getattr(options, name, None) for name in ("model", "method", "num_experts")}
+    file = {} if options.config is None else load_yaml(Path(options.config))
+    defaults = {"method": "smoe_dropout", "run_dir": ".", "scale": "paper"}
+    flags = {name: value for name, value in defaults.items() if name not in file}
+    given = {name: getattr(options, name, None) for name in ("model", "method", "num_experts", "scale")}
     flags |= {name: str(value) for name, value in given.items() if value is not None}
     argv = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    return parse_config(config_class, config_dir, ["--config", str(file), *argv])
+    if options.config is not None:
+        argv += ["--config", options.config]
+    return parse_config(config_class, argv)
 
 
 def flops_row(k: int | None, counted: Any) -> dict[str, Any]:

@@ -38,11 +38,11 @@ def test_every_script_of_table_1_is_listed():
 
 @pytest.mark.parametrize("line", [line for line in BASH.splitlines() if " --" in line and "table1" in line])
 def test_flags_of_the_script_lines_are_the_trainers(line, tmp_path):
-    from smoe.run.config import parse_config
-    from transformer_xl.config import CONFIG_DIR, TrainConfig
+    from smoe.train.command import parse_config
+    from transformer_xl.config import LanguageModelConfig
 
     flags = shlex.split(line.partition("#")[0])[2:]
-    parse_config(TrainConfig, CONFIG_DIR, ["--method", "smoe_dropout", "--run_dir", str(tmp_path), *flags])
+    parse_config(LanguageModelConfig, ["--method", "smoe_dropout", "--run_dir", str(tmp_path), *flags])
 
 
 @pytest.mark.parametrize("model, count", [("", 8), ("bert", 6), ("roberta", 6)])

@@ -1,16 +1,18 @@
-"""What every task of the Transformer-XL can be told: its sizes, beside what ``smoe.train.config`` has for all tasks."""
+"""What a training of the Transformer-XL can be told, beside what ``smoe.train.config`` has for every training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
-from smoe.train.config import TrainConfig
+from smoe.train.config import TrainConfig, at_least
 from transformer_xl.model import TransformerXL, TransformerXLConfig
 
 
 @dataclass(frozen=True)
 class RunConfig(TrainConfig):
-    """A run with a Transformer-XL.
+    """Any task with a Transformer-XL.
 
     Args:
         d_head: width of a head
@@ -31,3 +33,37 @@ class RunConfig(TrainConfig):
         """A fresh model; draws from PyTorch's global generator, the fixed routers from ``seed`` alone."""
         sizes = self.sizes()
         return TransformerXL(sizes, lambda layer: self.make_mlp(layer, vocab_size=sizes.vocab_size))
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig(RunConfig):
+    """One training run of a Transformer-XL as a language model.
+
+    Args:
+        data: the folder with train.bin, valid.bin and test.bin
+        tgt_len: tokens of a training segment
+        mem_len: tokens of memory when training
+        eval_tgt_len: tokens of an evaluation segment
+        eval_mem_len: tokens of memory when evaluating
+        eval_tokens: bytes of valid and of test to evaluate on; null: all of them
+    """
+
+    scales_file: ClassVar[Path] = Path(__file__).parent / "configs" / "language_model.yaml"
+
+    data: str = "data/enwik8"
+    tgt_len: int = 512
+    mem_len: int = 512
+    eval_tgt_len: int = 128
+    eval_mem_len: int = 896
+    eval_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tgt_len", "eval_tgt_len"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("mem_len", "eval_mem_len"):
+            at_least(name, getattr(self, name), 0)
+        super().__post_init__()
+        if self.eval_tokens is not None and self.eval_tokens < self.eval_batch_size:
+            raise ValueError(
+                f"eval_tokens is {self.eval_tokens}; it must be at least eval_batch_size = {self.eval_batch_size}"
+            )

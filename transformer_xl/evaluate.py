@@ -10,8 +10,9 @@ from pathlib import Path
 from smoe.errors import run_main
 from smoe.train.evaluate import evaluation_command, read_run
 from smoe.train.resume import Checkpoint
+from transformer_xl.config import LanguageModelConfig
 from transformer_xl.model import TransformerXL
-from transformer_xl.train import LanguageModel, LanguageModelConfig
+from transformer_xl.train import LanguageModel
 
 _WHAT = "a Transformer-XL"
 

@@ -74,13 +74,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see the module's docstring."""
     from smoe.cli import add_flops_options, add_run_options, given_lengths, print_flops, read_config
     from smoe.paper import check_k
-    from transformer_xl.config import CONFIG_DIR, TrainConfig
+    from transformer_xl.config import LanguageModelConfig
 
     parser = Parser(prog="python -m transformer_xl.flops", description="What a Transformer-XL costs, at every k.")
     add_flops_options(parser, "batch", "tgt_len", "mem_len")
     add_run_options(parser)
     options = parser.parse_args(argv)
-    config, given = read_config(TrainConfig, CONFIG_DIR, options), given_lengths(options)
+    config, given = read_config(LanguageModelConfig, options), given_lengths(options)
     evaluation = {"batch": config.eval_batch_size, "tgt_len": config.eval_tgt_len, "mem_len": config.eval_mem_len}
     training = {"batch": config.batch_size, "tgt_len": config.tgt_len, "mem_len": config.mem_len}
     weights = {name: getattr(config, name) for name in ("consistency_weight", "balance_weight")}

@@ -11,56 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from smoe.errors import run_main
 from smoe.train.command import run_training
-from smoe.train.config import at_least
 from smoe.train.metrics import BITS_PER_BYTE
 from smoe.train.task import Task
-from transformer_xl.config import RunConfig
+from transformer_xl.config import LanguageModelConfig
 from transformer_xl.data import SegmentStream, dataset_record, evaluation_segments, load_split
 from transformer_xl.flops import evaluation_flops, step_flops
 from transformer_xl.model import TransformerXL, TransformerXLOutput
-
-
-@dataclass(frozen=True)
-class LanguageModelConfig(RunConfig):
-    """One training run of a Transformer-XL as a language model.
-
-    Args:
-        data: the folder with train.bin, valid.bin and test.bin
-        tgt_len: tokens of a training segment
-        mem_len: tokens of memory when training
-        eval_tgt_len: tokens of an evaluation segment
-        eval_mem_len: tokens of memory when evaluating
-        eval_tokens: bytes of valid and of test to evaluate on; null: all of them
-    """
-
-    scales_file: ClassVar[Path] = Path(__file__).parent / "configs" / "language_model.yaml"
-
-    data: str = "data/enwik8"
-    tgt_len: int = 512
-    mem_len: int = 512
-    eval_tgt_len: int = 128
-    eval_mem_len: int = 896
-    eval_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("tgt_len", "eval_tgt_len"):
-            at_least(name, getattr(self, name), 1)
-        for name in ("mem_len", "eval_mem_len"):
-            at_least(name, getattr(self, name), 0)
-        super().__post_init__()
-        if self.eval_tokens is not None and self.eval_tokens < self.eval_batch_size:
-            raise ValueError(
-                f"eval_tokens is {self.eval_tokens}; it must be at least eval_batch_size = {self.eval_batch_size}"
-            )
 
 
 class LanguageModel(Task):

@@ -234,9 +234,9 @@ def _positive(text: str) -> int:
 def _scale(scale: str) -> str:
     if scale != "auto":
         return scale
-    from smoe.run.config import resolve_scale
+    from smoe.train.scale import resolve_scale
 
-    return resolve_scale(scale, REPOSITORY / "bert" / "configs")[0]
+    return resolve_scale(scale, ("paper", "cpu"))[0]
 
 
 def _files(path: Path) -> list[Path]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
-LAYERS = ("all", "early", "middle", "later", "every-2")
+LayerNames = Literal["all", "early", "middle", "later", "every-2"]
+LAYERS: tuple[str, ...] = get_args(LayerNames)
 
-Layers = str | Sequence[int]  # one of LAYERS, or indices from 0
+Layers = LayerNames | Sequence[int]  # the latter are indices from 0
 
 
 def chosen_layers(layers: Layers, count: int) -> list[int]:

@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import torch
 from docstring_parser import parse_from_object
 from jsonargparse import ArgumentError, ArgumentParser
 
 from smoe.train.config import PROCESS_TIMEOUT, TrainConfig
 from smoe.train.loop import train
 from smoe.train.processes import join
+from smoe.train.scale import resolve_scale
 from smoe.train.task import Task
 from smoe.train.yaml_files import load_yaml
 
@@ -73,7 +73,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, 
     values: dict[str, Any] = {}
     if "scale" in hints:
         scales = load_yaml(config_class.scales_file)
-        given["scale"], given[_REASON] = _resolve_scale(given.get("scale", "auto"), list(scales))
+        given["scale"], given[_REASON] = resolve_scale(given.get("scale", "auto"), list(scales))
         source = f"{config_class.scales_file}, {given['scale']}"
         values = _checked(scales[given["scale"]], parser, hints, source)
         values |= config_class.inherited(given)
@@ -88,18 +88,6 @@ def field_notes(config_class: type) -> dict[str, str]:
     """What the docstrings of the class and its bases say of each field, as one line."""
     params = [param for base in config_class.__mro__[-2::-1] for param in parse_from_object(base).params]
     return {param.arg_name: " ".join((param.description or "").split()) for param in params}
-
-
-def _resolve_scale(scale: str, known: list[str]) -> tuple[str, str]:
-    """The scale's own name and why it is that one, e.g. ``("cpu", "auto: no CUDA device")``."""
-    reason = "asked for"
-    if scale == "auto":
-        cuda = torch.cuda.is_available()
-        scale = "paper" if cuda else "cpu"
-        reason = f"auto: CUDA device {torch.cuda.get_device_name()}" if cuda else "auto: no CUDA device"
-    if scale not in known:
-        raise ValueError(f"scale: {scale!r}, expected one of {', '.join([*known, 'auto'])}")
-    return scale, reason
 
 
 def _normalise(argv: Sequence[str], hints: Mapping[str, Any]) -> list[str]:

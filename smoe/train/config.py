@@ -11,17 +11,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from smoe.engine import resolve_engine
+from smoe.engine import Engine, resolve_engine
 from smoe.experts import check_divisible
 from smoe.layer import check_output_scale
-from smoe.methods import METHODS, Method, get_method
-from smoe.modulize import chosen_layers
-
-Layers = Literal["all", "early", "middle", "later", "every-2"] | tuple[int, ...]
-Engine = Literal["auto", "torch", "fastmoe"]
-MethodName = Literal["dense_dropout", "dense_concrete_dropout", "dense_dropblock", "thor", "smoe", "smoe_dropout"]
-RouterKind = Literal["random", "learned", "uniform", "hash"]
-Score = Literal["softmax_after_topk", "softmax_before_topk", "sum"]
+from smoe.methods import METHODS, Method, MethodName, get_method
+from smoe.modulize.layers import LayerNames, chosen_layers
+from smoe.router import RouterKind, Score
 from smoe.schedule import Mode, ks_at
 from smoe.train.learning_rate import Decay
 from smoe.train.precision import resolve_precision
@@ -103,7 +98,7 @@ class TrainConfig:
     attention_dropout: float = 0.0
 
     num_experts: int = 16
-    layers: Layers = "all"
+    layers: LayerNames | tuple[int, ...] = "all"
     k_min: int | None = None
     k_max: int | None = None
     schedule: Mode | None = None
@@ -167,8 +162,7 @@ class TrainConfig:
 
     def _check_routed(self) -> None:
         check_divisible(self.d_hidden, self.num_experts)
-        if not chosen_layers(self.layers, self.num_layers):
-            raise ValueError(f"layers is {self.layers!r}, which chooses none of the {self.num_layers} layers")
+        chosen_layers(self.layers, self.num_layers)
         if self.num_experts % self.expert_parallel:
             raise ValueError(
                 f"expert_parallel is {self.expert_parallel}; it must divide num_experts = {self.num_experts}"

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bert.config import PretrainConfig
 from bert.data import evaluation_batches
 from bert.evaluate import load_run
-from bert.pretrain import MaskedLanguageModel, PretrainConfig
+from bert.pretrain import MaskedLanguageModel
 from smoe import get_top_k, set_top_k
 from smoe.train.evaluation import measure
 from smoe.train.processes import Processes

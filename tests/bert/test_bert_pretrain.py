@@ -9,7 +9,7 @@ import pytest
 import torch
 from runs import assert_one_line, assert_same_weights, lines, losses, result, wait_for_step, weights
 
-from bert.pretrain import PretrainConfig
+from bert.config import PretrainConfig
 from smoe import METHODS
 from smoe.report import check_result, slimming_table
 from smoe.train.checkpoint import list_steps

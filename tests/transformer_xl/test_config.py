@@ -8,7 +8,7 @@ import yaml
 
 from smoe import METHODS, smoe_layers
 from smoe.train.command import field_notes, parse_config
-from transformer_xl.train import LanguageModelConfig
+from transformer_xl.config import LanguageModelConfig
 
 SCALES = yaml.safe_load(LanguageModelConfig.scales_file.read_text())
 

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from smoe import get_top_k, set_top_k
 from smoe.train.evaluation import measure
 from smoe.train.processes import Processes
+from transformer_xl.config import LanguageModelConfig
 from transformer_xl.data import load_split
 from transformer_xl.evaluate import load_run
-from transformer_xl.train import LanguageModel, LanguageModelConfig
+from transformer_xl.train import LanguageModel
 
 TINY = {
     "num_layers": 2,

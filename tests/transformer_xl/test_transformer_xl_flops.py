@@ -89,10 +89,10 @@ def test_parameters_and_bytes():
 @pytest.mark.parametrize("method", METHODS)
 def test_every_yaml_costs_what_its_sizes_say(scale, method):
     pytest.importorskip("jsonargparse")
-    from smoe.run.config import parse_config
-    from transformer_xl.config import CONFIG_DIR, TrainConfig
+    from smoe.train.command import parse_config
+    from transformer_xl.config import LanguageModelConfig
 
-    c = parse_config(TrainConfig, CONFIG_DIR, ["--method", method, "--run_dir", ".", "--scale", scale])
+    c = parse_config(LanguageModelConfig, ["--method", method, "--run_dir", ".", "--scale", scale])
     with torch.device("meta"):
         model = c.build_model()
     shape = {"batch": c.eval_batch_size, "tgt_len": c.eval_tgt_len, "mem_len": c.eval_mem_len}
@@ -213,21 +213,23 @@ def test_command_counts_the_papers_model(capsys):
 
 def test_command_counts_the_configuration_of_a_run(capsys, tmp_path):
     pytest.importorskip("jsonargparse")
-    from smoe.run.config import parse_config, to_dict, to_yaml
-    from transformer_xl.config import CONFIG_DIR, TrainConfig
+    from smoe.train.command import parse_config
+    from smoe.train.config import to_dict
+    from smoe.train.yaml_files import to_yaml
+    from transformer_xl.config import LanguageModelConfig
 
     argv = ["--method", "thor", "--scale", "smoke", "--run_dir", "runs/x", "--num_experts", "4"]
     path = tmp_path / "config.yaml"
-    path.write_text(to_yaml(to_dict(parse_config(TrainConfig, CONFIG_DIR, argv))))
+    path.write_text(to_yaml(to_dict(parse_config(LanguageModelConfig, argv))))
     out = run_json(capsys, "--config", str(path), "--step")
     assert (out["method"], [row["k"] for row in out["rows"]]) == ("thor", [1, 2, 4])
     assert out["rows"][2]["step"] > out["rows"][0]["step"]
-    path.write_text(to_yaml(to_dict(parse_config(TrainConfig, CONFIG_DIR, [*argv, "--consistency_weight", "0"]))))
+    path.write_text(to_yaml(to_dict(parse_config(LanguageModelConfig, [*argv, "--consistency_weight", "0"]))))
     one_pass = run_json(capsys, "--config", str(path), "--step")
     assert [2 * row["step"] for row in one_pass["rows"]] == [row["step"] for row in out["rows"]]
     out = run_json(capsys, "--config", str(path), "--method", "smoe_dropout", "--num_experts", "2")
     assert (out["method"], [row["k"] for row in out["rows"]]) == ("smoe_dropout", [1, 2])
-    scale = run_json(capsys, "--config", str(CONFIG_DIR / "smoke.yaml"), "--k", "2")
+    scale = run_json(capsys, "--scale", "smoke", "--k", "2")
     assert (scale["method"], len(scale["rows"])) == ("smoe_dropout", 1)
 
 

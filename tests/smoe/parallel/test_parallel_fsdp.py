@@ -12,7 +12,7 @@ from torch import nn
 
 from smoe import set_top_k
 from smoe.parallel import ParallelGroups, clip_grad_norm_, fully_shard_model, gather_state, parallelize, shard_state
-from smoe.run.state import flatten_optimizer, restore_optimizer
+from smoe.train.state import optimizer_tensors, restore_optimizer
 
 pytestmark = pytest.mark.distributed
 
@@ -88,12 +88,10 @@ def save_and_continue(rank: int, folder: str) -> tuple[float, float]:
     groups, model, optimizer = sharded(make_model(), 2)
     run_step(model, optimizer, groups, rank, 0)
     weights = gather_state(model.state_dict(), model, groups)
-    tensors, plain = flatten_optimizer(optimizer, model.named_parameters())
-    moments = gather_state(tensors, model, groups)
+    moments = gather_state(optimizer_tensors(optimizer, model), model, groups)
     if rank == 0:
         save_file(weights, Path(folder) / "model.safetensors")
         save_file(moments, Path(folder) / "optimizer.safetensors")
-        torch.save(plain, Path(folder) / "plain.pt")
     return run_step(model, optimizer, groups, rank, 1)
 
 
@@ -102,7 +100,7 @@ def resume(rank: int, expert_parallel: int, folder: str) -> tuple[float, float]:
     groups, model, optimizer = sharded(Tiny("learned"), expert_parallel)
     model.load_state_dict(shard_state(load_file(Path(folder) / "model.safetensors"), model, groups))
     moments = shard_state(load_file(Path(folder) / "optimizer.safetensors"), model, groups)
-    restore_optimizer(optimizer, moments, torch.load(Path(folder) / "plain.pt"), model.named_parameters())
+    restore_optimizer(optimizer, moments, model)
     return run_step(model, optimizer, groups, rank, 1)
 
 

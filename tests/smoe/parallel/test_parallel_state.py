@@ -11,7 +11,7 @@ from test_parallel_training import ADAM, Tiny, make_model, share
 
 from smoe import set_top_k
 from smoe.parallel import ParallelGroups, clip_grad_norm_, gather_state, parallelize, shard_state
-from smoe.run.state import flatten_optimizer, restore_optimizer
+from smoe.train.state import optimizer_tensors, restore_optimizer
 
 
 def step(model, optimizer, rank: int, world_size: int, number: int, groups) -> float:
@@ -38,13 +38,11 @@ def write(rank: int, expert_parallel: int, folder: str) -> float:
     for number in range(3):
         step(model, optimizer, rank, world_size, number, groups)
     weights = gather_state(model.state_dict(), model, groups)
-    tensors, plain = flatten_optimizer(optimizer, model.named_parameters())
-    moments = gather_state(tensors, model, groups)
+    moments = gather_state(optimizer_tensors(optimizer, model), model, groups)
     assert (weights is None) == (moments is None) == (rank > 0)
     if rank == 0:
         save_file(weights, Path(folder) / "model.safetensors")
         save_file(moments, Path(folder) / "optimizer.safetensors")
-        torch.save(plain, Path(folder) / "plain.pt")
     return step(model, optimizer, rank, world_size, 3, groups)
 
 
@@ -61,7 +59,7 @@ def read(rank: int, expert_parallel: int, folder: str) -> float:
 def load(model, optimizer, folder: str, groups) -> None:
     model.load_state_dict(shard_state(load_file(Path(folder) / "model.safetensors"), model, groups))
     moments = shard_state(load_file(Path(folder) / "optimizer.safetensors"), model, groups)
-    restore_optimizer(optimizer, moments, torch.load(Path(folder) / "plain.pt"), model.named_parameters())
+    restore_optimizer(optimizer, moments, model)
 
 
 @pytest.mark.distributed
