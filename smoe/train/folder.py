@@ -46,7 +46,8 @@ class RunFolder:
 def open_run(config: TrainConfig, processes: Processes) -> RunFolder:
     """Starts the run in ``run_dir``; with ``resume`` it goes on with a run that is there.
 
-    Then every field of the configuration must be as recorded, except those in ``MAY_CHANGE``, and the record is updated.
+    Then every field of the configuration must be as recorded, except those in ``MAY_CHANGE``; the record is
+    updated.
     The main process checks and writes for all.
 
     Raises ValueError when a run is there and ``resume`` is not set, when a field differs, or when the folder holds
