@@ -16,7 +16,7 @@ from smoe.train.metrics import Metric
 from smoe.train.task import Task
 
 # Where things were and how they were shown: a record is for others too, and goes without.
-PLACES = ("run_dir", "data", "resume", "progress", "process_timeout")
+PLACES = ("run_dir", "run", "data", "resume", "progress", "process_timeout")
 
 # Fields that make an ablation of a method.
 _VARIED = ("router", "score", "output_scale", "layers", "schedule", "k_min", "k_max")
@@ -39,6 +39,7 @@ def make_record(task: Task, swept: dict[str, dict[str, Measured]], **run: Any) -
         "scale": config.scale,
         "seed": config.seed,
         "dataset": task.dataset,
+        **task.record,
         "metric": task.metrics[0].key,
         "metrics": {metric.key: _of_metric(metric, swept) for metric in task.metrics},
         "parameters": parameter_counts(model, filter(None, config.sweep_ks())),

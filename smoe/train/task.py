@@ -31,6 +31,7 @@ class Task:
         dataset: what a record says of the data: at least ``name`` and ``sha256``.
         tokens_per_step, step_shape: of all processes, as a number and in words.
         facts: JSON that a checkpoint keeps to rebuild the model without the data, e.g. the vocabulary.
+        record: further fields of result.json.
     """
 
     name: ClassVar[str]
@@ -54,6 +55,7 @@ class Task:
         """
         self.config, self.rank, self.world_size = config, rank, world_size
         self.facts: dict[str, Any] = {}
+        self.record: dict[str, Any] = {}
 
     # ---- every task -------------------------------------------------------------------------------------------------
     def build_model(self) -> nn.Module:
