@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser
 
 from smoe.train.config import PROCESS_TIMEOUT
+from smoe.train.distributed import DistributedProcesses
 from smoe.train.loop import train
-from smoe.train.processes import join
+from smoe.train.processes import Processes
 from smoe.train.scale import resolve_scale
 from smoe.train.task import Task
 from smoe.yaml_files import load_yaml
@@ -35,7 +37,7 @@ def run_training(task_class: type[Task], prog: str) -> None:
         config = parse_config(task_class.config_class, prog=prog)
     except ValueError as caught:
         error = caught
-    processes = join(PROCESS_TIMEOUT if config is None else config.process_timeout)
+    processes = _join(PROCESS_TIMEOUT if config is None else config.process_timeout)
     with processes.together():
         if error is not None:
             raise error
@@ -43,6 +45,16 @@ def run_training(task_class: type[Task], prog: str) -> None:
         config = dataclasses.replace(config, resume=True)
         processes.opened()
     train(task_class, config, processes)
+
+
+def _join(timeout: float) -> Processes:
+    """Joins the processes that torchrun started, or is the single one. ``timeout``: seconds that one waits for another.
+
+    Raises RunError when the others can't be reached.
+    """
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return DistributedProcesses(timeout)
+    return Processes()
 
 
 def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, prog: str | None = None) -> Config:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -97,15 +96,3 @@ class Processes:
 
     def leave(self) -> None:
         """Parts from the other processes, once all have come this far."""
-
-
-def join(timeout: float) -> Processes:
-    """Joins the processes that torchrun started, or is the single one. ``timeout``: seconds that one waits for another.
-
-    Raises RunError when the others can't be reached.
-    """
-    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        from smoe.train.distributed import DistributedProcesses
-
-        return DistributedProcesses(timeout)
-    return Processes()
