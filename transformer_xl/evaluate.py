@@ -1,4 +1,4 @@
-"""Bits per byte of a trained Transformer-XL at any number of activated experts.
+"""Bits per byte, or accuracy, of a trained Transformer-XL at any number of activated experts.
 
 python -m transformer_xl.evaluate RUN --k 1 2 4 8 16 [--split test] [--json]
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from smoe.errors import run_main
 from smoe.train.evaluate import evaluation_command, read_run
 from smoe.train.resume import Checkpoint
+from transformer_xl.classify import Classification
 from transformer_xl.config import LanguageModelConfig
 from transformer_xl.model import TransformerXL
 from transformer_xl.train import LanguageModel
@@ -29,7 +30,7 @@ def load_run(path: str | Path, which: str = "best") -> tuple[LanguageModelConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    evaluation_command(LanguageModel, prog="python -m transformer_xl.evaluate", what=_WHAT, argv=argv)
+    evaluation_command(LanguageModel, Classification, prog="python -m transformer_xl.evaluate", what=_WHAT, argv=argv)
 
 
 if __name__ == "__main__":

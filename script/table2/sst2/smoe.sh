@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Table 2, Transformer-XL on SST-2: learnable SMoE, with all experts activated throughout.
+#
+#   bash script/table2/sst2/smoe.sh [pretrained run] [flags of python -m transformer_xl.classify]
+#
+# Without a pretrained run it starts from that of script/table1/smoe.sh. --k_max 8: half of the experts.
+exec bash "$(dirname "$0")/../../sst2.sh" table2/sst2/smoe smoe "$@"

@@ -1,0 +1,184 @@
+"""Fine-tuning on sentences: the third task of the loop."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import signal
+
+import processes
+import pytest
+import torch
+from runs import assert_one_line, assert_same_weights, lines, losses, result, wait_for_step
+
+from smoe import set_top_k
+from smoe.train.command import parse_config
+from transformer_xl.classify import Classification, ClassifyConfig, _padded
+
+WORDS = {0: ["awful", "dull", "a bore"], 1: ["great", "moving", "a joy"]}
+
+
+def write(folder, counts) -> None:
+    """Sentences whose class a single word gives away, in the format of data/sst2/prepare.py."""
+    folder.mkdir(exist_ok=True)
+    meta = {"dataset": "sst2", "sha256": "0" * 64, "splits": {}}
+    for split, count in counts.items():
+        rows = [
+            {"text": f"film {i % 7} is {'so ' * (i % 3)}{WORDS[i % 2][i % 3]} .", "label": i % 2} for i in range(count)
+        ]
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        (folder / f"{split}.jsonl").write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        meta["splits"][split] = {"file": f"{split}.jsonl", "examples": count, "sha256": digest}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sst2")
+    write(folder, {"train": 90, "valid": 23})
+    return folder
+
+
+@pytest.fixture
+def classify_argv(sentences):
+    return ["--scale", "smoke", "--data", sentences, "--precision", "fp32", "--progress", "false", "--sweep", "1,16"]
+
+
+@pytest.fixture
+def classify(start, classify_argv):
+    def classify(run_dir, *flags, wait=True):
+        command = start("transformer_xl.classify", *classify_argv, "--run_dir", run_dir, *flags)
+        if wait:
+            command.wait()
+        return command
+
+    return classify
+
+
+def test_a_pretrained_run_is_fine_tuned_and_measured_at_any_k(train, classify, start, tmp_path):
+    pretrained, run = tmp_path / "pretrained", tmp_path / "run"
+    assert train("smoe_dropout", pretrained, "--sweep", 16, "--output_scale", "k").wait() == 0
+    flags = ("--steps", 120, "--learning_rate", "1e-2", "--batch_size", 16, "--warmup_steps", 10, "--eval_interval", 60)
+    command = classify(run, "--run", pretrained, *flags)
+    assert command.wait() == 0, command.err
+    record = result(run)
+    assert (record["task"], record["metric"], record["method"]) == ("classification", "accuracy", "smoe_dropout")
+    assert record["config"]["output_scale"] == "k", "what the run decides is taken from it"
+    accuracy = record["metrics"]["accuracy"]
+    assert accuracy["direction"] == "higher" and accuracy["n"] == {"valid": 23} and "test" not in accuracy
+    assert accuracy["valid"].keys() == {"1", "16"} and accuracy["valid"]["16"] > 0.9
+    assert accuracy["valid"]["16"] * 23 == pytest.approx(round(accuracy["valid"]["16"] * 23))
+    assert record["pretrained"] == {"scale": "smoke", "seed": 1, "step": 20}
+    assert str(tmp_path) not in json.dumps(record)
+    assert {line["k"] for line in lines(run).values()} == {16}
+    assert record["best"]["value"] == accuracy["valid"]["16"]
+    shutil.rmtree(pretrained)  # a fine-tuned run is whole by itself
+    evaluated = start("transformer_xl.evaluate", run, "--k", 16, "--json")
+    assert evaluated.wait() == 0, evaluated.err
+    report = json.loads(evaluated.out)
+    assert (report["split"], report["n"], report["accuracy"]) == ("valid", 23, {"16": accuracy["valid"]["16"]})
+    assert_one_line(start("transformer_xl.evaluate", run, "--tokens", 5), 2, "tokens", "classification")
+
+
+def test_the_encoder_starts_from_the_run(train, sentences, tmp_path):
+    pretrained = tmp_path / "pretrained"
+    assert train("smoe", pretrained, "--sweep", 16).wait() == 0
+    argv = ["--run", str(pretrained), "--scale", "smoke", "--data", str(sentences), "--run_dir", "x", "--seed", "5"]
+    task = Classification(parse_config(ClassifyConfig, argv), 0, 1)
+    from transformer_xl.evaluate import load_run
+
+    _, model, _ = load_run(pretrained)
+    encoder = task.model.encoder.state_dict()
+    assert all(torch.equal(encoder[name], value) for name, value in model.state_dict().items())
+    assert task.config.ks_at(0) == [16, 16] and task.config.method == "smoe"
+
+
+def test_padding_changes_nothing(sentences):
+    config = ClassifyConfig("smoe_dropout", "x", num_layers=2, d_model=16, num_heads=2, d_head=8, d_hidden=64)
+    task = Classification(dataclasses.replace(config, data=str(sentences)), 0, 1)
+    model = task.model.eval()
+    set_top_k(model, 3)
+    rows = [(b"good", 1), (b"a much longer sentence .", 0), (b"x", 1)]
+    together = model(*_padded(rows)).logits
+    for row, logits in zip(rows, together, strict=True):
+        torch.testing.assert_close(model(*_padded([row])).logits[0], logits)
+    # the classes are read at the last byte
+    hidden, _ = model.encoder.encode(_padded(rows[1:2])[0])
+    torch.testing.assert_close(model.head(hidden[0, -1]), together[1])
+
+
+def test_every_sentence_once_an_epoch_and_shares_that_make_a_batch(sentences):
+    config = ClassifyConfig("smoe", "x", num_layers=1, d_model=8, num_heads=1, d_head=8, d_hidden=16, batch_size=9)
+    config = dataclasses.replace(config, data=str(sentences))
+    task, shares = Classification(config, 0, 1), [Classification(config, rank, 3) for rank in range(3)]
+    rows = lambda batch: [(bytes(ids[:n].tolist()), int(c)) for ids, n, c in zip(*batch, strict=True)]  # noqa: E731
+    epochs = [[row for step in range(e * 10, e * 10 + 10) for row in rows(task.batch(step))] for e in (0, 1)]
+    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == sorted(task.data["train"])
+    assert [row for share in shares for row in rows(share.batch(13))] == rows(task.batch(13))
+
+
+def test_a_stopped_run_goes_on_with_the_same_bits(classify, tmp_path):
+    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
+    flags = ("--method", "thor", "--steps", 60, "--eval_interval", 60, "--log_interval", 1)
+    assert classify(alone, *flags).wait() == 0
+    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 75)):
+        command = classify(stopped, *flags, "--save_interval", 4, "--resume", wait=False)
+        wait_for_step(stopped, 11 if code == -9 else 25, command.process.is_alive)
+        command.kill(number)
+        assert command.wait() == code, command.err
+    assert classify(stopped, *flags, "--save_interval", 4, "--resume").wait() == 0
+    assert_same_weights(alone, stopped)
+    assert losses(alone) == losses(stopped) and result(alone)["metrics"] == result(stopped)["metrics"]
+
+
+@pytest.mark.distributed
+def test_two_processes_are_one(start_ranks, classify_argv, tmp_path):
+    flags = ["--method", "smoe_dropout", "--dropout", 0, "--log_interval", 1, "--eval_batch_size", 4]
+    for ranks in (1, 2):
+        argv = [*classify_argv, *flags, "--run_dir", tmp_path / str(ranks), "--expert_parallel", ranks]
+        processes.finish(start_ranks(ranks, "transformer_xl.classify", *argv))
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), abs=1e-5)
+    one, two = (result(tmp_path / ranks)["metrics"]["accuracy"] for ranks in "12")
+    assert one["n"] == two["n"] == {"valid": 23} and one["valid"] == pytest.approx(two["valid"], abs=1 / 23 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], ["method", "missing"]),
+        (["--run", "nowhere"], ["nowhere", "not a run folder"]),
+        (["--method", "smoe", "--data", "/nowhere"], ["/nowhere", "prepare.py"]),
+        (["--method", "smoe", "--batch_size", 100], ["batch_size", "100", "90"]),
+        (["--method", "smoe", "--seq_len", 0], ["seq_len", "0"]),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(flags, words, classify, tmp_path):
+    assert_one_line(classify(tmp_path / "run", *flags), 2, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_sizes_that_the_run_does_not_have(train, classify, tmp_path):
+    pretrained = tmp_path / "pretrained"
+    assert train("dense_dropout", pretrained).wait() == 0
+    command = classify(tmp_path / "run", "--run", pretrained, "--d_hidden", 64)
+    assert_one_line(command, 2, "d_hidden is 64", "need 128")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damage", ["bytes", "label", "meta"])
+def test_damaged_data_is_named(damage, sentences, classify, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(sentences, data)
+    file = data / "valid.jsonl"
+    if damage == "meta":
+        (data / "meta.json").write_text("{}")
+    else:
+        changed = file.read_text().replace('"label": 1', '"label": 2' if damage == "label" else '"label": 0', 1)
+        file.write_text(changed)
+    if damage == "label":
+        meta = json.loads((data / "meta.json").read_text())
+        meta["splits"]["valid"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        (data / "meta.json").write_text(json.dumps(meta))
+    words = {"bytes": "SHA-256", "label": "label 2, expected 0 or 1", "meta": "damaged"}
+    assert_one_line(classify(tmp_path / "run", "--method", "smoe", "--data", data), 2, words[damage], "--force")
