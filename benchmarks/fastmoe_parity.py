@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from smoe import SMoE, record_routing
-from smoe.engine import fastmoe_obstacle, kernels_are_compiled
+from smoe.fastmoe_available import fastmoe_obstacle, kernels_are_compiled
 from smoe.parallel import ParallelGroups, gather_state, parallelize, shard_state, sync_expert_gradients
 from smoe.router import ROUTERS, SCORES
 

@@ -1,29 +1,29 @@
-"""Estimates: time of a layer's traffic on 8, 64 and 1024 GPUs, and the tokens from which data parallel sends less.
+"""Estimates: how long a layer's messages take on 8, 64 and 1024 GPUs, and when data parallelism sends less.
 
-    python -m benchmarks.scaling         # the tables of docs/scaling.md
+    python -m benchmarks.scaling         # prints the tables of docs/scaling.md
 
-Nothing is measured: the bytes of `smoe.parallel.wire`'s formulas are divided by the speed of the links. Machines have 8
-GPUs; tokens are bfloat16, gradients float32. A GPU sends `NVLINK` bytes per second within its machine and `NIC` to
-others; both links work at once, so the slower one counts. All-reduces are hierarchical (as NCCL does with one network
-card per GPU): of S bytes, 2 S 7/8 are sent within a machine and 2 (n - 1)/n S/8 between n machines. The latency of a
-message (10 to 20 us) is not included.
+Nothing is measured: the bytes are those of the formulas in `smoe.parallel.wire`, the speeds those of the links. A
+machine has 8 GPUs; tokens are bfloat16, gradients float32. Each GPU sends `NVLINK` bytes per second within its machine
+and `NIC` bytes per second to other machines, both at once, so the slower transfer counts. All-reduces are hierarchical,
+as NCCL does them with one network card per GPU: for S bytes, 2 S 7/8 within the machine and 2 (n - 1)/n S/8 between n
+machines. The latency of a message (10 to 20 us) is not included.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from smoe.parallel.wire import all_reduce_bytes, wire_bytes
+from smoe.parallel.wire import WireBytes, all_reduce_bytes, wire_bytes
 
-NVLINK = 450e9  # bytes per second and GPU, in one direction: NVLink 4 (18 links of 25 GB/s)
-NIC = 50e9  # InfiniBand NDR, 400 Gbit/s, one card per GPU
-FLOPS = 400e12  # of an H100 in bfloat16; an assumption, 40 % of its 989 TFLOP/s
-MACHINE = 8
+NVLINK = 450e9  # bytes per second, direction and GPU: NVLink 4 (18 links of 25 GB/s)
+NIC = 50e9  # bytes per second, direction and GPU: InfiniBand NDR, 400 Gbit/s
+FLOPS = 400e12  # FLOP per second and GPU: assumes 40 % of an H100's 989e12 in bfloat16
+MACHINE = 8  # GPUs
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the paper. tokens: per GPU, an eighth of the paper's batch; so the batch grows with the GPUs."""
+    """A model of the paper: d, h and n (N) of its SMoE layers; tokens per GPU, an eighth of the paper's batch."""
 
     name: str
     layers: int
@@ -41,26 +41,31 @@ MODELS = (
 )
 
 
-def seconds(model: Model, scheme: str, world: int, spread: int, k: int) -> float:
-    """Per layer and step; scheme ``data_parallel``, ``fastmoe`` or ``ours``, with experts over ``spread`` ranks."""
+def seconds(model: Model, scheme: str, world: int, expert_parallel: int, k: int) -> float:
+    """Seconds that one layer's messages take per step.
+
+    Args:
+        scheme: ``data_parallel``, ``fastmoe`` or ``ours``.
+        world, expert_parallel: W and E, the ranks and those among them that share the experts.
+    """
     if scheme == "data_parallel":
         return _all_reduce(_bytes(model, 1, k).data_parallel, world, MACHINE)
-    moved = getattr(_bytes(model, spread, k), scheme)
-    # The share of a rank's spread - 1 partners that is on other machines, reached through the network card.
-    beyond = max(spread - MACHINE, 0) / (spread - 1)
+    moved = getattr(_bytes(model, expert_parallel, k), scheme)
+    # Of the other E - 1 ranks, those outside the machine are reached through the network card.
+    beyond = max(expert_parallel - MACHINE, 0) / (expert_parallel - 1)
     exchange = max(moved * (1 - beyond) / NVLINK, moved * beyond / NIC)
-    gradients = _bytes(model, 1, k).data_parallel / spread
-    return exchange + _all_reduce(gradients, world // spread, max(MACHINE // spread, 1))
+    gradients = _bytes(model, 1, k).data_parallel / expert_parallel
+    return exchange + _all_reduce(gradients, world // expert_parallel, max(MACHINE // expert_parallel, 1))
 
 
-def _bytes(model: Model, spread: int, k: int):
-    """With spread = 1, ``data_parallel`` is the size of the gradients."""
-    world = 2 if spread == 1 else spread  # over two ranks a ring sends the size of the gradients
+def _bytes(model: Model, expert_parallel: int, k: int) -> WireBytes:
+    """With E = W; for E = 1, ``data_parallel`` is the size of the gradients, which a ring of two ranks sends."""
+    world = 2 if expert_parallel == 1 else expert_parallel
     return wire_bytes(model.tokens, model.d, k, model.n, world, d_expert=model.h, itemsize=2, bias=model.bias)
 
 
 def _all_reduce(size: float, ranks: int, within: int) -> float:
-    """Seconds of an all-reduce of ``size`` bytes among ``ranks``, with ``within`` of them per machine."""
+    """Seconds for an all-reduce of ``size`` bytes over ``ranks`` ranks, ``within`` of them in each machine."""
     within = min(within, ranks)
     return max(
         all_reduce_bytes(size, within) / NVLINK,
@@ -69,22 +74,22 @@ def _all_reduce(size: float, ranks: int, within: int) -> float:
 
 
 def compute_seconds(model: Model, k: int) -> float:
-    """Seconds of the matrix products of the experts, forward and backward, per layer and step."""
+    """Seconds for the matrix products of a layer's experts, forward and backward."""
     return 12 * model.tokens * k * model.h * model.d / FLOPS
 
 
-def break_even(model: Model, spread: int, k: int) -> float:
-    """Tokens per rank below which ours sends less than data parallel, with the experts over all ``spread`` ranks."""
-    per_token = (_ours(model, spread, k, 1 << 20) - _ours(model, spread, k, 0)) / (1 << 20)
-    return (all_reduce_bytes(_bytes(model, 1, k).data_parallel, spread) - _ours(model, spread, k, 0)) / per_token
+def break_even(model: Model, world: int, k: int) -> float:
+    """Tokens per rank below which expert parallelism over all ``world`` ranks sends less than data parallelism."""
+    per_token = (_ours(model, world, k, 1 << 20) - _ours(model, world, k, 0)) / (1 << 20)
+    return (all_reduce_bytes(_bytes(model, 1, k).data_parallel, world) - _ours(model, world, k, 0)) / per_token
 
 
-def _ours(model: Model, spread: int, k: int, tokens: int) -> float:
-    return wire_bytes(tokens, model.d, k, model.n, spread, d_expert=model.h, itemsize=2, bias=model.bias).ours
+def _ours(model: Model, world: int, k: int, tokens: int) -> float:
+    return wire_bytes(tokens, model.d, k, model.n, world, d_expert=model.h, itemsize=2, bias=model.bias).ours
 
 
 def time_table() -> str:
-    """Microseconds per layer and step."""
+    """Markdown: microseconds per layer and step."""
     lines = [
         "| model (tokens per GPU) | GPUs | k | experts' arithmetic | data parallel | a copy per expert, E = 8 "
         "| ours, E = 8 | ours, E = 16 |\n|---|---|---|---|---|---|---|---|"
@@ -101,15 +106,15 @@ def time_table() -> str:
 
 
 def break_even_table() -> str:
-    """Tokens per GPU."""
+    """Markdown: the break-even point in tokens per GPU."""
     lines = ["| model | tokens per GPU on 8 | k | E = 2 | E = 4 | E = 8 | E = 16 |\n|---|---|---|---|---|---|---|"]
     for model in MODELS:
         for k in (2, 8, 16):
-            cells = " | ".join(f"{break_even(model, spread, k):,.0f}" for spread in (2, 4, 8, 16))
+            cells = " | ".join(f"{break_even(model, world, k):,.0f}" for world in (2, 4, 8, 16))
             lines.append(f"| {model.name} | {model.tokens} | {k} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
     print("Microseconds per layer and step\n\n" + time_table())
-    print("Tokens per GPU below which expert parallel sends less than data parallel\n\n" + break_even_table())
+    print("Tokens per GPU below which expert parallelism sends less than data parallelism\n\n" + break_even_table())

@@ -1,12 +1,12 @@
-"""Bytes that one layer sends in a training step: counted by the system's TCP, and by the formulas of smoe.parallel.
+"""The bytes that one layer sends in a training step, read from the system's TCP counters, and the formulas for them.
 
     python -m benchmarks.wire [--ranks 2 4] [--tokens 512] [--json results/wire_bytes.json]
     python -m benchmarks.wire --show results/wire_bytes.json [--png Figs/wire_bytes.png]     # for docs/scaling.md
 
-Processes on this machine communicate by gloo over TCP, and each asks the system how many bytes its connections have
-sent. That counts everything, gloo's headers included. Three schemes do the same step: data parallel (DDP around the
-whole layer); a copy per expert (what fastmoe sends: the vector of a token for every chosen expert on another rank,
-there and back, forward and backward); and `smoe.parallel`.
+Several processes on this machine communicate with gloo over TCP, and each asks the operating system how many bytes its
+connections have sent, gloo's headers included; our own counting is not used. Three schemes run the same step: data
+parallel (DDP around the whole layer), a copy per expert (what fastmoe sends: a token's vector to every chosen expert on
+another rank, out and back, forward and backward), and `smoe.parallel`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SCHEMES = {
 
 
 def bytes_sent() -> int:
-    """Bytes that all TCP connections of this process have sent, by Linux's tcp_info; retransmissions don't count."""
+    """Bytes that all TCP connections of this process have sent, from Linux's tcp_info, without retransmissions."""
     total = 0
     for descriptor in os.listdir("/proc/self/fd"):
         try:
@@ -51,7 +51,7 @@ def bytes_sent() -> int:
                 continue
             with socket.socket(fileno=os.dup(int(descriptor))) as connection:
                 information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-        except OSError:  # closed in the meantime, or not TCP
+        except OSError:  # closed by now, or not TCP
             continue
         sent, again = struct.unpack_from("QQ", information, 200)  # tcpi_bytes_sent, tcpi_bytes_retrans
         total += sent - again
@@ -59,10 +59,10 @@ def bytes_sent() -> int:
 
 
 def measured(step: Callable[[], None]) -> int:
-    """Bytes that ``step`` makes this process send."""
-    step()  # the first step opens connections and makes DDP's buckets
+    """Bytes that this process sends during ``step``."""
+    step()  # the first call opens connections and makes buckets
     dist.barrier()
-    time.sleep(0.05)  # by now the system has sent what it was given
+    time.sleep(0.05)  # until the system has sent what it was given
     before = bytes_sent()
     step()
     dist.barrier()
@@ -78,20 +78,25 @@ def barrier_bytes() -> int:
 
 
 def copy_per_expert(indices: Tensor, num_experts: int, x: Tensor) -> None:
-    """Sends what a step sends when every chosen expert gets its own copy of a token; computes nothing."""
+    """Sends what a training step with one copy of each token per chosen expert sends; computes nothing.
+
+    Args:
+        indices: (T, k) int64, the chosen experts of this rank's tokens.
+        x: (T, d), their vectors.
+    """
     world, rank = dist.get_world_size(), dist.get_rank()
     counts = torch.bincount(indices.flatten(), minlength=num_experts)
     theirs = torch.empty_like(counts)
     dist.all_to_all_single(theirs, counts)
-    there, back = (c.view(world, -1).sum(1).tolist() for c in (counts, theirs))
-    there[rank] = back[rank] = 0
+    send, receive = (c.view(world, -1).sum(1).tolist() for c in (counts, theirs))
+    send[rank] = receive[rank] = 0
     order = indices.flatten().argsort(stable=True)
     rows = x[order // indices.shape[1]]
     elsewhere = (indices.flatten()[order] // (num_experts // world)) != rank
-    out, come = rows[elsewhere].contiguous(), x.new_empty(sum(back), x.shape[1])
+    out, received = rows[elsewhere].contiguous(), x.new_empty(sum(receive), x.shape[1])
     for _ in range(2):  # forward, backward
-        dist.all_to_all_single(come, out, back, there)
-        dist.all_to_all_single(out, come, there, back)
+        dist.all_to_all_single(received, out, receive, send)
+        dist.all_to_all_single(out, received, send, receive)
 
 
 def run_rank(rank: int, world: int, store: str, shapes: list[str], tokens: int, output: str) -> None:
@@ -121,7 +126,7 @@ def run_rank(rank: int, world: int, store: str, shapes: list[str], tokens: int, 
             whole = DistributedDataParallel(SMoE(d, n * h, n, k, activation=activation_name, seed=1))
             sent["data_parallel"] = measured(lambda whole=whole, step=step: step(whole))
             pairs, copies = count_pairs(indices, n, world, rank)
-            # Averaged over the ranks, a rank receives as many rows as it sends.
+            # On average over the ranks, a rank receives as many rows as it sends.
             exact = wire_bytes(tokens, d, k, n, world, d_expert=h, itemsize=wide.element_size(),
                                rows=(pairs, pairs), copies=(copies, copies))  # fmt: skip
             random = wire_bytes(tokens, d, k, n, world, d_expert=h, itemsize=wide.element_size())
@@ -150,7 +155,7 @@ def run(world: int, shapes: list[str], tokens: int) -> list[dict[str, Any]]:
 
 
 def tables(record: dict[str, Any], *only: tuple[str, str, int]) -> str:
-    """Markdown: measured bytes and their distance from the formula, one table per (shape, dtype, number of ranks)."""
+    """Markdown, one table per (shape, dtype, number of ranks): measured bytes and their difference from the formula."""
     rows, parts = record["rows"], []
     for key in only or dict.fromkeys((row["shape"], row["dtype"], row["ranks"]) for row in rows):
         chosen = [row for row in rows if (row["shape"], row["dtype"], row["ranks"]) == key]
@@ -175,7 +180,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Bytes over k at the largest number of ranks in bf16; dots are measured, lines are the formulas."""
+    """Plots bytes over k at the largest number of ranks in bf16; dots are measurements, lines the formulas."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -209,7 +214,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="tokens per rank")
     parser.add_argument("--json", type=Path, help="write the record here")
     parser.add_argument("--show", type=Path, help="print the tables of this record instead of measuring")
-    parser.add_argument("--png", type=Path, help="draw the record")
+    parser.add_argument("--png", type=Path, help="plot the record to this file")
     arguments = parser.parse_args()
     if arguments.show:
         record = json.loads(arguments.show.read_text())

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 
-from bert.config import PretrainConfig
+from bert.config import RunConfig
 from bert.data import Vocabulary
 from smoe import SMoE
 from smoe.dropout import Dropout
@@ -44,29 +44,22 @@ class MaskedLM(nn.Module):
         return MaskedLMOutput(F.cross_entropy(logits, targets.flatten()), logits)
 
 
-def build_model(config: PretrainConfig, vocabulary: Vocabulary) -> PreTrainedModel:
+def build_model(config: RunConfig, vocabulary: Vocabulary) -> PreTrainedModel:
     """A fresh model; draws from PyTorch's global generator, the fixed routers from ``config.seed`` alone.
 
     In each layer the MLP of the method takes the place of the two linear layers and the activation; the dropout after
     them, the residual and the layer norm are the model's own.
     """
     model = _dense(config, vocabulary)
-    method = config.get_method()
-    options: dict = {"num_experts": config.num_experts, "dropout": config.dropout, "activation": "gelu"}
-    if method.routed:
-        options |= {"score": config.score, "output_scale": config.output_scale, "router": config.router}
-        options["engine"] = config.engine
-        options["top_k"] = config.k_schedule()[0]
     for i, layer in enumerate(model.base_model.encoder.layer):
-        seed = {"seed": 1000 * config.seed + i} if method.routed else {}
-        layer.intermediate = method.make_mlp(config.d_model, config.d_hidden, **options, **seed)
+        layer.intermediate = config.make_mlp(i, activation="gelu")
         layer.output.dense = nn.Identity()
         _initialise(layer.intermediate)
     _use_fast_dropout(model)
     return model
 
 
-def _dense(config: PretrainConfig, vocabulary: Vocabulary) -> PreTrainedModel:
+def _dense(config: RunConfig, vocabulary: Vocabulary) -> PreTrainedModel:
     sizes = {
         "vocab_size": vocabulary.size,
         "hidden_size": config.d_model,

@@ -8,8 +8,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash script/setup.sh
 source .venv/bin/activate
-python -m smoe.run.report results/table1/cpu/*.json --plot Figs/table1_cpu.png --into README.md --block table1-cpu
+python -m smoe.report results/table1/cpu/*.json --plot Figs/table1_cpu.png --into README.md --block table1-cpu
 for model in bert roberta; do
-    python -m smoe.run.report results/table1/cpu/$model/*.json --plot Figs/table1_cpu_$model.png \
+    python -m smoe.report results/table1/cpu/$model/*.json --plot Figs/table1_cpu_$model.png \
         --into README.md --block table1-cpu-$model
 done

@@ -1,14 +1,14 @@
 """Sparse mixtures of experts as a training technique: SMoE-Dropout on torch alone."""
 
 from .control import activated, get_top_k, record_routing, set_top_k, smoe_layers
-from .dropout import ConcreteDropout, DropBlock
+from .dense_dropout import ConcreteDropout, DropBlock
 from .experts import Experts, merge, split
 from .layer import SMoE
 from .methods import METHODS, DenseMLP, Method, get_method
-from .mlp_find import register_mlp
 from .modulize import demodulize, modulize
+from .modulize.find import register_mlp
+from .modulize.save import from_pretrained, save_pretrained
 from .router import HashRouter, LearnedRouter, RandomRouter, Router, Routing, UniformRouter
-from .saving import from_pretrained, save_pretrained
 from .schedule import k_at, ks_at
 from .slim import slim, vote
 

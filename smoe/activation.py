@@ -1,110 +1,82 @@
-"""Activations by name, with the derivative that the fast expert paths need."""
+"""Activations by name, with the derivative that the fast paths of ``smoe.compute`` need."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# (gradient of the output, saved, tensor that takes the result or None) -> gradient of the input
-Backward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
 
 class Activation:
-    """An elementwise function and its backward.
+    """An elementwise function and its derivative, which here comes from autograd."""
 
-    ``saves_output`` says what ``backward(grad, saved)`` wants as ``saved``: the output (ReLU: nothing else need be
-    kept) or the input.
-    """
-
+    # What `backward` wants as `saved`: the output (ReLU needs nothing else) or the input.
     saves_output = False
 
-    def __init__(
-        self,
-        name: str,
-        forward: Callable[[Tensor], Tensor],
-        backward: Backward,
-        forward_out: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ):
+    def __init__(self, name: str, function: Callable[[Tensor], Tensor]) -> None:
         self.name = name
-        self._forward = forward
-        self._backward = backward
-        self._forward_out = forward_out
+        self._function = function
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """The function of x; without gradients it may be written to ``out``, which then is what is returned."""
+        """The function of x. Without gradients, ``out`` may be given; the result is written to it and returned."""
         if out is None:
-            return self._forward(x)
-        if self._forward_out is not None:
-            return self._forward_out(x, out)
-        # A copy, since a function of the user's may work in place.
-        return out.copy_(self._forward(out.copy_(x)))
+            return self._function(x)
+        return out.copy_(self._function(out.copy_(x)))  # of a copy, because a user's function may work in place
 
-    def backward(self, grad: Tensor, saved: Tensor, out: Tensor | None = None) -> Tensor:
+    def backward(self, grad: Tensor, saved: Tensor, out: Tensor) -> Tensor:
         """d loss / d input, from d loss / d output and what was saved; written to ``out``, which may be one of them."""
-        return self._backward(grad, saved, out)
+        with torch.enable_grad():
+            x = saved.detach().requires_grad_()
+            (grad_x,) = torch.autograd.grad(self._function(x.clone()), x, grad)  # of a clone: it may work in place
+        return out.copy_(grad_x)
 
     def __reduce__(self):
-        # By name, since the functions of ACTIVATIONS are closures; a function of the user's must itself be picklable.
-        return get_activation, (self.name if ACTIVATIONS.get(self.name) is self else self._forward,)
+        # By name where it has one in ACTIVATIONS; a user's function must itself be picklable.
+        return get_activation, (self.name if ACTIVATIONS.get(self.name) is self else self._function,)
 
     def __repr__(self) -> str:
         return self.name
 
 
-def _out_variant(operator, *args, **kwargs) -> Backward:
-    def backward(grad: Tensor, saved: Tensor, out: Tensor | None = None) -> Tensor:
-        if out is None:
-            return operator(grad, saved, *args, **kwargs)
-        return operator.grad_input(grad, saved, *args, **kwargs, grad_input=out)
+class _BuiltIn(Activation):
+    """An activation of PyTorch, with the operators that write its result and its gradient to a given tensor."""
 
-    return backward
+    def __init__(self, name: str, function: Any, forward: Any, backward: Any, saves_output: bool = False) -> None:
+        super().__init__(name, function)
+        self._forward, self._backward, self.saves_output = forward, backward, saves_output
 
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self._function(x) if out is None else self._forward(x, out=out)
 
-class _ReLU(Activation):
-    saves_output = True
-
-    def __init__(self) -> None:
-        super().__init__("relu", F.relu, _out_variant(torch.ops.aten.threshold_backward, 0))
+    def backward(self, grad: Tensor, saved: Tensor, out: Tensor) -> Tensor:
+        return self._backward(grad, saved, grad_input=out)
 
 
-def _by_autograd(function: Callable[[Tensor], Tensor]) -> Backward:
-    def backward(grad: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            (grad_x,) = torch.autograd.grad(function(x.clone()), x, grad)  # a clone: it may work in place
-        return grad_x if out is None else out.copy_(grad_x)
-
-    return backward
-
-
-_aten = torch.ops.aten
-ACTIVATIONS = {
-    "relu": _ReLU(),
-    "gelu": Activation("gelu", F.gelu, _out_variant(_aten.gelu_backward), lambda x, out: _aten.gelu.out(x, out=out)),
-    "gelu_tanh": Activation(
-        "gelu_tanh",
-        lambda x: F.gelu(x, approximate="tanh"),
-        _out_variant(_aten.gelu_backward, approximate="tanh"),
-        lambda x, out: _aten.gelu.out(x, approximate="tanh", out=out),
+_aten, _tanh = torch.ops.aten, {"approximate": "tanh"}
+_relu_backward = partial(_aten.threshold_backward.grad_input, threshold=0)
+_gelu, _gelu_backward = _aten.gelu.out, _aten.gelu_backward.grad_input
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": _BuiltIn("relu", F.relu, _aten.relu.out, _relu_backward, saves_output=True),
+    "gelu": _BuiltIn("gelu", F.gelu, _gelu, _gelu_backward),
+    "gelu_tanh": _BuiltIn(
+        "gelu_tanh", partial(F.gelu, **_tanh), partial(_gelu, **_tanh), partial(_gelu_backward, **_tanh)
     ),
-    "silu": Activation("silu", F.silu, _out_variant(_aten.silu_backward), lambda x, out: _aten.silu.out(x, out=out)),
+    "silu": _BuiltIn("silu", F.silu, _aten.silu.out, _aten.silu_backward.grad_input),
 }
 
 
 def get_activation(activation: str | Callable[[Tensor], Tensor]) -> Activation:
-    """A name of ``ACTIVATIONS``, or any elementwise function (its derivative then comes from autograd)."""
+    """A name of ``ACTIVATIONS``, or any elementwise function without parameters."""
     if isinstance(activation, Activation):
         return activation
-    if isinstance(activation, str):
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)} or a function")
+    if isinstance(activation, str) and activation in ACTIVATIONS:
         return ACTIVATIONS[activation]
-    if not callable(activation):
+    if isinstance(activation, str) or not callable(activation):
         raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)} or a function")
     if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
         raise ValueError(f"activation is {activation!r}, which has parameters; it must be a function without any")
-    name = getattr(activation, "__name__", type(activation).__name__)
-    return Activation(name, activation, _by_autograd(activation))
+    return Activation(getattr(activation, "__name__", type(activation).__name__), activation)

@@ -1,12 +1,9 @@
-"""The ``smoe`` command: what a model costs, how fast it is, what runs have shown.
-
-The command line is the outermost layer: it alone reaches, when asked to, for the trainers' packages beside ``smoe``.
-Everything is imported when used.
-"""
+"""The ``smoe`` command: what a model costs, how fast it is, what runs have shown. Everything is imported when used."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,6 +15,12 @@ from typing import Any, NoReturn
 from .errors import BAD_INPUT, clean_exit
 
 _DESCRIPTION = "Sparse mixtures of experts as a training technique: counts, benchmarks and reports."
+_LENGTHS = {
+    "batch": "sequences",
+    "seq_len": "tokens of a sequence",
+    "tgt_len": "tokens of a Transformer-XL segment",
+    "mem_len": "remembered tokens of a Transformer-XL",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,13 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises SystemExit for ``--help`` (0) and, after one line on stderr, for bad input (2).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    with clean_exit("transformer_xl", "bert"):
-        if argv[:1] == ["bench"]:  # what follows is the other program's to read, its --help too
+    with clean_exit():
+        if argv[:1] == ["bench"]:  # the other program reads what follows, its --help too
             return _bench(argv[1:])
         if argv[:1] == ["report"]:
-            return _report(argv[1:])
-        options = _build_parser().parse_args(argv)
-        return _flops(options)
+            from .report.command import main as report
+
+            return report(argv[1:]) or 0
+        return _flops(_build_parser().parse_args(argv))
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -58,22 +62,13 @@ def _build_parser() -> argparse.ArgumentParser:
         help="FLOPs and parameters of a model at every k, from shapes alone",
         description="FLOPs of one forward pass, parameters and bytes, from shapes alone: nothing is run or allocated. "
         "paper: linear layers only, as Table 1 counts. true: everything, attention included.",
+        epilog="The configuration of a run and training steps: python -m transformer_xl.flops, python -m bert.flops.",
     )
     source = flops.add_mutually_exclusive_group(required=True)
     source.add_argument("--table1", action="store_true", help="all cells of Table 1's FLOPs column beside the paper's")
     source.add_argument("--arch", choices=("transformer_xl", "bert", "roberta"), help="a model at the paper's sizes")
     source.add_argument("--model", metavar="PATH", help="a saved Hugging Face model (folder with config.json)")
-    source.add_argument("--config", metavar="YAML", help="the config.yaml of a run, or a scale's YAML")
-    flops.add_argument("--method", help="a row of Table 1, with --arch or --config (default: smoe_dropout)")
-    flops.add_argument("--k", type=int, nargs="+", help="activated experts (default: all, a run's sweep, or as saved)")
-    flops.add_argument("--num_experts", type=int, default=None, help="N, with --arch (default: 16)")
-    flops.add_argument("--batch", type=int, help="sequences (default: Table 1's, a run's, or 1)")
-    flops.add_argument("--seq_len", type=int, help="tokens of a sequence; needed with --model")
-    flops.add_argument("--tgt_len", type=int, help="tokens of a Transformer-XL segment")
-    flops.add_argument("--mem_len", type=int, help="remembered tokens of a Transformer-XL")
-    flops.add_argument("--true", action="store_true", help="with --arch: build the model and count all of it")
-    flops.add_argument("--step", action="store_true", help="with --arch or --config: a training step too")
-    flops.add_argument("--json", action="store_true", help="print JSON")
+    add_flops_options(flops, *_LENGTHS)
     # Their arguments go to other programs untouched; here they are listed for --help alone.
     commands.add_parser("bench", add_help=False, help="time the layer against dense and peers (in a checkout)")
     commands.add_parser("report", add_help=False, help="tables and plots from finished runs")
@@ -89,12 +84,84 @@ def _bench(argv: list[str]) -> int:
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
 
 
-def _report(argv: list[str]) -> int:
-    try:
-        from .run.report import main as report
-    except ModuleNotFoundError as error:
-        raise ValueError(f"report: needs the package {error.name}; pip install 'smoe[report]'") from None
-    return report(argv) or 0
+# ---- what every command that counts FLOPs shares
+
+
+def add_flops_options(parser: argparse.ArgumentParser, *lengths: str) -> None:
+    """Adds --method, --k, --num_experts, the lengths that a model has, and --json."""
+    parser.add_argument("--method", help="a row of Table 1 (default: smoe_dropout)")
+    parser.add_argument("--k", type=int, nargs="+", help="activated experts (default: all, or a run's sweep)")
+    parser.add_argument("--num_experts", type=int, help="N (default: 16)")
+    for name in lengths:
+        parser.add_argument(f"--{name}", type=int, help=f"{_LENGTHS[name]} (default: Table 1's)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --config and --scale, whose values take the place of the other options' defaults, and --step."""
+    parser.add_argument("--config", metavar="YAML", help="of a run; its values are the defaults")
+    parser.add_argument("--scale", help="whose sizes are the defaults (default: that of --config, else paper)")
+    parser.add_argument("--step", action="store_true", help="a training step too")
+
+
+def given_lengths(options: argparse.Namespace) -> dict[str, int]:
+    """The lengths that the command line gives."""
+    values = {name: getattr(options, name, None) for name in _LENGTHS}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def read_config(config_class: type, options: argparse.Namespace) -> Any:
+    """The configuration that the command line asks for: a file's or the paper's, with the flags given."""
+    need("jsonargparse", "train")
+    from .train.command import parse_config
+    from .train.yaml_files import load_yaml
+
+    file = {} if options.config is None else load_yaml(Path(options.config))
+    defaults = {"method": "smoe_dropout", "run_dir": ".", "scale": "paper"}
+    flags = {name: value for name, value in defaults.items() if name not in file}
+    given = {name: getattr(options, name, None) for name in ("model", "method", "num_experts", "scale")}
+    flags |= {name: str(value) for name, value in given.items() if value is not None}
+    argv = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    if options.config is not None:
+        argv += ["--config", options.config]
+    return parse_config(config_class, argv)
+
+
+def flops_row(k: int | None, counted: Any) -> dict[str, Any]:
+    """One line of a table: k and a ``smoe.flops.FlopCount``."""
+    values = dataclasses.asdict(counted)
+    return {"k": k, "paper": values.pop("paper_linear"), **values}
+
+
+def print_flops(result: dict[str, Any], as_json: bool) -> None:
+    """Prints ``rows`` as a table under a line with all else that ``result`` holds, or everything as JSON."""
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    rows = result["rows"]
+    print(", ".join(f"{key} {value}" for key, value in result.items() if key != "rows" and value is not None))
+    table = [[*rows[0]]] + [[_cell(name, value) for name, value in row.items()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def need(package: str, extra: str) -> None:
+    """ValueError that says what to install, unless ``package`` is there."""
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise ValueError(f"this needs the package {package}; pip install 'smoe[{extra}]'")
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if name in ("paper", "true", "step", "flops"):
+        return f"{value / 1e9:.6g}e9" if value < 1e10 else f"{value / 1e10:.6g}e10"
+    if name == "difference":
+        return f"{100 * value:+.4f} %"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 # ---- smoe flops
@@ -102,99 +169,38 @@ def _report(argv: list[str]) -> int:
 
 def _flops(options: argparse.Namespace) -> int:
     given = {name for name, value in vars(options).items() if value is not None and value is not False}
-    given -= {"command", "json"}
-    source = next(name for name in ("table1", "arch", "model", "config") if name in given)
-    lengths = {"batch", "seq_len", "tgt_len", "mem_len"}
-    allowed = {
-        "table1": set(),
-        "arch": {"method", "k", "num_experts", "true", "step", *lengths},
-        "model": {"k", "batch", "seq_len", "true"},
-        "config": {"method", "k", "true", "step", *lengths},
-    }[source]
-    if extra := sorted(given - allowed - {source}):
-        raise ValueError(f"--{extra[0]} says nothing with --{source}; leave it out")
-    run = {"table1": _flops_table1, "arch": _flops_arch, "model": _flops_model, "config": _flops_config}[source]
-    result = run(options)
-    print(json.dumps(result, indent=1) if options.json else _as_text(result))
+    source = next(name for name in ("table1", "arch", "model") if name in given)
+    allowed = {"table1": set(), "arch": {"method", "k", "num_experts", *_LENGTHS}, "model": {"k", "batch", "seq_len"}}
+    if extra := sorted(given - allowed[source] - {source, "command", "json"}):
+        raise ValueError(f"--{extra[0]} has no effect with --{source}; leave it out")
+    run = {"table1": _flops_table1, "arch": _flops_arch, "model": _flops_model}[source]
+    print_flops(run(options), options.json)
     return 0
 
 
 def _flops_table1(options: argparse.Namespace) -> dict[str, Any]:
-    from .flops import table1
+    from .paper import table1
 
     return {"table": "Table 1, inference FLOPs by the paper's convention", "rows": table1()}
 
 
 def _flops_arch(options: argparse.Namespace) -> dict[str, Any]:
     from .experts import check_divisible
-    from .flops import masked_lm, paper_flops
     from .methods import get_method
-    from .paper import check_k, sizes_of
+    from .paper import paper_flops, sizes_of
 
     method, num_experts = options.method or "smoe_dropout", 16 if options.num_experts is None else options.num_experts
-    sizes = sizes_of(options.arch, _lengths(options))
+    lengths = given_lengths(options)
+    sizes = sizes_of(options.arch, lengths)
     check_divisible(sizes["d_hidden"], num_experts)
     routed = get_method(method).routed
-    ks = options.k or ([num_experts] if routed else [None])
-    for k in ks:
-        check_k(method, k, num_experts)
-    shape = {name: sizes[name] for name in ("batch", "seq_len", "tgt_len", "mem_len") if name in sizes}
-    head = {"arch": options.arch, "method": method, "num_experts": num_experts if routed else None, **shape}
-    if not (options.true or options.step):
-        paper = [paper_flops(options.arch, method, k, num_experts=num_experts, **_lengths(options)) for k in ks]
-        return {**head, "rows": [{"k": k, "paper": flops} for k, flops in zip(ks, paper, strict=True)]}
-    if options.arch == "transformer_xl":
-        config = _train_config(
-            ["--method", method, "--run_dir", ".", "--scale", "paper", "--num_experts", str(num_experts)]
-        )
-        return {**head, "rows": _transformer_xl_rows(config, ks, shape, shape if options.step else None)}
-    _need("transformers", "hf")
-    model = masked_lm(options.arch, method, num_experts=num_experts)
-    return {**head, "rows": _masked_lm_rows(model, method, ks, shape, options.step)}
-
-
-def _flops_config(options: argparse.Namespace) -> dict[str, Any]:
-    from .run.config import load_yaml
-
-    _need("jsonargparse", "train")
-    values = load_yaml(Path(options.config))
-    if values.get("model") in ("bert", "roberta"):
-        return _flops_masked_lm_config(options, values)
-    argv = ["--config", options.config]
-    if options.method or "method" not in values:
-        argv += ["--method", options.method or "smoe_dropout"]
-    if "run_dir" not in values:
-        argv += ["--run_dir", "."]
-    config = _train_config(argv)
-    ks = options.k or config.sweep_ks()
-    lengths = _lengths(options)
-    shape = {name: lengths.get(name, getattr(config, f"eval_{name}")) for name in ("tgt_len", "mem_len")}
-    shape = {"batch": lengths.get("batch", config.eval_batch_size), **shape}
-    step = {"batch": config.batch_size, "tgt_len": config.tgt_len, "mem_len": config.mem_len} | lengths
-    if "seq_len" in lengths:
-        raise ValueError("--seq_len says nothing for a Transformer-XL; give --tgt_len and --mem_len")
-    head = {"config": options.config, "arch": "transformer_xl", "method": config.method, **shape}
-    return {**head, "rows": _transformer_xl_rows(config, ks, shape, step if options.step else None)}
-
-
-def _flops_masked_lm_config(options: argparse.Namespace, values: dict[str, Any]) -> dict[str, Any]:
-    from .flops import masked_lm
-    from .methods import get_method
-    from .paper import sizes_of
-
-    _need("transformers", "hf")
-    arch, method = values["model"], options.method or values.get("method", "smoe_dropout")
-    names = ("num_layers", "d_model", "num_heads", "d_hidden", "vocab_size", "seq_len")
-    own = {name: values[name] for name in names if values.get(name) is not None}
-    if values.get("batch_size") is not None:
-        own["batch"] = values["batch_size"]
-    sizes = sizes_of(arch, {**own, **_lengths(options)})
-    model = masked_lm(arch, method, num_experts=values.get("num_experts", 16), **sizes)
-    ks = options.k or values.get("sweep") or ([values.get("num_experts", 16)] if get_method(method).routed else [None])
-    ks = ks if get_method(method).routed or options.k else [None]
-    shape = {"batch": sizes["batch"], "seq_len": sizes["seq_len"]}
-    head = {"config": options.config, "arch": arch, "method": method, **shape}
-    return {**head, "rows": _masked_lm_rows(model, method, ks, shape, options.step)}
+    head = {"arch": options.arch, "method": method, "num_experts": num_experts if routed else None}
+    head |= {name: sizes[name] for name in _LENGTHS if name in sizes}
+    rows = [
+        {"k": k, "paper": paper_flops(options.arch, method, k, num_experts=num_experts, **lengths)}
+        for k in options.k or ([num_experts] if routed else [None])
+    ]
+    return {**head, "rows": rows}
 
 
 def _flops_model(options: argparse.Namespace) -> dict[str, Any]:
@@ -206,12 +212,12 @@ def _flops_model(options: argparse.Namespace) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"--model {folder}: no config.json there; give the folder of a saved Hugging Face model")
     if options.seq_len is None:
-        raise ValueError("--seq_len is missing; give the tokens of a sequence")
+        raise ValueError("--seq_len is missing; give the number of tokens of a sequence")
     batch, seq_len = 1 if options.batch is None else options.batch, options.seq_len
     for name, value in (("seq_len", seq_len), ("batch", batch)):
         if value < 1:
             raise ValueError(f"--{name} is {value}; it must be at least 1")
-    _need("transformers", "hf")
+    need("transformers", "hf")
     model = _saved_model(folder)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and seq_len > limit:
@@ -221,7 +227,7 @@ def _flops_model(options: argparse.Namespace) -> dict[str, Any]:
     inputs = {"input_ids": torch.empty(batch, seq_len, dtype=torch.int64, device="meta")}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = inputs["input_ids"]
-    rows = [_row(k, count(model, inputs, k)) for k in options.k or [_own_k(model)]]
+    rows = [flops_row(k, count(model, inputs, k)) for k in options.k or [_own_k(model)]]
     return {"model": str(folder), "class": type(model).__name__, "batch": batch, "seq_len": seq_len, "rows": rows}
 
 
@@ -231,8 +237,6 @@ def _saved_model(folder: Path) -> Any:
 
     marked = any("smoe" in path.name for path in folder.iterdir())
     if marked or '"smoe' in (folder / "config.json").read_text(encoding="utf-8"):
-        if not hasattr(smoe, "from_pretrained"):
-            raise ValueError(f"--model {folder}: was saved by smoe, and this version can't load it")
         return smoe.from_pretrained(folder).eval()
     import torch
     import transformers
@@ -255,87 +259,3 @@ def _own_k(model: Any) -> int | None:
 
     k = get_top_k(model) if smoe_layers(model) else None
     return None if isinstance(k, list) else k
-
-
-def _train_config(argv: list[str]) -> Any:
-    _need("transformer_xl", "train")
-    _need("jsonargparse", "train")
-    from transformer_xl.config import CONFIG_DIR, TrainConfig
-
-    from .run.config import parse_config
-
-    return parse_config(TrainConfig, CONFIG_DIR, argv, prog="smoe flops")
-
-
-def _transformer_xl_rows(
-    config: Any, ks: Sequence[int | None], shape: dict[str, int], step: dict[str, int] | None
-) -> list[dict[str, Any]]:
-    import torch
-
-    from .flops import transformer_xl_flops, transformer_xl_step_flops
-    from .paper import check_k
-
-    with torch.device("meta"):
-        model = config.build_model()
-    rows = []
-    for k in ks:
-        check_k(config.method, k, config.num_experts)
-        row = {"k": k, **transformer_xl_flops(model, k, **shape)}
-        if step is not None:
-            row["step"] = transformer_xl_step_flops(model, config.method, k, **step)
-        rows.append(row)
-    return rows
-
-
-def _masked_lm_rows(
-    model: Any, method: str, ks: Sequence[int | None], shape: dict[str, int], step: bool
-) -> list[dict[str, Any]]:
-    import torch
-
-    from .flops import count, count_step
-
-    ids = torch.empty(shape["batch"], shape["seq_len"], dtype=torch.int64, device="meta")
-    rows = []
-    for k in ks:
-        row = _row(k, count(model, {"input_ids": ids}, k))
-        if step:
-            row["step"] = count_step(model, method, {"input_ids": ids, "labels": ids}, k)
-        rows.append(row)
-    return rows
-
-
-def _row(k: int | None, counted: Any) -> dict[str, Any]:
-    sizes = (counted.params_total, counted.params_active, counted.weight_bytes)
-    names = ("params_total", "params_active", "weight_bytes")
-    return {"k": k, "paper": counted.paper_linear, "true": counted.true, **dict(zip(names, sizes, strict=True))}
-
-
-def _lengths(options: argparse.Namespace) -> dict[str, int]:
-    names = ("batch", "seq_len", "tgt_len", "mem_len")
-    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-
-
-def _need(package: str, extra: str) -> None:
-    from importlib.util import find_spec
-
-    if find_spec(package) is None:
-        raise ValueError(f"this needs the package {package}; pip install 'smoe[{extra}]'")
-
-
-def _as_text(result: dict[str, Any]) -> str:
-    rows = result["rows"]
-    head = ", ".join(f"{key} {value}" for key, value in result.items() if key != "rows" and value is not None)
-    table = [[*rows[0]]] + [[_cell(name, value) for name, value in row.items()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
-    return "\n".join([head, *lines])
-
-
-def _cell(name: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    if name in ("paper", "true", "step", "flops"):
-        return f"{value / 1e9:.6g}e9" if value < 1e10 else f"{value / 1e10:.6g}e10"
-    if name == "difference":
-        return f"{100 * value:+.4f} %"
-    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,4 +1,4 @@
-"""What is done to a whole model: set k in every layer, read it, and watch how tokens are routed."""
+"""What is done to all SMoE layers of a model: set k, read it, and record how tokens are routed."""
 
 from __future__ import annotations
 
@@ -12,35 +12,33 @@ from .router import Routing, check_top_k
 
 
 def smoe_layers(model: nn.Module) -> list[tuple[str, SMoE]]:
-    """(name, layer) of every SMoE layer of ``model``, each once, in the model's own order."""
+    """(name, layer) of every SMoE layer of ``model``, each once, in the model's order."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, SMoE)]
 
 
-def _layers_or_error(model: nn.Module) -> list[tuple[str, SMoE]]:
-    layers = smoe_layers(model)
+def _layers_or_error(model: nn.Module) -> list[SMoE]:
+    layers = [layer for _, layer in smoe_layers(model)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no SMoE layer; there is no top_k to read or set")
     return layers
 
 
 def check_whole(model: nn.Module, doing: str) -> None:
-    """A ValueError if experts of ``model`` are spread over ranks, of which ``doing`` would see this rank's alone."""
+    """A ValueError if experts of ``model`` are spread over ranks, since ``doing`` would see only those of this rank."""
     for name, layer in smoe_layers(model):
         if layer.dispatch is not None:
             raise ValueError(
                 f"{doing}: the experts of layer {name or type(model).__name__} are spread over ranks; do it before "
-                "parallelize, or load what gather_state returns into a model that is not spread"
+                "parallelize, or load the result of gather_state into a model that is not spread"
             )
 
 
 def set_top_k(model: nn.Module, k: int | Sequence[int]) -> None:
     """Sets the number of activated experts: one k for every SMoE layer, or one k per layer in the model's order.
 
-    All layers take it, or none does.
-
     Raises:
-        ValueError: the model has no SMoE layer, a list has another length than there are layers, or a k is not in 1..N
-            of its layer.
+        ValueError: the model has no SMoE layer, a list does not have one k per layer, or a k is not in 1..N of its
+            layer. No layer is changed then.
     """
     layers = _layers_or_error(model)
     ks = list(k) if isinstance(k, (list, tuple)) else [k] * len(layers)
@@ -49,15 +47,15 @@ def set_top_k(model: nn.Module, k: int | Sequence[int]) -> None:
             f"k is {ks}, {len(ks)} numbers; {type(model).__name__} has {len(layers)} SMoE layers, so it must be one "
             f"number or {len(layers)}"
         )
-    for (_, layer), layer_k in zip(layers, ks, strict=True):
+    for layer, layer_k in zip(layers, ks, strict=True):
         check_top_k(layer_k, layer.num_experts)
-    for (_, layer), layer_k in zip(layers, ks, strict=True):
+    for layer, layer_k in zip(layers, ks, strict=True):
         layer.top_k = layer_k
 
 
 @contextmanager
 def activated(model: nn.Module, k: int | Sequence[int] | None) -> Iterator[None]:
-    """Within the block the SMoE layers of ``model`` activate k experts (one k, or one per layer); afterwards as before.
+    """Within the block the SMoE layers of ``model`` activate k experts (see ``set_top_k``); afterwards as before.
 
     None leaves every layer at its own k.
     """
@@ -72,21 +70,21 @@ def activated(model: nn.Module, k: int | Sequence[int] | None) -> Iterator[None]
 
 
 def get_top_k(model: nn.Module) -> int | list[int]:
-    """The number of activated experts: one number where all SMoE layers agree, else a list in layer order."""
-    ks = [layer.top_k for _, layer in _layers_or_error(model)]
+    """The number of activated experts: one number if all SMoE layers agree, else a list in the model's order."""
+    ks = [layer.top_k for layer in _layers_or_error(model)]
     return ks[0] if len(set(ks)) == 1 else ks
 
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
-    """Within the block, every forward pass appends one :class:`Routing` per layer to the list that it yields.
+    """Within the block, every forward pass appends one :class:`Routing` per layer to the list that is yielded.
 
-    Balance losses, votes and load plots come from it: ``sum(r.balance_loss for r in routings)``. A model may be
-    wrapped (DDP) or compiled and may run several passes. Blocks may be nested. Under activation checkpointing run
-    ``backward`` after the block: a recomputed pass within it is recorded again.
+    Balance losses, votes and load plots come from it: ``sum(r.balance_loss for r in routings)``. The model may be
+    wrapped (DDP) or compiled, may run several passes, and blocks may be nested. Under activation checkpointing run
+    ``backward`` after the block, because a pass that is recomputed within it is recorded again.
     """
     routings: list[Routing] = []
-    # By identity: layers may share one router, which then speaks once a pass of each of them.
+    # Each once: layers that share a router call it once per layer and pass.
     routers = {id(layer.router): layer.router for _, layer in smoe_layers(model)}.values()
     for router in routers:
         router.watch(routings)

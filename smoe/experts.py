@@ -2,8 +2,8 @@
 
 Shapes: N experts, d model width, h hidden width of one expert, H = N * h hidden width of the whole MLP.
 
-Both projections are stored as ``(N, h, d)``, hidden units first. All experts together are then a dense MLP without
-moving a byte: ``up.view(H, d)`` is its first matrix and ``down.view(H, d)`` the transpose of its second.
+The weights of both linear layers are stored as ``(N, h, d)``, hidden units first. So all experts together are a dense
+MLP without moving a byte: ``up.view(H, d)`` is its first matrix and ``down.view(H, d)`` the transpose of its second.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activation import Activation, get_activation
+from .activation import get_activation
 
 
 def _check_size(name: str, value: int) -> None:
@@ -25,7 +25,7 @@ def _check_size(name: str, value: int) -> None:
 
 
 def check_divisible(d_hidden: int, num_experts: int) -> int:
-    """h = d_hidden / num_experts, or a ValueError that says what would be right."""
+    """h = d_hidden / num_experts, or a ValueError that names the nearest d_hidden that would fit."""
     _check_size("num_experts", num_experts)
     _check_size("d_hidden", d_hidden)
     if d_hidden % num_experts:
@@ -38,13 +38,20 @@ def check_divisible(d_hidden: int, num_experts: int) -> int:
 class Experts(nn.Module):
     """N MLPs of hidden width h: ``E_e(x) = act(x @ up[e].T + up_bias[e]) @ down[e] + down_bias[e]``.
 
-    Gated experts (Llama's MLP and its kin) have ``act(x @ gate[e].T + gate_bias[e]) * (x @ up[e].T + up_bias[e])``
-    as hidden units.
-
-    ``dropout`` is the rate of the dropout on the hidden units (0 in the paper: leaving experts out is its dropout).
+    The hidden units of gated experts (as in Llama) are ``act(x @ gate[e].T + gate_bias[e]) * (x @ up[e].T +
+    up_bias[e])``.
 
     Parameters: up, down and (gated) gate ``(N, h, d)``; up_bias and gate_bias ``(N, h)``; down_bias ``(N, d)``.
     Initialised like the dense MLP they are cut from (``nn.Linear``'s default).
+
+    Args:
+        num_experts: N.
+        d_model: d.
+        d_expert: h.
+        activation: ``relu``, ``gelu``, ``gelu_tanh``, ``silu``, or any elementwise function.
+        bias: whether the linear layers have a bias.
+        gated: whether there is a gate.
+        dropout: rate of the dropout on the hidden units, 0 to 1 (0 in the paper, which leaves out experts instead).
     """
 
     def __init__(
@@ -64,7 +71,7 @@ class Experts(nn.Module):
         for name, value in (("num_experts", num_experts), ("d_model", d_model), ("d_expert", d_expert)):
             _check_size(name, value)
         self.num_experts, self.d_model, self.d_expert = num_experts, d_model, d_expert
-        self._activation = get_activation(activation)
+        self.activation = get_activation(activation)
         self.dropout = dropout
         shape = (num_experts, d_expert, d_model)
         self.up = nn.Parameter(torch.empty(shape))
@@ -77,64 +84,59 @@ class Experts(nn.Module):
 
     @property
     def drops(self) -> bool:
-        """Whether hidden units are dropped now. Only a path that calls ``activation`` once, under autograd, may run."""
+        """Whether hidden units are dropped now."""
         return self.training and self.dropout > 0
-
-    @property
-    def activation(self) -> Activation:
-        """The elementwise function; while units are dropped, with the dropout behind it.
-
-        With a gate too: dropping ``act(gate)`` drops ``act(gate) * up``.
-        """
-        if not self.drops:
-            return self._activation
-        return get_activation(lambda x: F.dropout(self._activation(x), self.dropout))
 
     @property
     def gated(self) -> bool:
         return self.gate is not None
 
+    def hidden(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Hidden units from the outputs of the first linear layers, all (..., h): ``act(up)`` or ``act(gate) * up``.
+
+        In training with dropout; a second call drops other units.
+        """
+        act = self.activation(up if gate is None else gate)
+        if self.drops:
+            act = F.dropout(act, self.dropout)
+        return act if gate is None else act * up
+
     def forward(self, x: Tensor, routing: Any, compute: Callable[[Tensor, Experts, Any], Tensor]) -> Tensor:
-        """``compute(x, self, routing)``; a call of the module, since FSDP gathers its weights then."""
+        """``compute(x, self, routing)``. A call of the module, so that FSDP gathers its weights first."""
         return compute(x, self, routing)
 
+    @torch.no_grad()
     def reset_parameters(self, std: float | None = None) -> None:
-        """Draws the weights anew.
+        """Draws new weights.
 
-        ``std=None``: as ``nn.Linear`` does for the dense MLP, U(-1/sqrt(fan_in), 1/sqrt(fan_in)) with fan-in d for
-        the first layer and H for the second, the second's bias shared evenly. A number: weights N(0, std), biases 0.
+        ``std=None``: as ``nn.Linear`` does for the dense MLP, U(-1/sqrt(fan_in), 1/sqrt(fan_in)) with fan-in d for the
+        first layer and H for the second, whose bias is shared out evenly. A number: weights N(0, std), biases 0.
         """
-        d_hidden = self.num_experts * self.d_expert
-        with torch.no_grad():
+        for name in ("up", "gate", "up_bias", "gate_bias", "down", "down_bias"):
+            parameter = getattr(self, name)
+            if parameter is None:
+                continue
+            fan_in = self.num_experts * self.d_expert if name.startswith("down") else self.d_model
+            bound = 1 / math.sqrt(fan_in)
             if std is not None:
-                for weight in (self.up, self.gate, self.down):
-                    if weight is not None:
-                        weight.normal_(0.0, std)
-                for bias in (self.up_bias, self.gate_bias, self.down_bias):
-                    if bias is not None:
-                        bias.zero_()
-                return
-            bound = 1 / math.sqrt(self.d_model)
-            for parameter in (self.up, self.gate, self.up_bias, self.gate_bias):
-                if parameter is not None:
-                    parameter.uniform_(-bound, bound)
-            bound = 1 / math.sqrt(d_hidden)
-            self.down.uniform_(-bound, bound)
-            if self.down_bias is not None:
-                whole = torch.empty(self.d_model, device=self.down_bias.device).uniform_(-bound, bound)
-                self.down_bias.copy_(split_output_bias(whole, self.num_experts))
+                parameter.zero_() if name.endswith("bias") else parameter.normal_(0.0, std)
+            elif name == "down_bias":
+                whole = torch.empty(self.d_model, device=parameter.device).uniform_(-bound, bound)
+                parameter.copy_(split_output_bias(whole, self.num_experts))
+            else:
+                parameter.uniform_(-bound, bound)
 
     def extra_repr(self) -> str:
         return (
             f"num_experts={self.num_experts}, d_model={self.d_model}, d_expert={self.d_expert}, "
-            f"activation={self._activation}, bias={self.up_bias is not None}, gated={self.gated}"
+            f"activation={self.activation}, bias={self.up_bias is not None}, gated={self.gated}"
         ) + (f", dropout={self.dropout}" if self.dropout else "")
 
 
 def split_output_bias(bias: Tensor, num_experts: int) -> Tensor:
-    """(d,) -> (N, d), rows that add up to ``bias`` exactly (in float64, rounded once; float32 and narrower).
+    """(d,) -> (N, d), rows that add up to ``bias``: exactly in float64, rounded once; for float32 and narrower.
 
-    Every expert carries its share, so that k of N experts bring about k/N of the bias. N - 1 shares are bias / N as
+    Every expert carries its share, so that k of N experts contribute about k/N of the bias. N - 1 shares are bias / N,
     rounded; the last takes what is left, which keeps the sum exact where N is no power of two.
     """
     share = (bias.double() / num_experts).to(bias.dtype)
@@ -145,7 +147,7 @@ def split_output_bias(bias: Tensor, num_experts: int) -> Tensor:
 
 @torch.no_grad()
 def split(experts: Experts, dense: dict[str, Tensor]) -> None:
-    """Cuts a dense MLP into ``experts``, in place: expert e gets hidden units e*h .. (e+1)*h - 1.
+    """Cuts a dense MLP into ``experts``, in place: expert e gets the hidden units e * h to (e + 1) * h - 1.
 
     Args:
         dense: ``up_weight (H, d)``, ``down_weight (d, H)`` as ``nn.Linear`` holds them; optionally
@@ -153,62 +155,53 @@ def split(experts: Experts, dense: dict[str, Tensor]) -> None:
             None becomes zero.
 
     Raises:
-        ValueError: a weight that is missing, has another shape, or that these experts have no place for. Nothing is
-            changed then.
+        ValueError: a weight is missing, has the wrong shape, or has no counterpart in these experts. Nothing is changed
+            then.
     """
     dense = {name: value for name, value in dense.items() if value is not None}
     _check_dense(experts, dense)
-    shape = experts.up.shape
-    experts.up.copy_(dense["up_weight"].reshape(shape))
-    experts.down.copy_(dense["down_weight"].t().reshape(shape))
-    if experts.gate is not None:
-        experts.gate.copy_(dense["gate_weight"].reshape(shape))
-    for name in ("up_bias", "gate_bias"):
-        parameter = getattr(experts, name)
-        if parameter is not None:
-            value = dense.get(name)
-            parameter.zero_() if value is None else parameter.copy_(value.reshape(shape[:2]))
-    if experts.down_bias is not None:
-        value = dense.get("down_bias")
-        experts.down_bias.zero_()
-        if value is not None:
-            # In the experts' own dtype: rounding every share by itself would no longer add up to the bias.
-            experts.down_bias.copy_(split_output_bias(value.to(experts.down_bias.dtype), experts.num_experts))
+    for name, parameter in experts.named_parameters():
+        value = dense.get(_dense_name(name))
+        if value is None:
+            parameter.zero_()
+            continue
+        if name == "down":
+            value = value.t()
+        elif name == "down_bias":
+            # In the experts' own dtype: shares rounded one by one would no longer add up to the bias.
+            value = split_output_bias(value.to(parameter.dtype), experts.num_experts)
+        parameter.copy_(value.reshape(parameter.shape))
+
+
+def _dense_name(name: str) -> str:
+    return name if name.endswith("bias") else f"{name}_weight"
 
 
 def _check_dense(experts: Experts, dense: dict[str, Tensor]) -> None:
     d_model, d_hidden = experts.d_model, experts.num_experts * experts.d_expert
-    shapes = {"up_weight": (d_hidden, d_model), "down_weight": (d_model, d_hidden)}
-    if experts.gate is not None:
-        shapes["gate_weight"] = (d_hidden, d_model)
-    required = tuple(shapes)
-    if experts.up_bias is not None:
-        shapes.update(up_bias=(d_hidden,), down_bias=(d_model,))
-    if experts.gate_bias is not None:
-        shapes["gate_bias"] = (d_hidden,)
+    shapes = {"up": (d_hidden, d_model), "down": (d_model, d_hidden), "gate": (d_hidden, d_model)}
+    shapes |= {"up_bias": (d_hidden,), "gate_bias": (d_hidden,), "down_bias": (d_model,)}
+    shapes = {_dense_name(name): shapes[name] for name, _ in experts.named_parameters()}
+    required = [name for name in shapes if name.endswith("weight")]
     for name in required:
         if name not in dense:
             raise ValueError(f"dense has no {name}; these experts need {', '.join(required)}")
     for name, value in dense.items():
         if name not in shapes:
-            raise ValueError(f"dense holds {name}; these experts have no place for it, they take {', '.join(shapes)}")
+            raise ValueError(f"dense has {name}; these experts have no place for it, they take {', '.join(shapes)}")
         if tuple(value.shape) != shapes[name]:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {shapes[name]}")
 
 
 @torch.no_grad()
 def merge(experts: Experts) -> dict[str, Tensor]:
-    """The dense MLP that sums all experts: the exact inverse of :func:`split` (same keys, new tensors)."""
-    d_hidden = experts.num_experts * experts.d_expert
-    dense = {
-        "up_weight": experts.up.reshape(d_hidden, -1).clone(),
-        "down_weight": experts.down.reshape(d_hidden, -1).t().clone(memory_format=torch.contiguous_format),
-    }
-    if experts.gate is not None:
-        dense["gate_weight"] = experts.gate.reshape(d_hidden, -1).clone()
-    for name in ("up_bias", "gate_bias"):
-        if getattr(experts, name) is not None:
-            dense[name] = getattr(experts, name).reshape(d_hidden).clone()
-    if experts.down_bias is not None:
-        dense["down_bias"] = experts.down_bias.double().sum(0).to(experts.down_bias.dtype)
+    """The dense MLP that sums all experts: the exact inverse of :func:`split`, with the same keys and new tensors."""
+    dense = {}
+    for name, parameter in experts.named_parameters():
+        if name == "down_bias":
+            value = parameter.double().sum(0).to(parameter.dtype)
+        else:
+            value = parameter.reshape(-1, *parameter.shape[2:])
+            value = (value.t() if name == "down" else value).clone(memory_format=torch.contiguous_format)
+        dense[_dense_name(name)] = value
     return dense

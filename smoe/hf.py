@@ -7,8 +7,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from .control import set_top_k, smoe_layers
-from .modulize import note_on_config
-from .saving import from_pretrained, save_pretrained
+from .modulize.record import note_on_config
+from .modulize.save import from_pretrained, save_pretrained
 from .schedule import MODES, ks_at
 
 __all__ = ["TopKCallback", "from_pretrained", "save_pretrained"]

@@ -1,24 +1,23 @@
-"""SMoE: router + experts + k, the drop-in for a transformer's MLP."""
+"""SMoE: router + experts + k, the drop-in replacement for a transformer's MLP."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from .compute import check_compute, choose
-from .engine import make_fastmoe, replace_grouped, resolve_engine
+from .engine import Engine, resolve_engine
 from .experts import Experts, check_divisible
-from .router import Routing, make_router
+from .router import RouterKind, Routing, Score, make_router
 
-if TYPE_CHECKING:
-    from .parallel.dispatch import Dispatch
+# (x (T, d), routing, function that computes the experts of this rank) -> y (T, d)
+Dispatch = Callable[[Tensor, Routing, Callable[[Tensor, Routing], Tensor]], Tensor]
 
 
 def check_output_scale(value: float | str) -> float | str:
-    """value itself if it is a positive number, ``"k"`` or ``"num_experts"``, else a ValueError that says so."""
+    """value itself if it is a positive number, ``"k"`` or ``"num_experts"``, else a ValueError."""
     numeric = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
     if not numeric and value not in ("k", "num_experts"):
         raise ValueError(f"output_scale is {value!r}; it must be 'k', 'num_experts' or a positive number")
@@ -26,35 +25,42 @@ def check_output_scale(value: float | str) -> float | str:
 
 
 class SMoE(nn.Module):
-    """A transformer's MLP cut into N experts of which each token activates k.
+    """A transformer's MLP cut into N experts, of which each token activates k.
 
     ``y[t] = output_scale * sum_j weights[t, j] * E_indices[t, j](x[t])`` (the paper's Eq. 1).
+
+    Which ``score`` and ``output_scale`` to use:
+
+    - Experts cut from a trained MLP: ``score="sum"``. Every chosen expert has weight 1, so at k = N the layer computes
+      what the MLP computed.
+    - Training from scratch: a softmax score, as in the paper. The weights sum to 1 (``softmax_before_topk``: to at most
+      1) instead of N, so the output starts about N times smaller than that of the dense MLP.
+      ``output_scale="num_experts"`` makes up for that at every k, as inverted dropout does; ``output_scale="k"``
+      multiplies by the number of active experts instead.
 
     Args:
         d_model: d, the model's width.
         d_hidden: H, the hidden width of the *whole* MLP; every expert gets h = H / N of it.
         num_experts: N.
-        top_k: k at the start; None means N. Read and set as ``layer.top_k``, here and nowhere else.
+        top_k: k at the start; None means N. Read and set it as ``layer.top_k``.
         activation: ``relu``, ``gelu``, ``gelu_tanh``, ``silu``, or any elementwise function.
-        router: ``random`` (fixed), ``learned``, ``uniform`` or ``hash``.
-        score: ``softmax_after_topk`` (released code), ``softmax_before_topk`` (the paper's Eq. 1), ``sum`` (weights 1).
-        output_scale: a number, ``"k"`` or ``"num_experts"``: one multiplier on the output. With softmax scores the
-            weights sum to 1, so the layer starts N times smaller than the dense MLP it replaces; ``"num_experts"``
-            makes up for it the way inverted dropout does, ``"k"`` by the number of experts that are active.
-        engine: ``torch``; ``fastmoe`` (needs fmoe and CUDA, see docs/fastmoe.md); ``auto``: torch, and where it would
-            loop over the experts on a CUDA device, FMoE if fmoe is installed.
-        bias: whether both linear layers of an expert have one.
+        router: ``random`` (fixed), ``learned``, ``uniform`` or ``hash`` (see :mod:`smoe.router`).
+        score: ``softmax_after_topk`` (the released code), ``softmax_before_topk`` (the paper's Eq. 1) or ``sum``.
+        output_scale: a multiplier on the output: a positive number, ``"k"`` or ``"num_experts"``.
+        engine: ``torch``; ``fastmoe`` (needs fmoe and CUDA, see docs/fastmoe.md); ``auto``: torch, but FMoE if it is
+            installed where torch would loop over the experts on a CUDA device.
+        bias: whether both linear layers of an expert have a bias.
         gated: Llama-style experts, ``act(gate(x)) * up(x)``.
-        dropout: rate of a dropout on the hidden units, for models that have one there; while it drops anything the
-            ``reference`` path computes the experts.
-        seed: fixes the router's draw; None draws from PyTorch's global generator.
-        vocab_size: the number of token ids; the hash router alone needs it.
-        compute: how the experts are computed: ``auto``, or a path by name (see ``smoe.compute``).
-
-    Under ``torch.compile`` every k is a graph of its own, and after 8 of them PyTorch gives up compiling. With
-    ``torch._dynamo.config.allow_unspec_int_on_nn_module = True`` three graphs serve all k.
+        dropout: rate of the dropout on the hidden units, 0 to 1. The experts are then computed by path ``reference``
+            in training, which is slower.
+        seed: of the router; None draws from PyTorch's global generator.
+        vocab_size: the number of token ids, for the hash router only.
+        compute: the path that computes the experts: ``auto`` or a name of ``smoe.compute.PATHS``.
 
     Shapes: ``(..., d) -> (..., d)``. With the hash router call ``layer(x, token_ids=ids)``, ids ``(...)``.
+
+    Under ``torch.compile`` every k is a graph of its own, and after 8 of them PyTorch stops compiling. With
+    ``torch._dynamo.config.allow_unspec_int_on_nn_module = True`` three graphs serve all k.
     """
 
     def __init__(
@@ -65,10 +71,10 @@ class SMoE(nn.Module):
         top_k: int | None = None,
         *,
         activation: str | Callable[[Tensor], Tensor] = "relu",
-        router: str = "random",
-        score: str = "softmax_after_topk",
+        router: RouterKind = "random",
+        score: Score = "softmax_after_topk",
         output_scale: float | str = 1,
-        engine: str = "auto",
+        engine: Engine = "auto",
         bias: bool = True,
         gated: bool = False,
         dropout: float = 0.0,
@@ -86,15 +92,17 @@ class SMoE(nn.Module):
         self.experts = Experts(
             num_experts, d_model, d_expert, activation=activation, bias=bias, gated=gated, dropout=dropout
         )
-        # Has no parameters: what there is to save is the same with every engine.
-        self.engine = resolve_engine(engine, compute)
-        self.fmoe = make_fastmoe(self.engine, num_experts, d_model)
-        # Takes tokens to experts on other ranks and back (see smoe.parallel); None: all experts are here.
+        self.engine, self.fmoe = resolve_engine(engine, compute), None
+        if self.engine != "torch":
+            from .fastmoe import FastMoE
+
+            self.fmoe = FastMoE(num_experts, d_model)  # has no parameters: state dicts are the same with every engine
+        # Takes tokens to experts on other ranks and back (see smoe.parallel); None if all experts are on this rank.
         self.dispatch: Dispatch | None = None
 
     @property
     def top_k(self) -> int:
-        """k: the number of experts each token activates. Setting it takes effect with the next pass."""
+        """k: the number of experts that each token activates. A new value takes effect with the next pass."""
         return self.router.top_k
 
     @top_k.setter
@@ -103,21 +111,21 @@ class SMoE(nn.Module):
 
     @property
     def needs_token_ids(self) -> bool:
-        """Whether ``forward`` must be given ``token_ids`` (hash router)."""
+        """Whether ``forward`` needs ``token_ids`` (hash router)."""
         return self.router.needs_token_ids
 
     @property
     def scale(self) -> float:
-        """The multiplier that ``output_scale`` amounts to at the current k."""
+        """``output_scale`` as a number, at the current k."""
         return {"k": self.top_k, "num_experts": self.num_experts}.get(self.output_scale, self.output_scale)
 
     def reset_parameters(self, std: float | None = None) -> None:
-        """Draws the experts' weights anew (see ``Experts.reset_parameters``), and the router's if it is learned.
+        """Draws new weights for the experts (see ``Experts.reset_parameters``) and for the router if it is learned.
 
-        A fixed router stays as it is: its seed alone decides it.
+        A fixed router keeps its weights, which only its seed decides.
         """
         if self.dispatch is not None:
-            raise ValueError("the experts are spread over ranks; draw weights before parallelize, whole")
+            raise ValueError("the experts are spread over ranks; call reset_parameters before parallelize")
         self.experts.reset_parameters(std)
         if any(True for _ in self.router.parameters()):
             self.router.reset_parameters(0.02 if std is None else std)
@@ -127,9 +135,9 @@ class SMoE(nn.Module):
             features = x.shape[-1] if x.dim() else "no"
             raise ValueError(f"x has {features} features; its last dimension must be d_model = {self.d_model}")
         if not x.is_floating_point():
-            raise ValueError(f"x is {x.dtype}; it must be of a floating-point type")
+            raise ValueError(f"x is {x.dtype}; it must have a floating-point dtype")
         if x.is_meta:
-            raise ValueError("x is on the meta device, without values to route by; smoe.flops.count takes such a model")
+            raise ValueError("x is on the meta device, without values to route by; smoe.flops.count takes meta tensors")
         flat = x.reshape(-1, self.d_model)
         routing = self.router(flat, token_ids)
         if self.scale != 1:
@@ -138,13 +146,14 @@ class SMoE(nn.Module):
         return y.view(x.shape)
 
     def _mix(self, x: Tensor, routing: Routing) -> Tensor:
-        """x (T, d) -> y (T, d) through the experts that are here."""
+        """x (T, d) -> y (T, d) through the experts on this rank."""
         if self.engine == "fastmoe":
             return self.experts(x, routing, self.fmoe)
         # A path with its own backward computes the activation twice, which would drop other units the second time.
-        compute = "reference" if self.experts.drops else self.compute
-        path = choose(compute, x, self.experts, routing)
-        return self.experts(x, routing, replace_grouped(path, self.fmoe, x))
+        path = choose("reference" if self.experts.drops else self.compute, x, self.experts, routing)
+        if self.fmoe is not None:
+            path = self.fmoe.replace(path, x)
+        return self.experts(x, routing, path)
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_hidden={self.d_hidden}, output_scale={self.output_scale}"

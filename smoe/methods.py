@@ -1,18 +1,23 @@
-"""The paper's methods by name: the MLP each one builds, its losses, its k schedule."""
+"""The paper's methods by name: the MLP that each one builds, its losses and its k schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .activation import get_activation
 from .control import record_routing
-from .dropout import ConcreteDropout, DropBlock, Dropout
+from .dense_dropout import ConcreteDropout, DropBlock
+from .dropout import Dropout
 from .layer import SMoE
+from .router import RouterKind
+from .schedule import Mode
+
+MethodName = Literal["dense_dropout", "dense_concrete_dropout", "dense_dropblock", "thor", "smoe", "smoe_dropout"]
 
 
 class DenseMLP(nn.Module):
@@ -32,7 +37,7 @@ class DenseMLP(nn.Module):
 
 
 class PassOutput(Protocol):
-    """What one forward pass of a model must give: a mean loss (scalar) and logits (..., classes)."""
+    """What one forward pass of a model returns: a mean loss (scalar) and logits (..., classes)."""
 
     loss: Tensor
     logits: Tensor
@@ -40,8 +45,14 @@ class PassOutput(Protocol):
 
 @dataclass(frozen=True)
 class MethodLoss:
-    """total: what to minimise. task: the model's own loss (for BPC). parts: the auxiliary losses, by name.
-    output: of the (first) forward pass."""
+    """What a method minimises on one batch.
+
+    Attributes:
+        total: the sum to minimise.
+        task: the model's own loss (for BPC).
+        parts: the auxiliary losses by name, without their coefficients.
+        output: what the (first) forward pass returned.
+    """
 
     total: Tensor
     task: Tensor
@@ -55,19 +66,19 @@ class Method:
 
     Attributes:
         name, title: the key in ``METHODS`` and the paper's name.
-        router: the router of its SMoE layers, None for a dense method.
-        dropout: which dropout a dense method has inside its MLP: ``plain``, ``concrete`` or ``dropblock``.
+        router: the router of its SMoE layers; None for a dense method.
+        dropout: the dropout in the MLP of a dense method: ``plain``, ``concrete`` or ``dropblock``.
         schedule: the mode of its k schedule (``smoe.schedule.MODES``).
-        k_min, k_max: its k, given N.
+        k_min, k_max: its k as functions of N.
         balance_weight: coefficient of the load-balancing loss (0.01 as in Fedus et al. 2021).
-        consistency_weight: alpha of THOR's consistency loss (2, the paper's grid search); 0 means one forward pass.
+        consistency_weight: alpha of THOR's consistency loss (2, by the paper's grid search); 0 means one forward pass.
     """
 
-    name: str
+    name: MethodName
     title: str
-    router: str | None = None
-    dropout: str = "plain"
-    schedule: str = "constant"
+    router: RouterKind | None = None
+    dropout: Literal["plain", "concrete", "dropblock"] = "plain"
+    schedule: Mode = "constant"
     k_min: Callable[[int], int] = lambda n: min(2, n)
     k_max: Callable[[int], int] = lambda n: min(2, n)
     balance_weight: float = 0.0
@@ -86,36 +97,31 @@ class Method:
         num_experts: int = 16,
         dropout: float = 0.1,
         activation: str | Callable[[Tensor], Tensor] = "relu",
-        router: str | None = None,
+        router: RouterKind | None = None,
         **layer_options: Any,
     ) -> nn.Module:
         """The MLP of one transformer layer, (..., d) -> (..., d).
 
         Args:
-            dropout: the rate inside a dense MLP (an SMoE layer has none: leaving experts out is its dropout).
+            dropout: the rate in the MLP of a dense method. SMoE layers ignore it, since leaving out experts is their
+                dropout.
             router: replaces the method's own router (the ablations of Figure 5 (c)).
             layer_options: of :class:`SMoE`: top_k, score, output_scale, seed, vocab_size, ...
 
         Raises:
-            ValueError: a dense method is given layer_options or a router, or Concrete Dropout a rate of 0, from which
+            ValueError: a dense method is given a router or layer_options, or Concrete Dropout a rate of 0, from which
                 it could not learn.
         """
-        if self.routed:
+        if self.router is not None:
             layer_options.setdefault("top_k", self.k_max(num_experts))
-            return SMoE(
-                d_model, d_hidden, num_experts, activation=activation, router=router or self.router, **layer_options
-            )
+            router = router or self.router
+            return SMoE(d_model, d_hidden, num_experts, activation=activation, router=router, **layer_options)
         for option in (*layer_options, *(["router"] if router else [])):
-            raise ValueError(f"{option} is an option of experts, but {self.name} has none; leave it out")
-        if self.dropout == "concrete":
-            if not dropout > 0:
-                raise ValueError(f"dropout is {dropout}; {self.name} learns its rate and must start above 0")
-            inner: nn.Module = ConcreteDropout(init_p=dropout)
-        elif self.dropout == "dropblock":
-            inner = DropBlock(dropout)
-        else:
-            inner = Dropout(dropout)
-        return DenseMLP(d_model, d_hidden, activation=activation, dropout=inner)
+            raise ValueError(f"{option} is an option of SMoE layers, but {self.name} has none; leave it out")
+        if self.dropout == "concrete" and not dropout > 0:
+            raise ValueError(f"dropout is {dropout}; {self.name} learns its rate and must start above 0")
+        kind = {"plain": Dropout, "concrete": ConcreteDropout, "dropblock": DropBlock}[self.dropout]
+        return DenseMLP(d_model, d_hidden, activation=activation, dropout=kind(dropout))
 
     def loss(
         self,
@@ -125,11 +131,11 @@ class Method:
         balance_weight: float | None = None,
         consistency_weight: float | None = None,
     ) -> MethodLoss:
-        """Everything this method minimises, in one place.
+        """Everything that this method minimises.
 
         Args:
-            model: whose SMoE and ConcreteDropout layers are read.
-            forward: runs one forward pass of it on the current batch; called twice for THOR.
+            model: its SMoE and ConcreteDropout layers are read.
+            forward: runs one forward pass of ``model`` on the current batch; called twice for THOR.
             balance_weight, consistency_weight: replace the method's own.
         """
         balance_weight = self.balance_weight if balance_weight is None else balance_weight
@@ -137,8 +143,7 @@ class Method:
         parts: dict[str, Tensor] = {}
         with record_routing(model) as routings:
             output = forward()
-            task = output.loss
-            total = task
+            task = total = output.loss
             if consistency_weight:
                 second = forward()
                 task = (task + second.loss) / 2
@@ -146,7 +151,7 @@ class Method:
                 total = task + consistency_weight * parts["consistency"]
         balance = [routing.balance_loss for routing in routings if routing.balance_loss is not None]
         if balance_weight and balance:
-            # Like the task loss, a mean over the passes: the weight means the same with one pass or two.
+            # A mean over the passes, like the task loss, so that the weight means the same with one pass or two.
             parts["balance"] = torch.stack(balance).sum() / (2 if consistency_weight else 1)
             total = total + balance_weight * parts["balance"]
         if self.dropout == "concrete":
@@ -156,9 +161,9 @@ class Method:
 
 
 def symmetric_kl(logits_a: Tensor, logits_b: Tensor) -> Tensor:
-    """(KL(a || b) + KL(b || a)) / 2 of the two softmax distributions, mean over all positions (THOR's consistency).
+    """(KL(a || b) + KL(b || a)) / 2 of the two softmax distributions, averaged over all positions (THOR's consistency).
 
-    Shapes: both (..., classes); a scalar comes back. Both sides get gradients.
+    Shapes: both (..., classes) -> scalar. Both get gradients.
     """
     log_a = torch.log_softmax(logits_a.float(), dim=-1)
     log_b = torch.log_softmax(logits_b.float(), dim=-1)
@@ -182,6 +187,7 @@ def concrete_regularization(model: nn.Module) -> Tensor:
     return torch.stack(penalties).sum()
 
 
+_SMOE_DROPOUT = {"router": "random", "schedule": "linear", "k_min": lambda n: max(n // 2, 1), "k_max": lambda n: n}
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -190,14 +196,7 @@ METHODS: dict[str, Method] = {
         Method("dense_dropblock", "Dense w. DropBlock", dropout="dropblock"),
         Method("thor", "THOR", router="uniform", consistency_weight=2.0),
         Method("smoe", "SMoE", router="learned", balance_weight=0.01),
-        Method(
-            "smoe_dropout",
-            "SMoE-Dropout",
-            router="random",
-            schedule="linear",
-            k_min=lambda n: max(n // 2, 1),
-            k_max=lambda n: n,
-        ),
+        Method("smoe_dropout", "SMoE-Dropout", **_SMOE_DROPOUT),
     )
 }
 

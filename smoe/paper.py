@@ -1,19 +1,15 @@
-"""What the paper prints ("Sparse MoE as the New Dropout", Chen et al., ICLR 2023), and how it counts FLOPs.
+"""What the paper prints ("Sparse MoE as the New Dropout", Chen et al., ICLR 2023), and its FLOPs from sizes alone.
 
-The printed numbers stand beside ours in reports and tests; nothing is computed from them.
+The printed numbers stand beside ours in reports and tests; no training reads them.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
-from .control import smoe_layers
 from .experts import check_divisible
-from .layer import SMoE
 from .methods import get_method
 from .router import check_top_k
 
@@ -168,11 +164,20 @@ def paper_flops(arch: str, method: str, k: int | None = None, *, num_experts: in
     """
     s = sizes_of(arch, sizes)
     check_k(method, k, num_experts)
-    mlp = 2 * s["d_model"] * s["d_hidden"]
+    d, batch = s["d_model"], s["batch"]
+    mlp = 2 * d * s["d_hidden"]  # multiply-adds per token
     if get_method(method).routed:
         d_expert = check_divisible(s["d_hidden"], num_experts)
-        mlp = num_experts * s["d_model"] + (num_experts if k is None else k) * 2 * s["d_model"] * d_expert
-    return linear_flops(arch, [mlp] * s["num_layers"], s)
+        mlp = num_experts * d + (num_experts if k is None else k) * 2 * d * d_expert
+    if arch == "transformer_xl":
+        inner, context, tokens = s["num_heads"] * s["d_head"], s["mem_len"] + s["tgt_len"], batch * s["tgt_len"]
+        attention = batch * context * 3 * d * inner + context * d * inner + tokens * inner * d
+        head = 0
+    else:
+        tokens = batch * s["seq_len"]
+        attention = tokens * 4 * d * d
+        head = tokens * (d * d + d * s["vocab_size"])
+    return 2 * (s["num_layers"] * (attention + tokens * mlp) + head)
 
 
 def table1() -> list[dict[str, Any]]:
@@ -207,38 +212,8 @@ def sizes_of(arch: str, sizes: Mapping[str, int]) -> dict[str, int]:
         raise ValueError(f"arch is {arch!r}; it must be one of {', '.join(SIZES)}")
     for name, value in sizes.items():
         if name not in SIZES[arch]:
-            raise ValueError(f"{name} is no size of {arch}; there are {', '.join(SIZES[arch])}")
-        if isinstance(value, bool) or not isinstance(value, int) or value < (0 if name == "mem_len" else 1):
-            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+            raise ValueError(f"{name} is not a size of {arch}; it must be one of {', '.join(SIZES[arch])}")
+        least = 0 if name == "mem_len" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
     return SIZES[arch] | dict(sizes)
-
-
-def linear_flops(arch: str, mlps: Sequence[int], s: Mapping[str, int]) -> int:
-    """FLOPs by Table 1's convention: ``mlps`` are each layer's multiply-adds a token, ``s`` the sizes of ``SIZES``."""
-    d, batch = s["d_model"], s["batch"]
-    if arch == "transformer_xl":
-        inner, context, tokens = s["num_heads"] * s["d_head"], s["mem_len"] + s["tgt_len"], batch * s["tgt_len"]
-        attention = batch * context * 3 * d * inner + context * d * inner + tokens * inner * d
-        head = 0
-    else:
-        tokens = batch * s["seq_len"]
-        attention = tokens * 4 * d * d
-        head = tokens * (d * d + d * s["vocab_size"])
-    return 2 * (sum(attention + tokens * mlp for mlp in mlps) + head)
-
-
-def mlp_macs(mlp: nn.Module) -> int:
-    """Multiply-adds of an MLP's linear and SMoE layers for one token, by Table 1's convention."""
-    routed = smoe_layers(mlp)
-    inside = {id(module) for _, layer in routed for module in layer.modules()}
-    dense = sum(
-        m.in_features * m.out_features for m in mlp.modules() if isinstance(m, nn.Linear) and id(m) not in inside
-    )
-    return dense + sum(smoe_macs(layer) for _, layer in routed)
-
-
-def smoe_macs(layer: SMoE) -> int:
-    """Multiply-adds of an SMoE layer's router and k experts for one token, by Table 1's convention."""
-    d_expert = layer.d_hidden // layer.num_experts
-    matrices = 3 if layer.experts.gated else 2
-    return layer.num_experts * layer.d_model + layer.top_k * matrices * layer.d_model * d_expert

@@ -23,15 +23,15 @@ MODES: tuple[str, ...] = get_args(Mode)
 
 
 def ks_at(
-    step: int, total_steps: int, ranges: Sequence[tuple[int, int]], mode: str = "linear", *, seed: int = 0
+    step: int, total_steps: int, ranges: Sequence[tuple[int, int]], mode: Mode = "linear", *, seed: int = 0
 ) -> list[int]:
     """The number of activated experts of every SMoE layer at ``step``, in the model's order.
 
-    Every training asks this one function: the training loop, ``smoe.hf.TopKCallback``, logs, records and FLOPs.
+    The training loop, ``smoe.hf.TopKCallback``, logs, records and FLOPs all use this function.
 
     Args:
         ranges: (k_min, k_max) per layer.
-        step, total_steps, mode, seed: of :func:`k_at`.
+        step, total_steps, mode, seed: see :func:`k_at`.
     """
     return [
         k_at(step, total_steps, k_min, k_max, mode, seed=seed, layer=layer)
@@ -40,22 +40,22 @@ def ks_at(
 
 
 def k_at(
-    step: int, total_steps: int, k_min: int, k_max: int, mode: str = "linear", *, seed: int = 0, layer: int = 0
+    step: int, total_steps: int, k_min: int, k_max: int, mode: Mode = "linear", *, seed: int = 0, layer: int = 0
 ) -> int:
     """The number of activated experts at ``step``: a pure function, so a resumed run recomputes it.
 
     Args:
-        step: 0 for the first step; from ``total_steps`` on the last value holds (the random modes go on drawing).
+        step: 0 for the first step. From ``total_steps`` on the last value holds (the random modes go on drawing).
         mode: ``linear``: round((k_max - k_min) * step / total_steps) + k_min, the paper's;
             ``cosine``: half a cosine from k_min to k_max; ``exponential``: k_min * (k_max / k_min) ** (step / total);
-            ``multistep``: k_min, 2 k_min, 4 k_min, ... k_max in equal stretches; ``*_decrease``: the same, from k_max
-            down to k_min; ``constant``: k_max; ``random``: uniform in k_min..k_max, drawn from (seed, step), the same
-            for all layers of a model; ``random_per_layer``: drawn from (seed, step, layer).
+            ``multistep``: k_min, 2 k_min, 4 k_min, ... k_max for equally many steps each; ``*_decrease``: the same from
+            k_max down to k_min; ``constant``: k_max; ``random``: uniform in k_min..k_max, drawn from (seed, step), the
+            same for all layers; ``random_per_layer``: drawn from (seed, step, layer).
         layer: the index of the SMoE layer, from 0; only ``random_per_layer`` depends on it.
 
     Raises:
-        ValueError: a mode that is not in ``MODES``, or k_min > k_max, k_min < 1, step < 0, total_steps < 1, or one of
-            them no whole number.
+        ValueError: the mode is not in ``MODES``; a number is not whole; or not 1 <= k_min <= k_max, step >= 0 and
+            total_steps >= 1.
     """
     if mode not in MODES:
         raise ValueError(f"k schedule mode is {mode!r}; it must be one of {', '.join(MODES)}")
@@ -76,7 +76,7 @@ def k_at(
             stages.append(min(2 * stages[-1], k_max))
         if mode == "multistep_decrease":
             stages.reverse()
-        # In whole numbers: the fraction of a step that ends a stretch may lie on either side of it.
+        # In whole numbers, because a rounded fraction could end a stage one step early or late.
         return stages[min(step * len(stages) // total_steps, len(stages) - 1)]
     t = min(step / total_steps, 1.0)
     if mode.endswith("_decrease"):

@@ -1,4 +1,4 @@
-"""Which experts the data votes for; keep those (the paper's "self-slimmable" models, section 4.3)."""
+"""Votes for experts, and keeping the most voted ones (the paper's "self-slimmable" models, section 4.3)."""
 
 from __future__ import annotations
 
@@ -13,24 +13,30 @@ from torch import Tensor, nn
 from .control import check_whole, record_routing, smoe_layers
 from .experts import Experts
 from .layer import SMoE
-from .router import HashRouter, Router
+from .modulize.record import note_on_config
+from .router import HashRouter, Router, Routing
 
 Votes = dict[str, Tensor]
+Key = str | int  # of an entry of a batch: the name in a mapping, the index in a tuple or list
 
 
 @torch.no_grad()
-def vote(model: nn.Module, batches: Iterable[Any]) -> Votes:
+def vote(model: nn.Module, batches: Iterable[Any], mask: Key | Mapping[str, Key] | None = None) -> Votes:
     """Counts how often each expert is chosen while ``model`` reads ``batches``, in evaluation mode, at its current k.
 
     Args:
         batches: what the model is called with: mappings (``model(**batch)``), tuples or lists (``model(*batch)``), or
-            anything else (``model(batch)``), on the model's device. Padding votes too.
+            anything else (``model(batch)``), on the model's device.
+        mask: the entry of a batch that tells tokens (nonzero) from padding (0), such as ``"attention_mask"``: padding
+            then has no vote. For a model whose parts see different tokens, one entry per beginning of a layer's name:
+            ``{"encoder": "attention_mask", "decoder": "decoder_attention_mask"}``. None counts every token.
 
     Returns:
-        The name of every SMoE layer -> (N,) int64 counts, which add up to tokens * k.
+        For every SMoE layer, by name, (N,) int64 counts, which add up to tokens * k.
 
     Raises:
-        ValueError: the model has no SMoE layer, or there was no batch.
+        ValueError: the model has no SMoE layer, there is no batch, or a batch has no mask of the size that a layer
+            needs.
     """
     layers = smoe_layers(model)
     if not layers:
@@ -38,9 +44,10 @@ def vote(model: nn.Module, batches: Iterable[Any]) -> Votes:
     full = [name for name, layer in layers if layer.top_k == layer.num_experts]
     if full:
         warnings.warn(
-            f"{full[0]} activates all of its experts, so all get the same votes; smoe.set_top_k(model, k) comes first",
+            f"{full[0]} activates all of its experts, so all get the same votes; call smoe.set_top_k(model, k) first",
             stacklevel=3,
         )
+    keys = {name: _mask_key(name, mask) for name, _ in layers}
     votes = {name: torch.zeros(layer.num_experts, dtype=torch.int64) for name, layer in layers}
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -52,14 +59,15 @@ def vote(model: nn.Module, batches: Iterable[Any]) -> Votes:
                 routings = {name: stack.enter_context(record_routing(layer)) for name, layer in layers}
                 _call(model, batch)
             for name, of_layer in routings.items():
+                tokens = None if keys[name] is None else _entry(batch, keys[name]).reshape(-1) != 0
                 for routing in of_layer:
-                    chosen = routing.indices.reshape(-1).cpu()
+                    chosen = _chosen(routing, tokens, name).reshape(-1).cpu()
                     votes[name] += torch.bincount(chosen, minlength=votes[name].numel())
     finally:
         for module, mode in modes.items():
             module.training = mode
     if not seen:
-        raise ValueError("batches is empty; at least one batch has to vote")
+        raise ValueError("batches is empty; at least one batch must vote")
     return votes
 
 
@@ -72,19 +80,55 @@ def _call(model: nn.Module, batch: Any) -> None:
         model(batch)
 
 
+def _mask_key(name: str, mask: Key | Mapping[str, Key] | None) -> Key | None:
+    """Which entry of a batch masks the tokens of the layer ``name``."""
+    if not isinstance(mask, Mapping):
+        return mask
+    for beginning, key in mask.items():
+        if name.startswith(beginning):
+            return key
+    raise ValueError(f"mask has no entry for layer {name}; its keys must be the beginnings of the layers' names")
+
+
+def _entry(batch: Any, key: Key) -> Tensor:
+    try:
+        return batch[key]
+    except (KeyError, IndexError, TypeError):
+        raise ValueError(f"mask is {key!r}, but a batch ({type(batch).__name__}) has no such entry") from None
+
+
+def _chosen(routing: Routing, tokens: Tensor | None, name: str) -> Tensor:
+    """The (tokens, k) indices of a routing, without padding."""
+    if tokens is None:
+        return routing.indices
+    if tokens.numel() != routing.indices.shape[0]:
+        raise ValueError(
+            f"the mask of a batch has {tokens.numel()} entries, but layer {name} saw {routing.indices.shape[0]} tokens "
+            "in one pass; mask must name one entry per token (and a model must not run its MLPs in chunks)"
+        )
+    return routing.indices[tokens.to(routing.indices.device)]
+
+
 @torch.no_grad()
 def slim(model: nn.Module, votes: Votes, keep: int = 8) -> nn.Module:
-    """Keeps the ``keep`` experts of every SMoE layer that got the most votes, in place, and returns the model.
+    """Keeps, in every SMoE layer, the ``keep`` experts with the most votes, in place, and returns the model.
 
-    The others are gone, with their rows of the router: the model is smaller, and N is now ``keep``. Experts stay in
-    their order; of equal votes the first win. k goes down to ``keep`` where it was more. Create the optimizer
+    The other experts and their rows of the router are gone: the model is smaller, and N is now ``keep``. Experts stay
+    in their order; of equal votes the first wins. k goes down to ``keep`` where it was more. Create the optimizer
     afterwards: the parameters are new.
 
+    A token whose chosen experts all stay is computed as before:
+
+    - ``output_scale="num_experts"`` becomes the number that N was in training; ``"k"`` follows k as ever.
+    - ``score="softmax_after_topk"`` and ``"sum"`` weigh the same experts the same.
+    - ``score="softmax_before_topk"`` is the exception. Its softmax now runs over the experts that stay, so the weights
+      of a token grow by one factor, 1 / (the probability that these experts had).
+
     Args:
-        votes: of :func:`vote`, or (N,) numbers of your own for every layer.
+        votes: from :func:`vote`, or (N,) numbers of your own for every layer.
 
     Raises:
-        ValueError: votes don't fit the model's layers, or keep is not in 1..N. Nothing is changed then.
+        ValueError: votes do not fit the model's layers, or keep is not in 1..N. Nothing is changed then.
     """
     layers = dict(smoe_layers(model))
     if not layers:
@@ -98,28 +142,44 @@ def slim(model: nn.Module, votes: Votes, keep: int = 8) -> nn.Module:
             raise ValueError(
                 f"the votes of {name} have shape {tuple(votes[name].shape)}; it must be ({layer.num_experts},)"
             )
+        if votes[name].isnan().any():
+            raise ValueError(f"the votes of {name} are {votes[name].tolist()}; they must be numbers")
         if isinstance(keep, bool) or not isinstance(keep, int) or not 1 <= keep <= layer.num_experts:
             raise ValueError(f"keep is {keep!r}; it must be a whole number from 1 to {layer.num_experts}, N of {name}")
+    kept = {name: votes[name].argsort(descending=True, stable=True)[:keep].sort().values for name in layers}
+    _check_shared(layers, kept)
     for name, layer in layers.items():
-        most = votes[name].argsort(descending=True, stable=True)[:keep]
-        keep_experts(layer, most.sort().values)
-    from .modulize import note_on_config
-
+        keep_experts(layer, kept[name])
     note_on_config(model)
     return model
 
 
+def _check_shared(layers: dict[str, SMoE], kept: dict[str, Tensor]) -> None:
+    """A ValueError where layers that share a router or experts would keep different ones."""
+    for part in ("router", "experts"):
+        first: dict[int, str] = {}
+        for name, layer in layers.items():
+            other = first.setdefault(id(getattr(layer, part)), name)
+            if not torch.equal(kept[other], kept[name]):
+                raise ValueError(f"{other} and {name} share their {part}; give both the same votes, such as the sum")
+
+
 @torch.no_grad()
 def keep_experts(layer: SMoE, kept: Tensor) -> None:
-    """Makes ``layer`` an SMoE of the experts ``kept`` (n,) alone, numbered 0..n - 1 in that order."""
+    """Removes all experts of ``layer`` but ``kept`` (n,), which are numbered 0..n - 1 in that order."""
     kept = kept.to(layer.experts.up.device)
-    count = kept.numel()
+    before, count = layer.num_experts, kept.numel()
     experts, router = layer.experts, layer.router
-    _keep_rows(experts, ("up", "down", "gate", "up_bias", "gate_bias", "down_bias"), kept)
-    if isinstance(router, HashRouter):
-        router.table = _keep_ids(router.table, kept)
-    else:
-        _keep_rows(router, ("weight", "bias"), kept)
+    if layer.output_scale == "num_experts" and count != before:
+        layer.output_scale = before  # the experts were trained with it
+    # Layers may share a router or experts, which must be cut once.
+    if experts.num_experts == before:
+        _keep_rows(experts, ("up", "down", "gate", "up_bias", "gate_bias", "down_bias"), kept)
+    if router.num_experts == before:
+        if isinstance(router, HashRouter):
+            router.table = _keep_ids(router.table, kept)
+        else:
+            _keep_rows(router, ("weight", "bias"), kept)
     layer.d_hidden = count * experts.d_expert
     layer.num_experts = router.num_experts = experts.num_experts = count
     layer.top_k = min(layer.top_k, count)
@@ -135,7 +195,7 @@ def _keep_rows(module: Experts | Router, names: tuple[str, ...], kept: Tensor) -
 
 
 def _keep_ids(table: Tensor, kept: Tensor) -> Tensor:
-    """(V, N) orders of experts -> (V, n): the kept ones in the order they had, by their new numbers."""
+    """(V, N) orders of experts -> (V, n): the kept ones in the same order, by their new numbers."""
     number = torch.full((table.shape[1],), -1, dtype=table.dtype, device=table.device)
     number[kept] = torch.arange(kept.numel(), dtype=table.dtype, device=table.device)
     renumbered = number[table.long()]

@@ -13,10 +13,10 @@ import pytest
 
 # A server that has imported everything forks a child per command: what would take seconds of imports takes none.
 _server = multiprocessing.get_context("forkserver")
-PRELOAD = ["transformer_xl.train", "transformer_xl.evaluate", "smoe.run.report", "bert.pretrain", "bert.evaluate"]
+PRELOAD = ["transformer_xl.train", "transformer_xl.evaluate", "smoe.report", "bert.pretrain", "bert.evaluate"]
 # What they would import at their first use.
 PRELOAD += ["transformers.models.bert.modeling_bert", "transformers.models.roberta.modeling_roberta", "torch._dynamo"]
-PRELOAD += ["torch.utils.flop_counter", "torch.utils.tensorboard", "transformers.trainer", "matplotlib.pyplot"]
+PRELOAD += ["torch.utils.flop_counter", "torch.utils.tensorboard", "matplotlib.pyplot"]
 _server.set_forkserver_preload(PRELOAD)
 
 

@@ -114,7 +114,7 @@ def check_torchrun_restarts(trainer, module: str, argv, tmp_path: Path) -> None:
     assert "resumed after step" in (tmp_path / "log").read_text()
     assert_same_weights(alone, killed)
     assert losses(alone) == pytest.approx(losses(killed), abs=1e-12)
-    assert result(alone)["bpc"] == result(killed)["bpc"]
+    assert result(alone)["metrics"] == result(killed)["metrics"]
 
 
 def children(pid: int) -> list[int]:

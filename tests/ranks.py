@@ -1,4 +1,4 @@
-"""A function on several processes with gloo, each a rank: `run_ranks(function, 4, *args)` -> what each returned."""
+"""Runs a test function on several gloo ranks: `run_ranks(function, 4, *args)` -> the list of what they returned."""
 
 import datetime
 import tempfile
@@ -12,9 +12,9 @@ from commands import _server
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
-    """`function(rank, *args)` on every rank, within a process group; a rank's error becomes an AssertionError here.
+    """Calls `function(rank, *args)` on every rank of a process group; an error on any rank fails the test.
 
-    The function must be one of a module, its results picklable without tensors.
+    The function must be defined at the top of a module. Its result must be picklable and hold no tensors.
     """
     with tempfile.TemporaryDirectory() as folder:
         pipes = [_server.Pipe(duplex=False) for _ in range(world_size)]
@@ -59,6 +59,6 @@ def _rank(rank: int, world_size: int, store: str, pipe: Any, timeout: float, fun
         pipe.send((True, function(rank, *args)))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
-    # A rank that leaves first would break the connections that others still use.
+    # After the result is sent: a rank that leaves early breaks connections that other ranks still use.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

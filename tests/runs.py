@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smoe.run.checkpoint import list_steps
-from smoe.run.metrics import read_metrics
+from smoe.train.checkpoint import list_steps
+from smoe.train.resume import read_metrics
 
 
 def weights(run: Path, step: int | None = None):
@@ -19,7 +19,7 @@ def weights(run: Path, step: int | None = None):
 
 def lines(run: Path):
     """By step: what metrics.jsonl says of training."""
-    return {line["step"]: line["train"] for line in read_metrics(run) if "train" in line}
+    return {line["step"]: line["train"] for line in read_metrics(run / "metrics.jsonl") if "train" in line}
 
 
 def losses(run: Path):
@@ -28,6 +28,12 @@ def losses(run: Path):
 
 def result(run: Path):
     return json.loads((run / "result.json").read_text())
+
+
+def measured(run: Path, split: str = "test"):
+    """By k: the deciding metric of a finished run."""
+    record = result(run)
+    return record["metrics"][record["metric"]][split]
 
 
 def assert_same_weights(run_a: Path, run_b: Path) -> None:
@@ -43,7 +49,7 @@ def assert_close_runs(run_a: Path, run_b: Path) -> None:
     assert a.keys() == b.keys()
     for name, value in a.items():
         torch.testing.assert_close(value, b[name], atol=1e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
-    assert result(run_a)["bpc"]["test"] == pytest.approx(result(run_b)["bpc"]["test"], abs=1e-4)
+    assert measured(run_a) == pytest.approx(measured(run_b), abs=1e-4)
 
 
 def assert_one_line(command, code: int, *words: object) -> None:

@@ -8,13 +8,13 @@ from bert.data import Vocabulary
 from bert.model import MaskedLM, build_model
 from smoe import set_top_k
 from transformer_xl import TransformerXL
-from transformer_xl.config import TrainConfig
+from transformer_xl.config import LanguageModelConfig
 
 SIZES = {"num_layers": 2, "d_model": 32, "num_heads": 2, "d_hidden": 256, "num_experts": 8, "dropout": 0.0}
 
 
 def transformer_xl() -> tuple[TransformerXL, dict]:
-    model = TrainConfig("smoe_dropout", "unused", d_head=16, **SIZES).build_model()
+    model = LanguageModelConfig("smoe_dropout", "unused", d_head=16, **SIZES).build_model()
     inputs = {"input_ids": torch.randint(256, (2, 12)), "targets": torch.randint(256, (2, 12))}
     return model, inputs | {"memory": torch.randn(2, 2, 12, 32), "memory_length": 12}
 

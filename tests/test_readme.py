@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from smoe.run.report import paper_bpc, slimming_table, with_block
+from smoe.report import read_result, slimming_table, with_block
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -38,18 +38,18 @@ def test_every_script_of_table_1_is_listed():
 
 @pytest.mark.parametrize("line", [line for line in BASH.splitlines() if " --" in line and "table1" in line])
 def test_flags_of_the_script_lines_are_the_trainers(line, tmp_path):
-    from smoe.run.config import parse_config
-    from transformer_xl.config import CONFIG_DIR, TrainConfig
+    from smoe.train.command import parse_config
+    from transformer_xl.config import LanguageModelConfig
 
     flags = shlex.split(line.partition("#")[0])[2:]
-    parse_config(TrainConfig, CONFIG_DIR, ["--method", "smoe_dropout", "--run_dir", str(tmp_path), *flags])
+    parse_config(LanguageModelConfig, ["--method", "smoe_dropout", "--run_dir", str(tmp_path), *flags])
 
 
 @pytest.mark.parametrize("model, count", [("", 8), ("bert", 6), ("roberta", 6)])
 def test_tables_are_made_of_the_kept_results(model, count):
     records = sorted((ROOT / "results" / "table1" / "cpu" / model).glob("*.json"))
     assert len(records) == count
-    table = slimming_table([json.loads(record.read_text()) for record in records], paper_bpc())
+    table = slimming_table([read_result(record) for record in records])
     block = f"table1-cpu-{model}" if model else "table1-cpu"
     assert with_block(README, block, table) == README, "run script/report.sh"
 

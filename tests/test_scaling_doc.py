@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md are those of the record and of the formulas."""
+"""The tables in docs/scaling.md match the record and the formulas."""
 
 import json
 from pathlib import Path

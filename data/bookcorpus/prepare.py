@@ -6,30 +6,32 @@
 Writes train.bin, valid.bin and test.bin, tokenizer.json and meta.json to --out, and prints that folder. A block is
 [CLS] 510 tokens [SEP], or <s> ... </s>; documents run on within a split, with one more [SEP] or </s> between them.
 
-Without --source the text is BookCorpus from the hub; where that can't be had, prose stripped out of enwik8, and
-meta.json says so. Whole documents are held out, one that comes twice is used once, and the vocabulary is learned from
-train alone. Does nothing when the same is already there.
+Of a folder given with --source, every .txt, .xz and .gz file is a document, in subfolders too; hidden files and those
+about the text (README, LICENSE, SOURCE and the like) are left out and named. Without --source the text is BookCorpus
+from the hub; where that can't be had, prose stripped out of enwik8, and meta.json says so.
+
+Whole documents are held out, one that comes twice is used once, and the vocabulary is learned from train alone. Does
+nothing when the same is already there.
 """
 
 import argparse
 import hashlib
-import importlib.util
 import json
-import os
-import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script of a checkout: `data` is not installed
+
+from data.bookcorpus.corpus import Corpus, Store, from_enwik8, from_files, from_hub, hold_out, listed, text_files
+from data.bookcorpus.tokenizer import read_tokenizer, special_ids, train_tokenizer
+from data.enwik8.prepare import ENWIK8
+from data.errors import DownloadError, SourceError, run
+from data.folder import RECORD, move_in, read_pieces, scratch, sha256_file
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
-if str(REPOSITORY) not in sys.path:  # so that it runs before the project is installed
-    sys.path.append(str(REPOSITORY))
-
-if TYPE_CHECKING:
-    from bert.corpus import Corpus
-
 SPLITS = ("train", "valid", "test")
 # By scale: entries of the vocabulary, and bytes of text (None: all there is).
 SCALES = {
@@ -42,7 +44,7 @@ SCALES = {
 def is_prepared(out: Path, request: dict[str, Any]) -> bool:
     """Whether `out` holds just what `request` asks for, by its record and the files' sizes."""
     try:
-        meta = json.loads((out / "meta.json").read_text())
+        meta = json.loads((out / RECORD).read_text())
         sizes = {part["file"]: part["bytes"] for part in meta["splits"].values()}
         return (
             meta["request"] == request
@@ -53,18 +55,12 @@ def is_prepared(out: Path, request: dict[str, Any]) -> bool:
         return False
 
 
-def prepare(
-    out: Path, corpus: "Corpus", request: dict[str, Any], tokenizer_paths: Sequence[Path] = ()
-) -> dict[str, Any]:
+def prepare(out: Path, corpus: Corpus, request: dict[str, Any], tokenizer_paths: Sequence[Path] = ()) -> dict[str, Any]:
     """Split, learn or read the vocabulary, tokenise and write everything to `out`; return the record (meta.json).
 
     Whatever stops it, `out` then holds the old files or the new ones, and meta.json only if all of them are whole.
     Raises ValueError for a corpus or a vocabulary that won't do, OSError when `out` can't be written.
     """
-    from bert.corpus import Store, hold_out
-    from bert.tokenizer import read_tokenizer, special_ids, train_tokenizer
-    from smoe.run.download import scratch, sha256_file
-
     model, block_length = request["model"], request["block_length"]
     given = read_tokenizer(model, tokenizer_paths) if tokenizer_paths else None
     with scratch(out) as partial:
@@ -112,11 +108,8 @@ def prepare(
             "splits": splits,
             "request": request,
         }
-        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        # The record of anything else goes first, and ours comes last: while it is there, it is true.
-        (out / "meta.json").unlink(missing_ok=True)
-        for file in (*(part["file"] for part in splits.values()), "tokenizer.json", "meta.json"):
-            os.replace(partial / file, out / file)
+        (partial / RECORD).write_text(json.dumps(meta, indent=2) + "\n")
+        move_in(partial, out, [*(part["file"] for part in splits.values()), "tokenizer.json"])
     return meta
 
 
@@ -142,29 +135,21 @@ def write_blocks(path: Path, tokenizer: Any, documents: Any, block_length: int, 
     return blocks
 
 
-def default_corpus() -> "Corpus":
-    """BookCorpus from the hub, else prose out of enwik8, fetched if it isn't there yet."""
-    from bert.corpus import from_enwik8, from_hub
-    from smoe.run.download import SourceError
-
+def default_corpus() -> Corpus:
+    """BookCorpus from the hub, else prose out of enwik8, which is fetched if it isn't there yet."""
     try:
         return from_hub()
     except SourceError as error:
         why = str(error)
     print(f"bookcorpus: not to be had from the hub ({why}); using prose out of enwik8 instead", file=sys.stderr)
-    spec = importlib.util.spec_from_file_location("enwik8_prepare", HERE.parent / "enwik8" / "prepare.py")
-    enwik8 = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(enwik8)
-    folder = HERE.parent / "enwik8"
-    if not enwik8.is_prepared(folder):
-        enwik8.prepare(folder, enwik8.default_sources())
+    if not ENWIK8.is_prepared(ENWIK8.folder):
+        ENWIK8.prepare(ENWIK8.folder, ENWIK8.sources)
 
-    def chunks() -> Any:
-        for split in enwik8.SPLITS:
-            with open(folder / f"{split}.bin", "rb") as file:
-                yield from iter(lambda: file.read(1 << 20), b"")  # noqa: B023 (used at once)
+    def pieces() -> Iterator[bytes]:
+        for file in ENWIK8.files.values():
+            yield from read_pieces(ENWIK8.folder / file)
 
-    return from_enwik8(chunks, enwik8.SHA256, why)
+    return from_enwik8(pieces, ENWIK8.sha256, why)
 
 
 def default_out(options: argparse.Namespace, scale: str) -> Path:
@@ -180,54 +165,43 @@ def default_out(options: argparse.Namespace, scale: str) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 2 for bad input, 1 when nothing can be fetched or written."""
+    """The command line; returns the exit status, see `data.errors.run`."""
     options = _parse(arguments)
-    # SIGTERM as an exception, so that what is half-written goes.
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    out = None
-    try:
-        from bert.corpus import from_files, text_files
-        from smoe.run.download import DownloadError, sha256_file
+    scale = _scale(options.scale)
+    out = options.out or default_out(options, scale)
+    status = run("bookcorpus", out, lambda: _prepare_as_asked(out, options, SCALES[scale]))
+    if status == 0:
+        print(out)
+    return status
 
-        scale = _scale(options.scale)
-        out = options.out or default_out(options, scale)
-        size = SCALES[scale]
-        corpus = from_files(text_files(options.source), options.name or "text") if options.source else None
-        request = {
-            "model": options.model,
-            "source": corpus.origin if corpus else "hub, else enwik8",
-            "name": options.name,
-            "tokenizer": [sha256_file(file) for path in options.tokenizer for file in _files(path)] or None,
-            "vocab_size": options.vocab_size or size["vocab_size"][options.model],
-            "max_bytes": options.max_bytes or size["max_bytes"],
-            "block_length": options.block_length or 512,
-        }
-        if options.tokenizer:
-            request["vocab_size"] = None
-        if not options.force and is_prepared(out, request):
-            print(out)
-            return 0
+
+def _prepare_as_asked(out: Path, options: argparse.Namespace, size: dict[str, Any]) -> None:
+    """Prepare what the options ask for, unless `out` holds it already; `size` is the scale's entry of SCALES."""
+    files, left_out = text_files(options.source)
+    corpus = from_files(files, options.name or "text") if options.source else None
+    request = {
+        "model": options.model,
+        "source": corpus.origin if corpus else "hub, else enwik8",
+        "name": options.name,
+        "tokenizer": [sha256_file(file) for path in options.tokenizer for file in _files(path)] or None,
+        "vocab_size": options.vocab_size or size["vocab_size"][options.model],
+        "max_bytes": options.max_bytes or size["max_bytes"],
+        "block_length": options.block_length or 512,
+    }
+    if options.tokenizer:
+        request["vocab_size"] = None
+    if not options.force and is_prepared(out, request):
+        return
+    try:
         corpus = corpus or default_corpus()
-        print(f"bookcorpus: preparing {corpus.name} for {options.model} in {out}", file=sys.stderr)
-        meta = prepare(out, corpus, request, options.tokenizer)
     except DownloadError as error:
-        print(f"error: bookcorpus: {error}; give text files with --source", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"error: bookcorpus: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: bookcorpus: can't write to {out}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("bookcorpus: interrupted, nothing written", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+        raise DownloadError(f"{error}; give text files with --source") from error
+    if left_out:
+        print(f"bookcorpus: {listed('left out: ', left_out)}; give the path of a file to use it", file=sys.stderr)
+    print(f"bookcorpus: preparing {corpus.name} for {options.model} in {out}", file=sys.stderr)
+    meta = prepare(out, corpus, request, options.tokenizer)
     blocks = ", ".join(f"{split} {part['blocks']}" for split, part in meta["splits"].items())
     print(f"bookcorpus: {meta['dataset']}, {meta['vocab_size']} tokens, blocks: {blocks}", file=sys.stderr)
-    print(out)
-    return 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -236,7 +210,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", choices=("bert", "roberta"), default="bert", help="whose tokens (default: bert)")
     parser.add_argument("--scale", choices=(*SCALES, "auto"), default="auto", help="sets vocab_size and max_bytes")
-    parser.add_argument("--source", type=Path, nargs="+", default=[], help="text: files or folders, .txt, .xz, .gz")
+    parser.add_argument("--source", type=Path, nargs="+", default=[], help="text: files, or folders of .txt, .xz, .gz")
     parser.add_argument("--tokenizer", type=Path, nargs="+", default=[], help="a vocabulary: a folder or its files")
     parser.add_argument("--vocab_size", type=_positive, help="of a vocabulary learned from the text")
     parser.add_argument("--max_bytes", type=_positive, help="of text to use")
@@ -260,9 +234,9 @@ def _positive(text: str) -> int:
 def _scale(scale: str) -> str:
     if scale != "auto":
         return scale
-    from smoe.run.config import resolve_scale
+    from smoe.train.scale import resolve_scale
 
-    return resolve_scale(scale, REPOSITORY / "bert" / "configs")[0]
+    return resolve_scale(scale, ("paper", "cpu"))[0]
 
 
 def _files(path: Path) -> list[Path]:

@@ -1,5 +1,14 @@
-"""How the experts are computed: one signature, ``compute(x (T, d), experts, routing) -> y (T, d)``, one file a path."""
+"""How PyTorch computes the experts: one file per path, all ``compute(x (T, d), experts, routing) -> y (T, d)``.
 
-from .choose import PATHS, check_compute, choose
+Words:
 
-__all__ = ["PATHS", "check_compute", "choose"]
+engine     who computes the experts: PyTorch or fastmoe (``smoe.engine``; public argument ``engine``)
+path       one of PyTorch's ways of doing it, a key of ``PATHS`` (public argument ``compute``)
+fast path  a path with a backward of its own (``fast_path``): ``dense`` and ``grouped``
+kernel     an operator of a library that does several steps at once, such as oneDNN's linear layer with ReLU
+pair       a token together with one of the k experts it chose
+"""
+
+from .choose import PATHS, ComputePath, check_compute, choose
+
+__all__ = ["PATHS", "ComputePath", "check_compute", "choose"]

@@ -1,4 +1,4 @@
-"""Which path computes the experts, and when."""
+"""Which path computes the experts."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from ..experts import Experts
 from ..router import Routing
 from . import dense, grouped, grouped_mm, reference
 
-Compute = Callable[[Tensor, Experts, Routing], Tensor]
+ComputePath = Callable[[Tensor, Experts, Routing], Tensor]
 
-PATHS: dict[str, Compute] = {
+PATHS: dict[str, ComputePath] = {
     "reference": reference.compute,
     "grouped": grouped.compute,
     "dense": dense.compute,
     "grouped_mm": grouped_mm.compute,
 }
 
-
-# Below this many weights a matrix of an expert is so small that its products cost more to start than to compute: at
-# 64 x 128 weights and 1024 tokens a training step took 0.38 s with `grouped` at k = 8, 0.22 s with `dense`.
+# Up to this many weights, the matrix products of one expert cost more to start than to compute: at 64 x 128 weights and
+# 1024 tokens a training step took 0.38 s with `grouped` at k = 8 and 0.22 s with `dense`.
 TINY_EXPERT = 1 << 14
 
 
-def choose(name: str, x: Tensor, experts: Experts, routing: Routing) -> Compute:
-    """The path called ``name``, or for ``auto`` the fastest one known for this input.
+def choose(name: str, x: Tensor, experts: Experts, routing: Routing) -> ComputePath:
+    """The path called ``name``; for ``auto`` the fastest one known for this input.
 
-    Under the transforms of ``torch.func`` and under ``torch.jit.trace`` always ``reference``, which is plain autograd
-    and whose trace holds for other inputs.
+    Under the transforms of ``torch.func`` and under ``torch.jit.trace`` always ``reference``: it is plain autograd, and
+    its trace holds for other inputs.
     """
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():
@@ -38,22 +37,21 @@ def choose(name: str, x: Tensor, experts: Experts, routing: Routing) -> Compute:
             return PATHS["reference"]
         if torch.jit.is_tracing():
             return PATHS["reference"]
-    if name == "auto":
-        everything = routing.indices.shape[1] == experts.num_experts and not routing.absent
-        tiny = experts.d_model * experts.d_expert <= TINY_EXPERT
-        if everything or tiny:
-            return PATHS["dense"]
-        return PATHS["grouped_mm" if grouped_mm.usable(x, experts) else "grouped"]
-    return PATHS[name]
+    if name != "auto":
+        return PATHS[name]
+    all_experts = routing.indices.shape[1] == experts.num_experts and not routing.absent
+    if all_experts or experts.d_model * experts.d_expert <= TINY_EXPERT:
+        return PATHS["dense"]
+    return PATHS["grouped_mm" if grouped_mm.usable(x, experts) else "grouped"]
 
 
 def _refuse_vmap() -> None:
-    """A ValueError where a vmap is among the transforms of ``torch.func``."""
+    """A ValueError if vmap is among the active transforms of ``torch.func``."""
     kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack()]
     if torch._C._functorch.TransformType.Vmap in kinds:
         raise ValueError(
-            "torch.func.vmap over an SMoE layer can't work, each sample has other tokens an expert; give the layer all "
-            "samples at once, x (samples, ..., d_model), and for a gradient a sample call torch.func.grad on one a time"
+            "torch.func.vmap over an SMoE layer can't work, since every sample has other tokens per expert; pass all "
+            "samples at once, x (samples, ..., d_model), and for per-sample gradients call torch.func.grad per sample"
         )
 
 

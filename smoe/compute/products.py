@@ -11,9 +11,7 @@ from torch import Tensor
 
 # Bytes of the products that `group_dots` sums at a time.
 DOT_BYTES = 1 << 20
-
-
-# Multiply-adds from which oneDNN is worth its compiling a kernel where MKL could do.
+# Multiply-adds from which a product of float32 is worth a kernel that oneDNN has to compile, where MKL could do it.
 ONEDNN_FLOAT32 = 1 << 22
 
 
@@ -27,16 +25,14 @@ def _onednn_bfloat16() -> bool:
 
 @functools.cache
 def onednn_float32() -> bool:
-    """Whether float32 products go to oneDNN: where PyTorch's own go to MKL, but the processor isn't Intel's.
+    """Whether float32 products go to oneDNN: where PyTorch's own go to MKL and the processor is not Intel's.
 
     MKL runs at half speed there: 235 against 490 GF/s on two cores of an AMD EPYC 9005 (2048 x 768 x 192).
     """
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
     try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+        return hasattr(torch.ops.mkldnn, "_linear_pointwise") and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
 
@@ -50,19 +46,25 @@ def uses_onednn(x: Tensor, columns: int) -> bool:
     return x.dtype == torch.bfloat16 and _onednn_bfloat16()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, fuse: bool = False) -> Tensor:
-    """``x @ weight.T + bias``, and relu of it on request; x (T, d), weight (h, d), bias (h,) -> (T, h), a new tensor.
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products with x, as in nn.Linear: autocast's where it is on, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
-    In bfloat16 on a CPU ``addmm`` first copies the bias into every row and adds in a second pass; oneDNN's own
-    linear layer (what inductor calls) adds bias and ReLU while the result is still in registers: up to twice as fast.
-    In float32 MKL's ``addmm`` is the faster one on Intel's processors, and there alone.
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, fuse: bool = False) -> Tensor:
+    """``x @ weight.T + bias``, with ReLU on request; x (T, d), weight (h, d), bias (h,) -> (T, h), a new tensor.
+
+    In bfloat16 on a CPU ``addmm`` first copies the bias into every row and adds the product in a second pass. oneDNN's
+    linear layer (which inductor calls too) adds bias and ReLU while the result is still in registers: up to twice as
+    fast. In float32 MKL's ``addmm`` is the faster one, but on Intel's processors only.
 
     fuse: whether ReLU may be left to oneDNN, whose ReLU of NaN is 0 (see ``hidden.may_fuse_relu``).
     """
     if uses_onednn(x, weight.shape[0]):
         out = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu and fuse else "none", [], "")
         return out.relu() if relu and not fuse else out
-    # With out=, since selective checkpointing, which keeps what mm and addmm return, forbids to change that (relu_).
+    # With out=, because selective checkpointing, which keeps what mm and addmm return, forbids changing that (relu_).
     out = x.new_empty(x.shape[0], weight.shape[0])
     torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
     return out.relu_() if relu else out
@@ -79,7 +81,7 @@ def mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def combine(pairs: Tensor, position: Tensor, weights: Tensor | None, out: Tensor) -> None:
-    """``out[t] = sum_j weights[t, j] * pairs[position[t, j]]``; pairs (P, d), position and weights (T, K), out (T, d).
+    """``out[t] = sum_j weights[t, j] * pairs[position[t, j]]``; pairs (P, d), position and weights (T, k), out (T, d).
 
     This is what an embedding bag does: one read of every pair, sums in float32, one rounding. On a CPU it is several
     times faster than adding expert after expert with ``index_add_``, which also rounds or widens each time.
@@ -88,12 +90,11 @@ def combine(pairs: Tensor, position: Tensor, weights: Tensor | None, out: Tensor
 
 
 def scale_(hidden: Tensor, weights: Tensor, out: Tensor) -> Tensor:
-    """hidden (n, m * h) times weights (n, m), each for its h neighbours, into ``out``."""
-    groups = weights.shape[1]
-    if groups == 1:
+    """hidden (n, m * h) times weights (n, m), each weight for h neighbours, into ``out``."""
+    n, m = weights.shape
+    if m == 1:
         return torch.mul(hidden, weights, out=out)
-    n = hidden.shape[0]
-    torch.mul(hidden.view(n, groups, -1), weights.unsqueeze(2), out=out.view(n, groups, -1))
+    torch.mul(hidden.view(n, m, -1), weights.unsqueeze(2), out=out.view(n, m, -1))
     return out
 
 

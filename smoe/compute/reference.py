@@ -1,4 +1,4 @@
-"""The reference path: one expert after the other, plain autograd. Slow, short, and what all others must equal."""
+"""The reference path: one expert after the other, plain autograd. Slow and short; all other paths must equal it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
     """``y[t] = sum_j weights[t, j] * E_indices[t, j](x[t])`` (the paper's Eq. 1); x (T, d) -> y (T, d)."""
     y = torch.zeros_like(x)
     for e in range(experts.num_experts):
-        token, choice = (routing.indices == e).nonzero(as_tuple=True)
-        # Experts without tokens stay in the graph (with zero gradients): nothing is "unused" under DDP.
+        token, slot = (routing.indices == e).nonzero(as_tuple=True)
+        # Experts without tokens stay in the graph, with gradients of 0: DDP finds no unused parameter.
         rows = x[token]
-        hidden = F.linear(rows, experts.up[e], None if experts.up_bias is None else experts.up_bias[e])
-        if experts.gate is None:
-            hidden = experts.activation(hidden)
-        else:
-            gate_bias = None if experts.gate_bias is None else experts.gate_bias[e]
-            hidden = experts.activation(F.linear(rows, experts.gate[e], gate_bias)) * hidden
-        out = hidden @ experts.down[e]
+        up = F.linear(rows, experts.up[e], None if experts.up_bias is None else experts.up_bias[e])
+        gate = None
+        if experts.gate is not None:
+            gate = F.linear(rows, experts.gate[e], None if experts.gate_bias is None else experts.gate_bias[e])
+        out = experts.hidden(up, gate) @ experts.down[e]
         if experts.down_bias is not None:
             out = out + experts.down_bias[e]
-        y = y.index_add(0, token, (out * routing.weights[token, choice].unsqueeze(1)).to(y.dtype))
+        y = y.index_add(0, token, (out * routing.weights[token, slot].unsqueeze(1)).to(y.dtype))
     return y

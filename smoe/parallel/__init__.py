@@ -1,19 +1,19 @@
-"""Native expert parallelism: the experts of every SMoE layer spread over ranks, on ``torch.distributed`` alone.
+"""Expert parallelism on ``torch.distributed`` alone: the ranks of a group share the experts of every SMoE layer.
 
-What to call, and when::
+A training loop::
 
-    groups = ParallelGroups.create(expert_parallel=4)     # after init_process_group; without one it is a single rank
+    groups = ParallelGroups.create(expert_parallel=4)     # after init_process_group
     model = parallelize(model, groups)                     # before the optimizer, DDP and torch.compile
-    model = DistributedDataParallel(model)                 # leaves the experts alone: parallelize told it to
+    model = DistributedDataParallel(model)                 # parallelize has told it to ignore the experts
     for batch in batches:
         set_top_k(model, k)                                # the same k on every rank
-        model(batch).backward()                            # once or, accumulating gradients, several times
-        sync_expert_gradients(model, groups)               # once a step, after the last backward
-        clip_grad_norm_(model, max_norm, groups)           # the true norm of the whole model
+        model(batch).backward()                            # several times to accumulate gradients
+        sync_expert_gradients(model, groups)               # once per step, after the last backward
+        clip_grad_norm_(model, max_norm, groups)           # by the norm of the whole model
         optimizer.step()
 
-Every rank of an expert-parallel group runs every forward and backward pass of a layer together with the others: a rank
-that is out of tokens runs it with none. With ``accelerate`` and ``transformers.Trainer`` see ``attach``.
+All ranks of an expert-parallel group must run every forward and backward pass of a layer together; a rank that has no
+tokens runs it with an empty batch. For ``accelerate`` and ``transformers.Trainer`` see ``attach``.
 """
 
 from .agreement import check_agreement

@@ -1,4 +1,4 @@
-"""Ranks that were started with different settings say so at once, all of them, instead of waiting for each other."""
+"""Ranks that were started with different settings all raise the same error at once, instead of waiting forever."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .groups import ParallelGroups
 
 
 def check_agreement(values: Mapping[str, Any], groups: ParallelGroups) -> None:
-    """Every rank calls this with its own values; where they differ, all ranks raise the same error.
+    """Compares ``values`` over all ranks; if they differ, every rank raises the same error.
 
-    One small all-gather of pickled objects (twice a round trip, under a millisecond within a machine): for the start of
-    a run, and for k whenever it changes, rather than for every step. Within an expert-parallel group a k that differs
-    is noticed without it, at the first pass (see ``smoe.parallel.dispatch``).
+    Every rank must call it. It costs one all-gather of pickled objects, under a millisecond within a machine: call it
+    at the start of a run and whenever k changes, not at every step. Within an expert-parallel group a different k is
+    found without it, in the first forward pass (see ``smoe.parallel.dispatch``).
 
     Args:
-        values: by field; anything that compares with ``==`` and can be pickled.
+        values: by field; values must be comparable with ``==`` and picklable.
 
     Raises:
         ValueError: one line with every field that differs and its values by rank.
@@ -31,7 +31,7 @@ def check_agreement(values: Mapping[str, Any], groups: ParallelGroups) -> None:
 
 
 def raise_disagreement(by_rank: list[Mapping[str, Any]], ranks: range) -> None:
-    """A ValueError if the mappings are not all equal."""
+    """Raises a ValueError unless all mappings are equal; ``by_rank[i]`` is that of rank ``ranks[i]``."""
     missing = "(missing)"
     lines = []
     for field in dict.fromkeys(field for values in by_rank for field in values):

@@ -1,16 +1,18 @@
-"""Tokens to the experts and back: once per destination rank, with their routing; one already-summed vector returns.
+"""Expert-parallel dispatch: a token is sent once to each rank that holds experts it chose, and one sum comes back.
 
-A pass of a layer sends, to each other rank of the group:
+In one pass of a layer each rank sends these messages to the other ranks of its expert-parallel group:
 
-sizes      3 int64: how many rows will come, k, and the bytes of a row
-forward    a row per (token, rank): x, and the token's choices there (weight float32, expert int16, per slot)
-output     a row per (token, rank): the weighted sum of that rank's experts
-and in backward the same way again
-gradient   a row per (token, rank): the gradient of the output
-input      a row per (token, rank): the gradients of x and, where the router learns from them, of the weights
+sizes      3 int64: the number of rows that will follow, k, and the bytes of a row
+forward    a row per (token, rank) pair: x, and the choices on that rank (per slot a float32 weight, an int16 expert)
+output     a row per pair: the weighted sum of that rank's experts
 
-Its own tokens a rank computes together with those that came, in one go. A token has as many slots as it can have
-choices on one rank, min(k, N / E); empty ones hold expert -1.
+and in the backward pass
+
+gradient   a row per pair: the gradient of the output
+input      a row per pair: the gradient of x and, if the router learns from them, of the weights
+
+A rank computes its own tokens together with the received rows, in one call. A row has min(k, N / E) slots, the most
+choices that a token can have on one rank; unused slots hold expert -1.
 """
 
 from __future__ import annotations
@@ -27,13 +29,17 @@ from torch.autograd.function import once_differentiable
 from ..router import PartialRouting, Routing
 from .agreement import raise_disagreement
 from .groups import ParallelGroups
-from .plan import Plan, make_plan
+from .plan import DispatchPlan, make_plan
 
-Compute = Callable[[Tensor, Routing], Tensor]
+LocalExperts = Callable[[Tensor, Routing], Tensor]
+"""Computes rows ``x (R, d)`` with this rank's experts, given the rows' routing over them -> ``y (R, d)``."""
 
 
 class Sent(NamedTuple):
-    """What a rank sent to all others together. message: as named above; vectors: the bytes of token vectors in it."""
+    """One message: its name (see this module), its rows, the bytes of token vectors in it, and all its bytes.
+
+    The rows and bytes are those that this rank sends to all other ranks together.
+    """
 
     message: str
     rows: int
@@ -42,44 +48,44 @@ class Sent(NamedTuple):
 
 
 class Dispatch:
-    """What stands between the router of a layer and its experts when these are spread over ranks.
+    """Sends the tokens of one layer to the ranks of their experts, and brings back the outputs.
 
     Args:
-        num_experts: N, of the whole layer.
-        groups: where they are.
+        num_experts: N, the experts of the whole layer.
+        groups: the ranks that share them.
     """
 
     def __init__(self, num_experts: int, groups: ParallelGroups) -> None:
         self.num_experts, self.groups = num_experts, groups
         self.watchers: list[list[Sent]] = []
-        self.unsynced = False  # whether a backward pass has left gradients that sync_expert_gradients has not seen
+        self.unsynced = False  # whether a backward pass has run since the last sync_expert_gradients
 
-    def __call__(self, x: Tensor, routing: Routing, compute: Compute) -> Tensor:
-        """x (T, d) -> y (T, d); ``compute`` is given (rows (R, d), their routing over this rank's experts)."""
-        # The check spares uncompiled models the import of the compiler, a matter of seconds.
-        return (self._run_uncompiled if torch.compiler.is_compiling() else self._run)(x, routing, compute)
+    def __call__(self, x: Tensor, routing: Routing, local_experts: LocalExperts) -> Tensor:
+        """x (T, d) and its routing over all N experts -> y (T, d). All ranks of the group call it together."""
+        # Asking first spares uncompiled models the import of the compiler, which takes seconds.
+        return (self._run_uncompiled if torch.compiler.is_compiling() else self._run)(x, routing, local_experts)
 
-    @torch._disable_dynamo  # how many rows come is known at run time alone
-    def _run_uncompiled(self, x: Tensor, routing: Routing, compute: Compute) -> Tensor:
-        return self._run(x, routing, compute)
+    @torch._disable_dynamo  # the number of received rows is only known at run time
+    def _run_uncompiled(self, x: Tensor, routing: Routing, local_experts: LocalExperts) -> Tensor:
+        return self._run(x, routing, local_experts)
 
-    def _run(self, x: Tensor, routing: Routing, compute: Compute) -> Tensor:
-        # In the dtype that the experts' products take anyway; half the bytes under autocast.
+    def _run(self, x: Tensor, routing: Routing, local_experts: LocalExperts) -> Tensor:
+        # Under autocast the experts compute in its dtype anyway, and it halves the bytes to send.
         device = x.device.type
         x = x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
         groups, k = self.groups, routing.indices.shape[1]
-        share = self.num_experts // groups.expert_parallel
-        plan = make_plan(routing.indices, share, groups.expert_parallel, groups.ep_rank)
-        exchange = Exchange(self, plan, x.shape[0], Row.of(x, min(k, share)), k)
-        local = routing.indices.remainder(share)
-        rows, weights, indices = _Forward.apply(x, routing.weights, local, exchange)
+        num_local = self.num_experts // groups.expert_parallel
+        plan = make_plan(routing.indices, num_local, groups.expert_parallel, groups.ep_rank)
+        exchange = Exchange(self, plan, x.shape[0], Row.of(x, min(k, num_local)), k)
+        local_indices = routing.indices.remainder(num_local)
+        rows, weights, indices = _Forward.apply(x, routing.weights, local_indices, exchange)
         kind = PartialRouting if routing.absent or k < self.num_experts else Routing
-        y = compute(rows, kind(indices, weights, None))
+        y = local_experts(rows, kind(indices, weights, None))
         return _Output.apply(y, exchange)
 
 
 class Row(NamedTuple):
-    """The layout of a row of the forward message, in bytes: x, weights, experts, padded to a multiple of 8."""
+    """The layout of a row of the forward message, in bytes: x, weights, experts, padding to a multiple of 8."""
 
     width: int
     itemsize: int
@@ -106,8 +112,8 @@ class Row(NamedTuple):
         return -(-(self.indices_at + 2 * self.slots) // 8) * 8
 
     @property
-    def size_back(self) -> int:
-        """Without the experts: gradients of x and of the weights."""
+    def gradient_size(self) -> int:
+        """The bytes of a row of the input message: the gradients of x and of the weights."""
         return -(-self.indices_at // 8) * 8
 
     def x(self, buffer: Tensor, dtype: torch.dtype) -> Tensor:
@@ -121,48 +127,53 @@ class Row(NamedTuple):
 
 
 class Exchange:
-    """The rows of one pass: how many go where, and sending them there and back."""
+    """One pass of one layer: exchanges the numbers of rows, then rows in both directions.
 
-    def __init__(self, dispatch: Dispatch, plan: Plan, num_tokens: int, row: Row, k: int) -> None:
+    Attributes:
+        num_own: pairs of this rank with itself, which are not sent; the first ones of the plan.
+        num_sent, num_received: rows that this rank sends to others and receives from them.
+    """
+
+    def __init__(self, dispatch: Dispatch, plan: DispatchPlan, num_tokens: int, row: Row, k: int) -> None:
         self.dispatch, self.plan, self.num_tokens, self.row = dispatch, plan, num_tokens, row
         groups = dispatch.groups
-        own = torch.stack([plan.rows, torch.full_like(plan.rows, k), torch.full_like(plan.rows, row.size)], 1)
-        theirs = torch.empty_like(own)
-        dist.all_to_all_single(theirs, own, group=groups.ep_group)
-        self._note("sizes", groups.expert_parallel - 1, 0, own[0].numel() * own.element_size())
-        own_rows, came = plan.rows.tolist(), theirs.tolist()
-        # A rank with another k or dtype would send rows that the others take for something else.
+        sizes = torch.stack([plan.rows, torch.full_like(plan.rows, k), torch.full_like(plan.rows, row.size)], 1)
+        received = torch.empty_like(sizes)
+        dist.all_to_all_single(received, sizes, group=groups.ep_group)
+        self._record("sizes", groups.expert_parallel - 1, 0, sizes[0].numel() * sizes.element_size())
+        send_counts, by_rank = plan.rows.tolist(), received.tolist()
+        # Rows of a rank with another k or dtype would be misread.
         first = groups.rank - groups.ep_rank
         raise_disagreement(
-            [{"top_k": entry[1], "the bytes of a token (width, dtype, k)": entry[2]} for entry in came],
+            [{"top_k": k, "the size of a row in bytes (of d_model, dtype and k)": size} for _, k, size in by_rank],
             range(first, first + groups.expert_parallel),
         )
-        self.there, self.back = own_rows, [entry[0] for entry in came]
-        self.own = self.there[groups.ep_rank]
-        self.there[groups.ep_rank] = self.back[groups.ep_rank] = 0
-        self.sent, self.received = sum(self.there), sum(self.back)
+        self.send_counts, self.receive_counts = send_counts, [rows for rows, _, _ in by_rank]
+        self.num_own = self.send_counts[groups.ep_rank]
+        self.send_counts[groups.ep_rank] = self.receive_counts[groups.ep_rank] = 0
+        self.num_sent, self.num_received = sum(self.send_counts), sum(self.receive_counts)
 
     def send(self, message: str, rows: Tensor, out: Tensor, vector: int) -> None:
-        """Rows (sent, ...) for the others -> out (received, ...)."""
-        self._all_to_all(message, rows, out, self.there, self.back, vector)
+        """Tokens to their experts: rows (num_sent, ...) -> out (num_received, ...)."""
+        self._all_to_all(message, rows, out, self.send_counts, self.receive_counts, vector)
 
-    def give_back(self, message: str, rows: Tensor, out: Tensor, vector: int) -> None:
-        """The way back: rows (received, ...) -> out (sent, ...)."""
-        self._all_to_all(message, rows, out, self.back, self.there, vector)
+    def send_back(self, message: str, rows: Tensor, out: Tensor, vector: int) -> None:
+        """The opposite direction: rows (num_received, ...) -> out (num_sent, ...)."""
+        self._all_to_all(message, rows, out, self.receive_counts, self.send_counts, vector)
 
     def _all_to_all(
-        self, message: str, rows: Tensor, out: Tensor, give: list[int], take: list[int], vector: int
+        self, message: str, rows: Tensor, out: Tensor, send: list[int], receive: list[int], vector: int
     ) -> None:
         assert rows.is_contiguous() and out.is_contiguous()
-        dist.all_to_all_single(out, rows, take, give, group=self.dispatch.groups.ep_group)
-        self._note(message, rows.shape[0], vector, rows.stride(0) * rows.element_size())
+        dist.all_to_all_single(out, rows, receive, send, group=self.dispatch.groups.ep_group)
+        self._record(message, rows.shape[0], vector, rows.stride(0) * rows.element_size())
 
-    def _note(self, message: str, rows: int, vector: int, size: int) -> None:
+    def _record(self, message: str, rows: int, vector: int, size: int) -> None:
         for watcher in self.dispatch.watchers:
             watcher.append(Sent(message, rows, rows * vector, rows * size))
 
     def sum_pairs(self, pairs: Tensor) -> Tensor:
-        """(P, d) rows in the plan's order -> (T, d), summed in float32, rounded once."""
+        """Pairs (P, d) in the plan's order -> (T, d), their sums per token, in float32 and rounded once."""
         if self.num_tokens == 0:
             return pairs.new_empty(0, pairs.shape[1])
         if pairs.shape[0] == 0:
@@ -176,21 +187,21 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, indices: Tensor, exchange: Exchange) -> tuple[Tensor, ...]:
         ctx.exchange, ctx.num_choices = exchange, weights.shape[1]
-        plan, row, own = exchange.plan, exchange.row, exchange.own
+        plan, row, own = exchange.plan, exchange.row, exchange.num_own
         tokens, columns = plan.tokens, plan.columns
-        absent = columns < 0
+        unused = columns < 0
         source = tokens.unsqueeze(1), columns.clamp_min(0)
-        pair_weights = weights.float()[source].masked_fill_(absent, 0)
-        pair_indices = indices[source].masked_fill_(absent, -1)
-        out = x.new_empty(exchange.sent, row.size, dtype=torch.uint8)
-        row.x(out, x.dtype).copy_(x[tokens[own:]])
-        row.weights(out).copy_(pair_weights[own:])
-        row.indices(out).copy_(pair_indices[own:])
-        came = x.new_empty(exchange.received, row.size, dtype=torch.uint8)
-        exchange.send("forward", out, came, row.vector)
-        rows = torch.cat([x[tokens[:own]], row.x(came, x.dtype)])
-        row_weights = torch.cat([pair_weights[:own], row.weights(came)])
-        row_indices = torch.cat([pair_indices[:own], row.indices(came).to(pair_indices.dtype)])
+        pair_weights = weights.float()[source].masked_fill_(unused, 0)
+        pair_indices = indices[source].masked_fill_(unused, -1)
+        sent = x.new_empty(exchange.num_sent, row.size, dtype=torch.uint8)
+        row.x(sent, x.dtype).copy_(x[tokens[own:]])
+        row.weights(sent).copy_(pair_weights[own:])
+        row.indices(sent).copy_(pair_indices[own:])
+        received = x.new_empty(exchange.num_received, row.size, dtype=torch.uint8)
+        exchange.send("forward", sent, received, row.vector)
+        rows = torch.cat([x[tokens[:own]], row.x(received, x.dtype)])
+        row_weights = torch.cat([pair_weights[:own], row.weights(received)])
+        row_indices = torch.cat([pair_indices[:own], row.indices(received).to(pair_indices.dtype)])
         ctx.mark_non_differentiable(row_indices)
         ctx.weights_dtype = weights.dtype
         return rows, row_weights, row_indices
@@ -199,44 +210,44 @@ class _Forward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         exchange = ctx.exchange
-        plan, row, own = exchange.plan, exchange.row, exchange.own
+        plan, row, own = exchange.plan, exchange.row, exchange.num_own
         exchange.dispatch.unsynced = True
-        pairs = grad_rows.new_empty(own + exchange.sent, row.width)
+        pairs = grad_rows.new_empty(own + exchange.num_sent, row.width)
         pairs[:own] = grad_rows[:own]
         if not ctx.needs_input_grad[1]:
-            exchange.give_back("input", grad_rows[own:].contiguous(), pairs[own:], row.vector)
+            exchange.send_back("input", grad_rows[own:].contiguous(), pairs[own:], row.vector)
             return exchange.sum_pairs(pairs), None, None, None
-        out = grad_rows.new_empty(exchange.received, row.size_back, dtype=torch.uint8)
-        row.x(out, grad_rows.dtype).copy_(grad_rows[own:])
-        row.weights(out).copy_(grad_weights[own:])
-        back = grad_rows.new_empty(exchange.sent, row.size_back, dtype=torch.uint8)
-        exchange.give_back("input", out, back, row.vector)
-        pairs[own:] = row.x(back, grad_rows.dtype)
-        pair_weights = torch.cat([grad_weights[:own], row.weights(back)])
-        # One column more, for empty slots.
+        sent = grad_rows.new_empty(exchange.num_received, row.gradient_size, dtype=torch.uint8)
+        row.x(sent, grad_rows.dtype).copy_(grad_rows[own:])
+        row.weights(sent).copy_(grad_weights[own:])
+        received = grad_rows.new_empty(exchange.num_sent, row.gradient_size, dtype=torch.uint8)
+        exchange.send_back("input", sent, received, row.vector)
+        pairs[own:] = row.x(received, grad_rows.dtype)
+        pair_weights = torch.cat([grad_weights[:own], row.weights(received)])
+        # One more column takes the gradients of unused slots.
         grad = grad_weights.new_zeros(exchange.num_tokens, ctx.num_choices + 1)
         grad[plan.tokens.unsqueeze(1), plan.columns.remainder(ctx.num_choices + 1)] = pair_weights
         return exchange.sum_pairs(pairs), grad[:, :-1].to(ctx.weights_dtype), None, None
 
 
 class _Output(torch.autograd.Function):
-    """Outputs (R, d) -> y (T, d), the sum of what a token's ranks made of it."""
+    """Outputs (R, d) of the local experts -> y (T, d), the sum over the ranks of each token."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange, own = exchange, exchange.own
-        pairs = rows.new_empty(own + exchange.sent, rows.shape[1])
+        ctx.exchange, own = exchange, exchange.num_own
+        pairs = rows.new_empty(own + exchange.num_sent, rows.shape[1])
         pairs[:own] = rows[:own]
-        exchange.give_back("output", rows[own:].contiguous(), pairs[own:], rows.shape[1] * rows.element_size())
+        exchange.send_back("output", rows[own:].contiguous(), pairs[own:], rows.shape[1] * rows.element_size())
         return exchange.sum_pairs(pairs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
         exchange = ctx.exchange
-        tokens, own = exchange.plan.tokens, exchange.own
+        tokens, own = exchange.plan.tokens, exchange.num_own
         exchange.dispatch.unsynced = True
-        grad = grad_y.new_empty(own + exchange.received, grad_y.shape[1])
+        grad = grad_y.new_empty(own + exchange.num_received, grad_y.shape[1])
         grad[:own] = grad_y[tokens[:own]]
         vector = grad_y.shape[1] * grad_y.element_size()
         exchange.send("gradient", grad_y[tokens[own:]], grad[own:], vector)

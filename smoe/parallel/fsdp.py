@@ -1,4 +1,4 @@
-"""FSDP2 (``fully_shard``) for models that don't fit a device, together with expert parallelism."""
+"""FSDP2 (``fully_shard``) for models that do not fit on one device, alone or with expert parallelism."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..control import smoe_layers
 from .groups import ParallelGroups
-from .shard import spread_layers
+from .shard import parallelized_layers
 
 
 def fully_shard_model(
@@ -18,8 +18,8 @@ def fully_shard_model(
 ) -> nn.Module:
     """Shards parameters, gradients and optimizer state of ``model`` over the ranks with FSDP2, in place; returns it.
 
-    Spread experts are sharded over the ranks that hold the same ones, everything else over all W ranks. After
-    ``parallelize``, instead of DDP, before the optimizer::
+    The experts of parallelized layers are sharded over the ranks that hold the same ones, everything else over all W
+    ranks. Use it instead of DDP, after ``parallelize`` and before the optimizer::
 
         model = parallelize(model, groups)
         model = fully_shard_model(model, groups)
@@ -29,38 +29,37 @@ def fully_shard_model(
         clip_grad_norm_(model, max_norm, groups)        # or sync_expert_gradients, as without FSDP
         optimizer.step()
 
-    ``sync_expert_gradients`` and ``clip_grad_norm_`` are called as ever; ``gather_state`` and ``shard_state`` go from
-    the shards to whole tensors and back. Accumulating gradients needs no more either: FSDP reduces in every backward
-    pass and adds up.
+    ``gather_state`` and ``shard_state`` convert between whole tensors and the shards. Gradient accumulation needs
+    nothing more: FSDP reduces the gradients in each backward pass and adds them up.
 
     Args:
-        blocks: what is gathered at once, one after the other; None: the elements of a ``ModuleList`` that hold SMoE
-            layers (the layers of a transformer).
+        blocks: the modules that FSDP gathers one at a time; None: the elements of each ``ModuleList`` that hold SMoE
+            layers (a transformer's layers).
         options: of ``torch.distributed.fsdp.fully_shard`` (``reshard_after_forward``, ``mp_policy``,
             ``offload_policy``).
 
     Raises:
-        ValueError: there is a single rank; there is nothing to shard over.
+        ValueError: there is only one rank.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if groups.world_size == 1:
-        raise ValueError("FSDP shards over ranks, and this run has 1; start several, with torchrun")
+        raise ValueError("world_size is 1; FSDP shards over several ranks: start them with torchrun, or leave out FSDP")
     device = next(model.parameters()).device.type
     shape = (groups.expert_data_parallel, groups.expert_parallel)
     mesh = init_device_mesh(device, shape, mesh_dim_names=("expert_data", "expert"))
-    every = mesh._flatten("all_ranks") if 1 not in shape else mesh["expert" if shape[0] == 1 else "expert_data"]
+    all_ranks = mesh._flatten("all_ranks") if 1 not in shape else mesh["expert" if shape[0] == 1 else "expert_data"]
     blocks = list(_blocks(model) if blocks is None else blocks)
-    spread = {id(layer.experts): layer.experts for _, layer in spread_layers(model)}.values()
-    for experts in spread:
-        # Also where a single rank has them: optimizers take either FSDP's tensors or plain ones in one go, no mixture.
-        # Weights of the routing stay in float32 whatever the policy casts the parameters to.
+    local_experts = {id(layer.experts): layer.experts for _, layer in parallelized_layers(model)}.values()
+    for experts in local_experts:
+        # Also if only one rank holds them: optimizers cannot step DTensors and plain tensors together.
+        # Routing weights stay in float32 whatever the policy casts the parameters to.
         policy = dataclasses.replace(options.get("mp_policy", MixedPrecisionPolicy()), cast_forward_inputs=False)
         place = _placement(groups.expert_data_parallel)
         fully_shard(experts, mesh=mesh["expert_data"], shard_placement_fn=place, **(options | {"mp_policy": policy}))
     for module in (*blocks, model):
-        fully_shard(module, mesh=every, shard_placement_fn=_placement(groups.world_size), **options)
+        fully_shard(module, mesh=all_ranks, shard_placement_fn=_placement(groups.world_size), **options)
     return model
 
 
@@ -80,7 +79,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _placement(ranks: int) -> Any:
-    """Along the first dimension that divides evenly: 16 experts over 64 ranks would leave most of them without any."""
+    """Shards along the first dimension that divides evenly: 16 experts over 64 ranks would leave most ranks empty."""
     from torch.distributed.tensor import Shard
 
     def place(parameter: nn.Parameter) -> Shard | None:
@@ -91,12 +90,12 @@ def _placement(ranks: int) -> Any:
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
-    """Whether it is a DTensor, of which FSDP holds a part here."""
-    return hasattr(tensor, "to_local")  # without the import, which takes a while
+    """Whether it is a DTensor, of which this rank holds FSDP's shard."""
+    return hasattr(tensor, "to_local")  # isinstance would need a slow import
 
 
 def distribute(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor that all have, laid out as the DTensor ``like``; nothing is sent."""
+    """This rank's shard of ``whole``, laid out as the DTensor ``like``. All ranks have ``whole``; nothing is sent."""
     from torch.distributed.tensor import distribute_tensor
 
     whole = whole.to(like.device)

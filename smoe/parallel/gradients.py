@@ -1,4 +1,4 @@
-"""Gradients of spread experts: what DDP does for all other parameters, and clipping by the norm of the whole model."""
+"""Gradients of expert-parallel experts: averaging, as DDP does for all other parameters, and clipping."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from torch import Tensor, nn
 
 from .fsdp import is_sharded
 from .groups import ParallelGroups, communication_device
-from .shard import check_ddp, expert_parameters, spread_layers
+from .shard import check_ddp, expert_parameters, parallelized_layers
 
-# Bytes of gradients that are reduced as one message.
+# Bytes of gradients that are reduced in one message.
 BUCKET_BYTES = 64 << 20
 
 
 @torch.no_grad()
 def sync_expert_gradients(model: nn.Module, groups: ParallelGroups) -> None:
-    """Makes the experts' gradients those of the mean loss over all W ranks, as DDP makes the others'.
+    """Makes the experts' gradients those of the mean loss over all W ranks, as DDP does for other parameters.
 
-    After ``backward`` an expert's gradient is the sum over the tokens of all ranks of its group. This sums it over the
-    ranks that hold the same experts, and divides by W. Call it once a step on every rank, after the last ``backward``
-    and before clipping and the optimizer:
+    After ``backward`` an expert's gradient is the sum over the tokens of its expert-parallel group. This adds up the
+    gradients of the ranks that hold the same experts, and divides by W. Call it on every rank, once per step, after
+    the last ``backward`` and before clipping and the optimizer:
 
-    - accumulating gradients over several passes, after the last of them (DDP's ``no_sync`` has no meaning for
-      experts: nothing is reduced before this call);
-    - with several passes in one ``backward`` (THOR), after it, once.
+    - with gradient accumulation, after the last pass (DDP's ``no_sync`` does not concern the experts, whose gradients
+      are only reduced here);
+    - with several passes in one ``backward`` (THOR), once after it.
 
-    A second call without a ``backward`` in between does nothing. With a gradient scaler, unscale before or after.
+    A second call without a ``backward`` in between does nothing. A gradient scaler may unscale before or after it.
+
+    Raises:
+        ValueError: a DDP in ``model`` averages the experts too.
     """
-    layers = spread_layers(model)
+    layers = parallelized_layers(model)
     if not any(layer.dispatch.unsynced for _, layer in layers):
         return
     check_ddp(model)
@@ -44,7 +47,7 @@ def sync_expert_gradients(model: nn.Module, groups: ParallelGroups) -> None:
             if parameter.grad is not None:
                 averaged.append(parameter.grad.to_local())
             continue
-        # A rank may lack a gradient that others have (a layer it did not run); all must reduce the same tensors.
+        # A rank may lack a gradient that others have (a layer that it did not run); all must reduce the same tensors.
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
@@ -62,7 +65,7 @@ def sync_expert_gradients(model: nn.Module, groups: ParallelGroups) -> None:
 
 
 def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
-    """The gradients in groups of one dtype and at most ``BUCKET_BYTES`` (or one tensor)."""
+    """The gradients in lists of one dtype and at most ``BUCKET_BYTES`` (or one tensor)."""
     buckets: list[list[Tensor]] = []
     filled = 0
     for gradient in sorted(gradients, key=lambda g: str(g.dtype)):
@@ -77,14 +80,15 @@ def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
 
 @torch.no_grad()
 def clip_grad_norm_(model: nn.Module, max_norm: float, groups: ParallelGroups) -> Tensor:
-    """``torch.nn.utils.clip_grad_norm_`` with the 2-norm of the whole model: all experts once, everything else once.
+    """``torch.nn.utils.clip_grad_norm_`` by the 2-norm of the whole model, in which every expert counts once.
 
-    Every rank calls it, and gets the same norm, that before clipping (a scalar). ``sync_expert_gradients`` is called if
-    it has not been since the last ``backward``; with a gradient scaler, unscale first.
+    Every rank calls it and gets the same norm, a scalar, from before clipping. It calls ``sync_expert_gradients`` if
+    that has not run since the last ``backward``. With a gradient scaler, unscale first.
     """
     sync_expert_gradients(model, groups)
     experts = {id(parameter) for parameter in expert_parameters(model)}
-    equal, of_group, of_rank = [], [], []  # the same on every rank; one's own in the group; one's own among all
+    # Gradients that are the same on all ranks; that differ within an expert-parallel group; that differ on all ranks.
+    equal, of_group, of_rank = [], [], []
     for parameter in model.parameters():
         if parameter.grad is None:
             continue
@@ -99,7 +103,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, groups: ParallelGroups) -
             dist.all_reduce(part, group=group)
             square = square.to(part.device) + part
     norm = square.sqrt()
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as in torch.nn.utils.clip_grad_norm_
     gradients = [*equal, *of_group, *of_rank]
     for device in {gradient.device for gradient in gradients}:
         torch._foreach_mul_([g for g in gradients if g.device == device], factor.to(device))
@@ -107,26 +111,26 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, groups: ParallelGroups) -
 
 
 def attach(accelerator: Any, model: nn.Module, groups: ParallelGroups) -> None:
-    """Makes an ``accelerate.Accelerator`` clip by :func:`clip_grad_norm_`, and so sync the experts' gradients.
+    """Makes an ``accelerate.Accelerator`` clip with :func:`clip_grad_norm_`, which also syncs the experts' gradients.
 
-    The whole integration with accelerate::
+    With accelerate::
 
         model = parallelize(model, groups)              # before prepare
         model, optimizer = accelerator.prepare(model, optimizer)
         attach(accelerator, model, groups)
         ...
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), max_norm)    # max_norm = inf: sync alone
+        accelerator.clip_grad_norm_(model.parameters(), max_norm)    # max_norm = inf: only sync
 
-    ``transformers.Trainer`` calls ``clip_grad_norm_`` once a step: parallelize the model before the Trainer is made,
-    and call ``attach(trainer.accelerator, model, groups)`` before ``train()``. An optimizer that steps without it would
-    use unsynced gradients; see :func:`sync_before_step` for a loop that never clips. Checkpoints that they write
-    themselves hold one rank's slices: with Trainer, ``save_strategy="no"``, and write what ``gather_state`` returns.
+    ``transformers.Trainer`` calls ``clip_grad_norm_`` once per step: parallelize the model before you make the
+    Trainer, and call ``attach(trainer.accelerator, model, groups)`` before ``train()``. A loop that never clips needs
+    :func:`sync_before_step`, or its optimizer steps with unsynced gradients. The checkpoints that Trainer and
+    accelerate write hold one rank's shards: use ``save_strategy="no"``, and save what ``gather_state`` returns.
     """
 
     def clip(parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
         if norm_type != 2:
-            raise ValueError(f"norm_type is {norm_type}; with spread experts it must be 2")
+            raise ValueError(f"norm_type is {norm_type}; with expert parallelism it must be 2")
         accelerator.unscale_gradients()
         return clip_grad_norm_(model, max_norm, groups)
 
@@ -134,5 +138,5 @@ def attach(accelerator: Any, model: nn.Module, groups: ParallelGroups) -> None:
 
 
 def sync_before_step(optimizer: torch.optim.Optimizer, model: nn.Module, groups: ParallelGroups) -> None:
-    """Has ``optimizer`` call :func:`sync_expert_gradients` before every step, for loops that cannot call it."""
+    """Makes ``optimizer`` call :func:`sync_expert_gradients` before every step, for loops that cannot call it."""
     optimizer.register_step_pre_hook(lambda *_: sync_expert_gradients(model, groups))

@@ -1,4 +1,4 @@
-"""Which ranks share the experts of a layer, and which hold the same ones."""
+"""Which ranks share the experts of a layer, and which ranks hold the same experts."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class ParallelGroups:
-    """The W ranks of a run as W / E groups of E: within a group every expert lives once.
+    """The W ranks of a run as W / E expert-parallel groups of E ranks; each group holds every expert once.
 
     Attributes:
-        rank, world_size: this process, of W.
-        expert_parallel: E, the ranks that share the experts; consecutive ones, E * i .. E * (i + 1) - 1, so that a
-            group stays within a machine where E is at most the number of its GPUs.
-        ep_rank: this process within its group; it holds experts ``ep_rank * N / E .. (ep_rank + 1) * N / E - 1``.
-        ep_group: its process group; None when E = 1.
-        expert_data_parallel: W / E, the ranks that hold the same experts as this one: ep_rank, ep_rank + E, ...
-        edp_group: their process group; None when there is one such rank.
+        rank, world_size: this process's rank, and W.
+        expert_parallel: E, the number of ranks that share the experts. A group has the consecutive ranks
+            E * i .. E * (i + 1) - 1, so it lies within one machine if E is at most the machine's number of GPUs.
+        ep_rank: this process's rank within its expert-parallel group; its local experts are
+            ``ep_rank * N / E .. (ep_rank + 1) * N / E - 1``.
+        ep_group: the process group of its expert-parallel group; None if E = 1.
+        expert_data_parallel: W / E, the number of ranks with the same local experts: ep_rank, ep_rank + E, ...
+        edp_group: the process group of those ranks; None if there is only one.
     """
 
     rank: int
@@ -35,16 +36,18 @@ class ParallelGroups:
 
     @classmethod
     def create(cls, expert_parallel: int = 1, timeout: timedelta | float | None = None) -> ParallelGroups:
-        """The groups of this run; every rank calls it once, with the same arguments.
+        """The groups of this run. Every rank calls it, with the same arguments.
+
+        Without an initialized process group it is a single rank.
 
         Args:
-            expert_parallel: E; 1 spreads nothing.
-            timeout: seconds (or a timedelta) after which a rank that waits for another within these groups gives up
-                with an error; None takes PyTorch's default (30 minutes for gloo, 10 for NCCL). What the default group
-                does is bounded by the timeout given to ``init_process_group``.
+            expert_parallel: E; with 1 every rank holds all experts.
+            timeout: seconds (or a timedelta) after which a rank that waits for another one in these groups raises an
+                error; None is PyTorch's default (30 minutes for gloo, 10 for NCCL). Operations on the default group
+                have the timeout that ``init_process_group`` got.
 
         Raises:
-            ValueError: E does not divide W, on every rank alike.
+            ValueError: E does not divide W. All ranks raise it.
         """
         running = dist.is_available() and dist.is_initialized()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
@@ -58,17 +61,17 @@ class ParallelGroups:
             )
         if timeout is not None and not isinstance(timeout, timedelta):
             timeout = timedelta(seconds=timeout)
-        replicas = world_size // expert_parallel
-        shards = [range(i * expert_parallel, (i + 1) * expert_parallel) for i in range(replicas)]
-        copies = [range(i, world_size, expert_parallel) for i in range(expert_parallel)]
+        num_groups = world_size // expert_parallel
+        expert_groups = [range(i * expert_parallel, (i + 1) * expert_parallel) for i in range(num_groups)]
+        data_groups = [range(i, world_size, expert_parallel) for i in range(expert_parallel)]
         return cls(
             rank=rank,
             world_size=world_size,
             expert_parallel=expert_parallel,
             ep_rank=rank % expert_parallel,
-            ep_group=_own_group(shards, rank, timeout),
-            expert_data_parallel=replicas,
-            edp_group=_own_group(copies, rank, timeout),
+            ep_group=_own_group(expert_groups, rank, timeout),
+            expert_data_parallel=num_groups,
+            edp_group=_own_group(data_groups, rank, timeout),
         )
 
     @property
@@ -77,16 +80,16 @@ class ParallelGroups:
         return self.rank == 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelGroups:
-        return self  # a copied model talks to the same ranks
+        return self  # a copied model communicates with the same ranks
 
     def scatter_experts(self, whole: Tensor) -> Tensor:
-        """This rank's slice of a tensor whose first dimension counts all N experts (a view)."""
-        share = whole.shape[0] // self.expert_parallel
-        return whole[self.ep_rank * share : (self.ep_rank + 1) * share]
+        """This rank's shard ``(N / E, ...)`` of a tensor ``(N, ...)`` that holds all experts (a view)."""
+        num_local = whole.shape[0] // self.expert_parallel
+        return whole[self.ep_rank * num_local : (self.ep_rank + 1) * num_local]
 
 
 def _own_group(members: list[range], rank: int, timeout: timedelta | None) -> Any:
-    """The one among the groups that holds ``rank``. All ranks make all groups, as torch.distributed wants it."""
+    """The process group that holds ``rank``. All ranks create all groups, as torch.distributed requires."""
     if len(members[0]) == 1:
         return None
     made = [dist.new_group(list(ranks), timeout=timeout) for ranks in members]
@@ -94,7 +97,7 @@ def _own_group(members: list[range], rank: int, timeout: timedelta | None) -> An
 
 
 def communication_device(tensor: Tensor) -> torch.device:
-    """Where ``tensor`` must be for the ranks to exchange it: NCCL alone takes nothing on the CPU."""
+    """The device on which ranks can exchange ``tensor``: its own, except that NCCL takes no CPU tensors."""
     if tensor.device.type == "cpu" and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return tensor.device

@@ -1,4 +1,4 @@
-"""Every rank keeps its slice of the experts."""
+"""Every rank keeps the experts that are local to it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .groups import ParallelGroups, communication_device
 
 
 def parallelize(model: nn.Module, groups: ParallelGroups) -> nn.Module:
-    """Spreads the experts of every SMoE layer of ``model`` over the ranks of ``groups``, in place, and returns it.
+    """Makes every SMoE layer of ``model`` expert parallel over ``groups``, in place, and returns the model.
 
-    Rank r of a group of E keeps experts ``r * N / E .. (r + 1) * N / E - 1``, as slices of rank 0's whole layer: names
-    of parameters stay, their first dimension is N / E. Routers stay whole, and are made equal to rank 0's too. The
-    layer's ``num_experts``, ``top_k``, ``record_routing`` and ``set_top_k`` work as before, with N and k.
+    Rank r of an expert-parallel group keeps the local experts ``r * N / E .. (r + 1) * N / E - 1`` of rank 0's model:
+    the parameters keep their names, and their first dimension becomes N / E. Routers stay whole and become equal to
+    rank 0's. The layer's ``num_experts``, ``top_k``, ``record_routing`` and ``set_top_k`` still count all N experts.
 
-    Call it on every rank, with the model built whole, before the optimizer, DDP and ``torch.compile``; the parameters
-    are new ones. Count parameters and FLOPs, modulize and slim before it. With E = 1 nothing changes.
+    Call it on every rank with the whole model, before the optimizer, DDP and ``torch.compile``: the parameters are
+    new. Modulize, slim, and count parameters and FLOPs before it. With E = 1 the model stays as it is.
 
     Raises:
-        ValueError: E does not divide the N of a layer, or the layer is spread already. Nothing is changed then.
+        ValueError: E does not divide the N of a layer, or a layer is parallelized already. Nothing is changed then.
     """
     layers = smoe_layers(model)
     size = groups.expert_parallel
@@ -32,7 +32,7 @@ def parallelize(model: nn.Module, groups: ParallelGroups) -> nn.Module:
         if layer.num_experts % size:
             raise ValueError(f"{where} has {layer.num_experts} experts, which expert_parallel = {size} does not divide")
         if layer.dispatch is not None:
-            raise ValueError(f"the experts of {where} are spread over ranks already; parallelize a model once")
+            raise ValueError(f"{where} is parallelized already; call parallelize once per model")
         if layer.engine == "fastmoe":
             from ..fastmoe import check_spread
 
@@ -44,26 +44,26 @@ def parallelize(model: nn.Module, groups: ParallelGroups) -> nn.Module:
         for tensor in (*layer.router.parameters(), *layer.router.buffers()):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                tensor.data.copy_(_from_main(tensor.data))
+                tensor.data.copy_(_from_rank_0(tensor.data))
         if id(layer.experts) not in seen:  # layers may share their experts
             seen.add(id(layer.experts))
-            _keep_slice(layer, groups)
+            _keep_local_experts(layer, groups)
         fastmoe = layer.engine == "fastmoe"
         layer.dispatch = layer.fmoe.spread(groups) if fastmoe else Dispatch(layer.num_experts, groups)
     ignore_experts_in_ddp(model)
     return model
 
 
-def _keep_slice(layer: SMoE, groups: ParallelGroups) -> None:
+def _keep_local_experts(layer: SMoE, groups: ParallelGroups) -> None:
     experts = layer.experts
     for name, parameter in list(experts.named_parameters(recurse=False)):
-        mine = groups.scatter_experts(_from_main(parameter.data)).clone()
-        setattr(experts, name, nn.Parameter(mine, requires_grad=parameter.requires_grad))
+        local = groups.scatter_experts(_from_rank_0(parameter.data)).clone()
+        setattr(experts, name, nn.Parameter(local, requires_grad=parameter.requires_grad))
     experts.num_experts = layer.num_experts // groups.expert_parallel
 
 
-def _from_main(tensor: Tensor) -> Tensor:
-    """Rank 0's value of ``tensor``; on the meta device there is none."""
+def _from_rank_0(tensor: Tensor) -> Tensor:
+    """Rank 0's value of ``tensor``; ``tensor`` itself on the meta device, which has no values."""
     if tensor.is_meta:
         return tensor
     value = tensor.to(communication_device(tensor)).contiguous().clone()
@@ -71,44 +71,51 @@ def _from_main(tensor: Tensor) -> Tensor:
     return value.to(tensor.device)
 
 
-def spread_layers(model: nn.Module) -> list[tuple[str, SMoE]]:
-    """(name, layer) of the SMoE layers whose experts are spread over ranks."""
+def parallelized_layers(model: nn.Module) -> list[tuple[str, SMoE]]:
+    """(name, layer) of the SMoE layers that ``parallelize`` has made expert parallel."""
     return [(name, layer) for name, layer in smoe_layers(model) if layer.dispatch is not None]
 
 
 def expert_names(model: nn.Module) -> set[str]:
-    """Names of the parameters that hold a slice of a layer's experts."""
+    """The names of the parameters of local experts."""
     return {
         f"{name}.experts.{parameter}" if name else f"experts.{parameter}"
-        for name, layer in spread_layers(model)
+        for name, layer in parallelized_layers(model)
         for parameter, _ in layer.experts.named_parameters()
     }
 
 
-def ignore_experts_in_ddp(model: nn.Module) -> None:
-    """Tells DDP, before it wraps ``model``, to leave the spread experts alone: ranks hold different ones.
+def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the local experts of parallelized layers, each once."""
+    unique = {id(p): p for _, layer in parallelized_layers(model) for p in layer.experts.parameters()}
+    return list(unique.values())
 
-    ``parallelize`` does it for the model it is given; call this again for a module around it, if DDP is to wrap that.
+
+def ignore_experts_in_ddp(model: nn.Module) -> None:
+    """Makes DDP ignore the local experts when it wraps ``model``: they differ between the ranks.
+
+    ``parallelize`` does it for its model. Call this for a module around that model if DDP is to wrap it instead.
     """
     names = expert_names(model)
-    names |= {f"_orig_mod.{name}" for name in names}  # what torch.compile makes of them
+    names |= {f"_orig_mod.{name}" for name in names}  # the names that torch.compile gives them
     names |= set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(names))
 
 
 def check_ddp(model: nn.Module) -> None:
-    """A ValueError if a DDP in ``model`` averages the spread experts, which would mix different ones up."""
+    """Raises a ValueError if a DDP in ``model`` averages local experts, which differ between the ranks."""
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
-            mixed = sorted(expert_names(module.module) - module.parameters_to_ignore)
-            if mixed:
+            averaged = sorted(expert_names(module.module) - module.parameters_to_ignore)
+            if averaged:
                 raise ValueError(
-                    f"DDP averages {mixed[0]}, a spread expert; call ignore_experts_in_ddp(its module) before wrapping"
+                    f"DDP averages {averaged[0]} over ranks that hold different experts; call "
+                    "ignore_experts_in_ddp(module) before DistributedDataParallel(module)"
                 )
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """The model that DDP or torch.compile wraps."""
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """The model inside DDP and torch.compile."""
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
@@ -116,9 +123,3 @@ def bare(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         else:
             return model
-
-
-def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that hold a slice of a layer's experts, each once."""
-    unique = {id(p): p for _, layer in spread_layers(model) for p in layer.experts.parameters()}
-    return list(unique.values())

@@ -1,4 +1,4 @@
-"""Whole tensors from the ranks' slices, and back: a checkpoint is written once and loads at any number of ranks."""
+"""Whole tensors from the ranks' shards, and back: a checkpoint is written once and loads with any number of ranks."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from torch import Tensor, nn
 
 from .fsdp import distribute, is_sharded
 from .groups import ParallelGroups, communication_device
-from .shard import bare, expert_names
+from .shard import expert_names, unwrap_model
 
 
 @torch.no_grad()
 def gather_state(tensors: Mapping[str, Tensor], model: nn.Module, groups: ParallelGroups) -> dict[str, Tensor] | None:
-    """The whole tensors, as one process without expert parallelism would have them; None on all ranks but 0.
+    """The whole tensors, as a single process would have them, on rank 0; None on the other ranks.
 
-    Every rank calls it, with the same keys. What belongs to spread experts is gathered along its first dimension, to
-    the CPU; what FSDP shards is put together; everything else is passed on as rank 0 has it.
+    Every rank calls it, with the same keys. Tensors of expert-parallel experts are concatenated along their first
+    dimension, on the CPU; FSDP's shards are put together; everything else is returned as rank 0 has it.
 
     Args:
-        tensors: a state dict of ``model``, with or without the prefixes of DDP and ``torch.compile``, or an optimizer's
-            state with the name of the parameter as one part of the key, between slashes:
-            ``state/layers.0.mlp.experts.up/exp_avg``. A state without a dimension for the experts (a step count) counts
-            as equal everywhere.
-        model: the parallelized model, DDP around it or not.
+        tensors: a state dict of ``model``, with or without the prefixes of DDP and ``torch.compile``; or an
+            optimizer's state with the parameter's name between slashes in the key:
+            ``state/layers.0.mlp.experts.up/exp_avg``. A state without dimensions (a step count) is taken to be equal on
+            all ranks.
+        model: the parallelized model, with or without DDP around it.
     """
-    names, whole = expert_names(bare(model)), {}
-    # In the order of the first group, whose ranks hold every expert; the others have nothing to send.
+    names, whole = expert_names(unwrap_model(model)), {}
+    # The ranks of the first group hold every expert; the others have nothing to send.
     for key in sorted(tensors):
         tensor = tensors[key]
-        if is_sharded(tensor):  # one after the other, and to the CPU: all together may not fit a device
+        if is_sharded(tensor):  # moved to the CPU one by one: all of them may not fit on a device
             tensor = tensor.full_tensor().cpu()
-        if not _is_spread(key, tensor, names):
+        if not _is_of_experts(key, tensor, names):
             whole[key] = tensor
         elif groups.rank < groups.expert_parallel:
             part = tensor.detach().to(communication_device(tensor)).contiguous()
@@ -46,36 +46,37 @@ def gather_state(tensors: Mapping[str, Tensor], model: nn.Module, groups: Parall
 
 @torch.no_grad()
 def shard_state(whole: Mapping[str, Tensor], model: nn.Module, groups: ParallelGroups) -> dict[str, Tensor]:
-    """This rank's tensors of ``whole`` ones (the inverse of :func:`gather_state`), whatever number of ranks wrote them.
+    """This rank's shards of whole tensors, the inverse of :func:`gather_state` for any number of ranks.
 
-    With FSDP they are its shards, for ``model.load_state_dict`` and an optimizer's state alike.
+    They fit ``model.load_state_dict``, or the state of an optimizer; with FSDP they are DTensors.
 
     Args:
-        whole: as ``gather_state`` returned it, or a checkpoint of one process; the same on every rank.
-        model: the parallelized model; with one that is neither spread nor sharded, ``whole`` comes back as it is.
+        whole: what ``gather_state`` returned, or a checkpoint of a single process; the same on every rank.
+        model: the parallelized model. For a model that is neither parallelized nor sharded, the tensors stay as they
+            are.
     """
-    model = bare(model)
-    names, mine = expert_names(model), {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))  # a state dict has tied ones by each name
+    model = unwrap_model(model)
+    names, shards = expert_names(model), {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # a state dict has tied parameters by each name
     for key, tensor in whole.items():
-        if _is_spread(key, tensor, names):
+        if _is_of_experts(key, tensor, names):
             tensor = groups.scatter_experts(tensor).clone()
         parameter = next((parameters[part] for part in _parts(key) if part in parameters), None)
-        if is_sharded(parameter) and tensor.shape == parameter.shape:  # FSDP's part of it
+        if is_sharded(parameter) and tensor.shape == parameter.shape:
             tensor = distribute(tensor, parameter)
-        mine[key] = tensor
-    return mine
+        shards[key] = tensor
+    return shards
 
 
-def _is_spread(key: str, tensor: Tensor, names: set[str]) -> bool:
-    """All that an optimizer keeps for stacked experts has them as its first dimension, apart from scalars."""
+def _is_of_experts(key: str, tensor: Tensor, names: set[str]) -> bool:
+    """Whether the first dimension of ``tensor`` counts experts: a parameter, or what an optimizer keeps for it."""
     return tensor.dim() > 0 and not names.isdisjoint(_parts(key))
 
 
 def _parts(key: str) -> list[str]:
-    """The parts of a key, and what is left of them without the prefixes of wrappers."""
+    """The parts of a key, each also without the prefixes that DDP and torch.compile put in front."""
     parts = key.split("/")
-    for part in parts:  # and what is appended meanwhile
+    for part in parts:  # reaches the parts that are appended here, too
         for prefix in ("module.", "_orig_mod."):
             if part.startswith(prefix):
                 parts.append(part.removeprefix(prefix))

@@ -8,23 +8,30 @@ import torch
 import torch.nn.functional as F
 
 from bert.config import PretrainConfig
-from bert.data import Blocks, evaluation_batches
-from bert.evaluate import evaluate, load_run
-from bert.model import MaskedLM, build_model
+from bert.data import evaluation_batches
+from bert.evaluate import load_run
+from bert.pretrain import MaskedLanguageModel
 from smoe import get_top_k, set_top_k
+from smoe.train.evaluation import measure
+from smoe.train.processes import Processes
 
 TINY = {"num_layers": 2, "d_model": 16, "num_heads": 2, "d_hidden": 64, "num_experts": 8, "seq_len": 32}
 TINY |= {"precision": "fp32", "eval_batch_size": 3, "eval_sequences": 7}
-CPU = torch.device("cpu")
+
+
+def build(method, model, prepared):
+    config = PretrainConfig(method, "unused", model=model, data=prepared(model), **TINY)
+    processes = Processes()
+    processes.configure(config)
+    return MaskedLanguageModel(config, 0, 1), processes
 
 
 def test_bpc_equals_a_naive_pass_with_labels(prepared):
-    blocks = Blocks(prepared("roberta"), "roberta")
-    config = PretrainConfig("smoe_dropout", "unused", model="roberta", **TINY)
-    model = build_model(config, blocks.vocabulary).train()
+    task, processes = build("smoe_dropout", "roberta", prepared)
+    model, blocks = task.bare().train(), task.corpus
     set_top_k(model, 4)
     data = blocks.sequences("test", 32)
-    measured = evaluate(MaskedLM(model), config, data, blocks.vocabulary, CPU, k=3)
+    measured, _ = measure(task, "test", 3, processes)
     assert get_top_k(model) == 4
 
     set_top_k(model.eval(), 3)
@@ -33,29 +40,27 @@ def test_bpc_equals_a_naive_pass_with_labels(prepared):
         1, batch.positions.unsqueeze(-1).expand(-1, -1, blocks.vocabulary.size)
     )
     nats = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()).item()
-    assert measured == pytest.approx(nats / math.log(2), abs=1e-5)
+    assert measured == {"bits_per_masked_token": pytest.approx(nats / math.log(2), abs=1e-5)}
 
 
 def test_random_routing_is_evaluated_reproducibly_and_leaves_the_generator(prepared):
-    blocks = Blocks(prepared("bert"), "bert")
-    config = PretrainConfig("thor", "unused", model="bert", **TINY)
-    model, data = MaskedLM(build_model(config, blocks.vocabulary)), blocks.sequences("valid", 32)
+    task, processes = build("thor", "bert", prepared)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    a = evaluate(model, config, data, blocks.vocabulary, CPU, k=2)
+    a = measure(task, "valid", 2, processes)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(4)
-    assert evaluate(model, config, data, blocks.vocabulary, CPU, k=2) == a
+    assert measure(task, "valid", 2, processes) == a
 
 
 def test_command_gives_what_the_run_recorded(pretrain, start, tmp_path):
     run = tmp_path / "run"
     assert pretrain("bert", "smoe_dropout", run, "--sweep", "[1,4,8,16,20]").wait() == 0
-    recorded = json.loads((run / "result.json").read_text())["bpc"]
+    recorded = json.loads((run / "result.json").read_text())["metrics"]["bits_per_masked_token"]
     assert recorded["valid"].keys() == {"1", "4", "8", "16"}
     command = start("bert.evaluate", run, "--k", 1, 8, 16, "--json")
     assert command.wait() == 0, command.err
-    assert json.loads(command.out)["bpc"] == {k: recorded["test"][k] for k in ("1", "8", "16")}
+    assert json.loads(command.out)["bits_per_masked_token"] == {k: recorded["test"][k] for k in ("1", "8", "16")}
     config, model, _ = load_run(run)
     assert config.method == "smoe_dropout" and model.config.intermediate_size == 128
     last = run / "checkpoints" / "step-00000020" / "model.safetensors"

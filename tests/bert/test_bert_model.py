@@ -8,10 +8,11 @@ from torch import nn
 
 from bert.config import PretrainConfig
 from bert.data import Vocabulary
+from bert.flops import masked_lm
 from bert.model import MaskedLM, build_model
 from smoe import METHODS, get_top_k, smoe_layers
 from smoe.dropout import Dropout
-from smoe.flops import count, masked_lm
+from smoe.flops import count
 from smoe.methods import DenseMLP
 
 TINY = {"num_layers": 2, "d_model": 32, "num_heads": 4, "d_hidden": 64, "num_experts": 8, "seq_len": 16}

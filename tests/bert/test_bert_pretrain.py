@@ -7,13 +7,13 @@ import time
 
 import pytest
 import torch
-from runs import assert_one_line, assert_same_weights, lines, losses, wait_for_step, weights
+from runs import assert_one_line, assert_same_weights, lines, losses, result, wait_for_step, weights
 
-from bert.config import CONFIG_DIR, PretrainConfig
+from bert.config import PretrainConfig
 from smoe import METHODS
-from smoe.run.checkpoint import list_steps
-from smoe.run.config import parse_config
-from smoe.run.report import check_result, slimming_table
+from smoe.report import check_result, slimming_table
+from smoe.train.checkpoint import list_steps
+from smoe.train.command import parse_config
 
 
 @pytest.mark.parametrize(
@@ -24,19 +24,20 @@ def test_every_method_trains_and_leaves_a_full_run_folder(model, method, pretrai
     run = tmp_path / "run"
     command = pretrain(model, method, run, "--learning_rate", "1e-2")
     assert command.wait() == 0, command.err
-    result = check_result(json.loads((run / "result.json").read_text()))
-    assert (result["model"], result["method"], result["scale"], result["seed"]) == (model, method, "smoke", 1)
+    record = result(run)
+    assert (record["model"], record["method"], record["scale"], record["seed"]) == (model, method, "smoke", 1)
+    assert (record["task"], record["metric"]) == ("masked_lm", "bits_per_masked_token")
     meta = json.loads((prepared(model) / "meta.json").read_text())
-    assert result["dataset"]["sha256"] == meta["sha256"] and result["dataset"]["name"] == "text"
+    assert record["dataset"]["sha256"] == meta["sha256"] and record["dataset"]["name"] == "text"
     keys = {"1", "16"} if METHODS[method].routed else {"dense"}
     for split in ("valid", "test"):
-        assert result["bpc"][split].keys() == keys
-        assert all(3 < bpc < 9 for bpc in result["bpc"][split].values())
-    assert result["flops"].keys() == keys and result["tokens_per_step"] == 4 * 32
-    assert all(cell["true"] > 0 and cell["training_step"] > 0 for cell in result["flops"].values())
-    assert result["config"]["d_hidden"] == (128 if model == "bert" else 64)
-    assert model in slimming_table([result])
-    assert not {"run_dir", "data"} & result["config"].keys(), "a record says nothing of places"
+        bits = record["metrics"]["bits_per_masked_token"][split]
+        assert bits.keys() == keys and all(3 < value < 9 for value in bits.values())
+    assert record["flops"].keys() == keys and record["tokens_per_step"] == 4 * 32
+    assert all(cell["true"] > 0 and cell["training_step"] > 0 for cell in record["flops"].values())
+    assert record["config"]["d_hidden"] == (128 if model == "bert" else 64)
+    assert model in slimming_table([check_result(record)])
+    assert not {"run_dir", "data"} & record["config"].keys(), "a record says nothing of places"
     measured = losses(run)
     assert list(measured) == [5, 10, 15, 20]
     assert measured[20] < measured[5] - 0.1, "nothing was learned"
@@ -80,8 +81,7 @@ def test_a_run_killed_three_times_ends_with_the_same_bits(pretrain, tmp_path):
     assert {step: line["k"] for step, line in lines(alone).items()} == {
         step: line["k"] for step, line in lines(killed).items()
     }
-    results = [json.loads((run / "result.json").read_text())["bpc"] for run in (alone, killed)]
-    assert results[0] == results[1]
+    assert result(alone)["metrics"] == result(killed)["metrics"]
 
 
 def test_sigterm_writes_a_checkpoint_that_resume_goes_on_from(pretrain, tmp_path):
@@ -107,11 +107,11 @@ def test_sigterm_writes_a_checkpoint_that_resume_goes_on_from(pretrain, tmp_path
 def test_a_run_whose_training_was_done_needs_the_sweep_alone(pretrain, tmp_path):
     run = tmp_path / "run"
     assert pretrain("bert", "smoe", run).wait() == 0
-    before = json.loads((run / "result.json").read_text())["bpc"]
+    before = result(run)["metrics"]
     (run / "result.json").unlink()
     again = pretrain("bert", "smoe", run, "--resume")
     assert again.wait() == 0, again.err
-    assert json.loads((run / "result.json").read_text())["bpc"] == before
+    assert result(run)["metrics"] == before
     finished = pretrain("bert", "smoe", run, "--resume")
     assert finished.wait() == 0 and "is finished" in finished.out
 
@@ -160,7 +160,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(flags, words, pretrain, tmp_pa
 def test_a_bad_configuration_names_field_value_and_what_would_be_right(flags, words):
     argv = ["--model", "bert", "--method", "smoe_dropout", "--scale", "smoke", "--run_dir", "unused", *flags]
     with pytest.raises(ValueError) as caught:
-        parse_config(PretrainConfig, CONFIG_DIR, argv)
+        parse_config(PretrainConfig, argv)
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
 
 
@@ -168,7 +168,7 @@ def test_a_bad_configuration_names_field_value_and_what_would_be_right(flags, wo
 def test_scales_are_whole_and_have_a_width_for_each_model(scale):
     for model, width in (("bert", "d_hidden_bert"), ("roberta", "d_hidden_roberta")):
         argv = ["--model", model, "--method", "smoe_dropout", "--scale", scale, "--run_dir", "unused"]
-        config = parse_config(PretrainConfig, CONFIG_DIR, argv)
+        config = parse_config(PretrainConfig, argv)
         assert config.d_hidden == getattr(config, width) and config.data == f"data/bookcorpus/{model}-{scale}"
         if scale == "paper":
             sizes = (config.num_layers, config.d_model, config.seq_len, config.batch_size, config.steps)

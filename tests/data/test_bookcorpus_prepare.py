@@ -2,12 +2,12 @@
 
 import gzip
 import hashlib
-import importlib.util
 import json
 import lzma
 import os
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +16,15 @@ import pytest
 pytest.importorskip("tokenizers", reason="needs tokenizers: pip install .[hf]")
 from tokenizers import Tokenizer  # noqa: E402
 
-from bert import corpus as corpus_module  # noqa: E402
-from bert.corpus import SourceError, Store, from_enwik8, from_hub, hold_out, text_files, unwrap  # noqa: E402
-from bert.wikitext import articles, strip_markup  # noqa: E402
+from data.bookcorpus import corpus as corpus_module  # noqa: E402
+from data.bookcorpus import prepare as bookcorpus  # noqa: E402
+from data.bookcorpus.corpus import Store, from_enwik8, from_hub, hold_out, text_files, unwrap  # noqa: E402
+from data.bookcorpus.wikitext import articles, strip_markup  # noqa: E402
+from data.enwik8.prepare import cut  # noqa: E402
+from data.errors import SourceError  # noqa: E402
+from data.fetch import LocalPath  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-spec = importlib.util.spec_from_file_location("bookcorpus_prepare", ROOT / "data/bookcorpus/prepare.py")
-bookcorpus = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bookcorpus)
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly boxed".split()
@@ -105,12 +106,12 @@ def test_blocks_hold_the_text_and_whole_documents_are_held_out(model, source, tm
 
 def test_vocabulary_is_learned_from_train_alone(source, tmp_path):
     # Each document has a letter of its own; those of the held-out ones must stay unknown.
-    for number, path in enumerate(text_files([source])):
+    for number, path in enumerate(text_files([source])[0]):
         if path.suffix == ".txt":
             path.write_text(path.read_text() + f"\n\n{chr(0x430 + number) * 3}\n")
     assert small(source, tmp_path / "out") == 0
     store = Store(tmp_path / "text")
-    store.fill(corpus_module.from_files(text_files([source])).documents())
+    store.fill(corpus_module.from_files(text_files([source])[0]).documents())
     parts = hold_out([size for _, size in store.spans], store.digests, True)
     letters = {
         split: {c for lines in store.lines(part) for c in "".join(lines).lower()} for split, part in parts.items()
@@ -119,6 +120,37 @@ def test_vocabulary_is_learned_from_train_alone(source, tmp_path):
     own = {chr(0x430 + number) for number in range(9)}
     assert vocabulary & own == letters["train"] & own
     assert (letters["valid"] | letters["test"]) & own - vocabulary
+
+
+def test_what_is_taken_from_a_folder_and_what_is_left_out(source, tmp_path, capsys):
+    about = ["SOURCE.txt", "README.txt", "License.txt.xz", "deeper/COPYING.gz", "sources.txt"]
+    hidden = [".draft.txt", ".old/0.txt", "._0.txt"]
+    books = ["source_of_the_nile.txt", "deeper/The Source.txt", "license.to.kill.txt", "readme1.txt"]
+    for file in (*about, *hidden, *books):
+        (source / file).parent.mkdir(exist_ok=True)
+        (source / file).write_text("about")
+    taken, left_out = text_files([source])
+    own = {"0.txt", "1.txt.xz", "deeper/2.txt.gz", *(f"{n}.txt" for n in range(3, 8)), "copy.txt"}
+    assert {str(file.relative_to(source)) for file in taken} == {*own, *books}
+    assert {str(file.relative_to(source)) for file in left_out} == {*about, *hidden, "notes.md"}
+    # A path to a file means that file.
+    named, left_out = text_files([source / "SOURCE.txt", source, source / ".draft.txt", source / "notes.md"])
+    assert named == [source / "SOURCE.txt", *taken, source / ".draft.txt", source / "notes.md"]
+    assert not {source / "SOURCE.txt", source / ".draft.txt", source / "notes.md"} & set(left_out)
+
+    for file in (*hidden, *books):
+        (source / file).unlink()
+    assert small(source, tmp_path / "out") == 0
+    assert (
+        "bookcorpus: left out: License.txt.xz, README.txt, SOURCE.txt, COPYING.gz, notes.md, 1 more; give the path of a"
+        in capsys.readouterr().err
+    )
+    origin = read(tmp_path / "out")[0]["origin"]
+    assert {name for name, _ in origin} == {Path(file).name for file in own}
+    for file in about:
+        (source / file).unlink()
+    assert small(source, tmp_path / "out") == 0
+    assert capsys.readouterr().err == "", "the same request: what is left out makes no difference"
 
 
 def test_split_does_not_depend_on_names_or_order():
@@ -249,23 +281,23 @@ def test_without_a_hub_it_is_the_prose_of_enwik8_and_says_so(monkeypatch, tmp_pa
 
     fake_datasets(monkeypatch, load)
     pages = [page(f"Topic {n}", story(n).replace("\n\n", "\n")) for n in range(12)]
-    enwik8 = tmp_path / "enwik8"
-    enwik8.mkdir()
-    (enwik8 / "prepare.py").write_text(
-        "SPLITS = {'train': 1, 'valid': 1}\nSHA256 = 'ab' * 32\n"
-        "def is_prepared(folder): return (folder / 'train.bin').exists()\n"
-        "def default_sources(): return []\n"
-        "def prepare(folder, sources):\n"
-        f"    text = {''.join(pages).encode()!r}\n"
-        "    (folder / 'train.bin').write_bytes(text[:9000])\n"
-        "    (folder / 'valid.bin').write_bytes(text[9000:])\n"
+    text = "".join(pages).encode()
+    (tmp_path / "pages").write_bytes(text)
+    sizes = {"train": 9000, "valid": 100, "test": len(text) - 9100}
+    sha256 = hashlib.sha256(text).hexdigest()
+    enwik8 = replace(
+        bookcorpus.ENWIK8,
+        folder=tmp_path / "enwik8",
+        sha256=sha256,
+        sources=[LocalPath(tmp_path / "pages")],
+        read=lambda path, folder: cut(path, folder, sizes),
     )
-    monkeypatch.setattr(bookcorpus, "HERE", tmp_path / "bookcorpus")
+    monkeypatch.setattr(bookcorpus, "ENWIK8", enwik8)
     out = tmp_path / "out"
     assert run("--scale", "smoke", "--out", out, "--block_length", 32, "--vocab_size", 300) == 0
     assert "using prose out of enwik8 instead" in capsys.readouterr().err
     meta, tokenizer, blocks = read(out)
-    assert meta["dataset"] == "enwik8-prose" and meta["origin"] == {"enwik8": "ab" * 32}
+    assert meta["dataset"] == "enwik8-prose" and meta["origin"] == {"enwik8": sha256}
     assert "in place of BookCorpus" in meta["note"] and "no route to the hub" in meta["note"]
     assert sum(part["documents"] for part in meta["splits"].values()) == 12
 
@@ -275,17 +307,11 @@ def test_neither_hub_nor_enwik8_is_one_line(monkeypatch, tmp_path, capsys):
         raise ConnectionError("no route")
 
     fake_datasets(monkeypatch, load)
-    (tmp_path / "enwik8").mkdir()
-    (tmp_path / "enwik8" / "prepare.py").write_text(
-        "from smoe.run.download import DownloadError\n"
-        "def is_prepared(folder): return False\n"
-        "def default_sources(): return []\n"
-        "def prepare(folder, sources): raise DownloadError('no network')\n"
-    )
-    monkeypatch.setattr(bookcorpus, "HERE", tmp_path / "bookcorpus")
+    enwik8 = replace(bookcorpus.ENWIK8, folder=tmp_path / "enwik8", sources=[LocalPath(tmp_path / "nowhere")])
+    monkeypatch.setattr(bookcorpus, "ENWIK8", enwik8)
     assert run("--scale", "smoke", "--out", tmp_path / "out") == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "error: bookcorpus: no network; give text files with --source"
+    assert last == (f"error: bookcorpus: {tmp_path / 'nowhere'}: no such file or folder; give text files with --source")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
@@ -350,6 +376,8 @@ def test_fallback_can_be_read_twice():
 # ---- mistakes -----------------------------------------------------------------------------------------------------
 def test_bad_input_is_one_line_and_leaves_nothing(source, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "about").mkdir()
+    (tmp_path / "about" / "README.txt").write_text("about nothing")
     (tmp_path / "two").mkdir()
     for n in range(2):
         (tmp_path / "two" / f"{n}.txt").write_text(story(n))
@@ -363,6 +391,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(source, tmp_path, capsys):
     cases = [
         ([tmp_path / "nowhere"], [], "no such file or folder"),
         ([tmp_path / "empty"], [], "no .txt, .xz, .gz file in"),
+        ([tmp_path / "about"], [], "no .txt, .xz, .gz file in {}; left out: README.txt".format(tmp_path / "about")),
         ([tmp_path / "two"], [], "2 documents; there must be at least 3"),
         ([tmp_path / "short"], [], "fewer tokens than a block of 32"),
         ([tmp_path / "latin" / "a.txt"], [], "is not UTF-8 text (byte 3)"),

@@ -1,4 +1,4 @@
-"""k and routing of a whole model."""
+"""k and recorded routing of a whole model."""
 
 import pickle
 
@@ -45,7 +45,7 @@ def test_set_and_get():
 
 @pytest.mark.parametrize("k", [0, -1, 5, True, 1.0, "2", None])
 def test_every_layer_takes_k_or_none_does(k):
-    model = nn.Sequential(layer(8, 3), layer(4, 2))  # 5 would suit the first
+    model = nn.Sequential(layer(8, 3), layer(4, 2))  # 5 fits the first layer only
     with pytest.raises(ValueError, match="top_k is .* num_experts = [48]"):
         set_top_k(model, k)
     assert get_top_k(model) == [3, 2]
@@ -60,7 +60,7 @@ def test_a_model_without_layers_is_an_error():
     assert routings == []
 
 
-def test_one_routing_a_layer_and_pass():
+def test_one_routing_per_layer_and_pass():
     model = Wrapper(Wrapper(nn.Sequential(layer(top_k=1), layer(8, 3))))
     x = torch.randn(2, 5, D)
     model(x)
@@ -129,7 +129,7 @@ def test_balance_loss_has_a_graph_under_activation_checkpointing():
 
 @pytest.mark.slow
 def test_recording_sees_a_model_that_was_compiled_before():
-    """A forward hook added after torch.compile is never called: balance losses and votes would be empty in silence."""
+    """A forward hook that is added after torch.compile is never called: the list would silently stay empty."""
     model = layer(2, 1, router="learned")
     compiled = torch.compile(model, backend="eager")
     x = torch.randn(5, D)
@@ -161,7 +161,7 @@ def one_process(tmp_path):
 
 
 def test_under_ddp_no_parameter_goes_unused(one_process):
-    """DDP stops in the second step if a parameter got no gradient in the first: idle experts, a router in no graph."""
+    """DDP fails in the second step if a parameter got no gradient in the first, such as one of an idle expert."""
     for router in ROUTERS:
         for score in SCORES:
             for compute in ("auto", "reference"):

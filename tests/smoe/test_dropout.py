@@ -1,4 +1,4 @@
-"""Concrete Dropout against the paper's Algorithm 1, DropBlock against what its name promises."""
+"""Concrete Dropout against the paper's Algorithm 1; DropBlock's rate, blocks and expectation."""
 
 import math
 
@@ -65,7 +65,7 @@ def test_concrete_penalty_pulls_p_the_right_way():
         nn.init.zeros_(parameter)
     (grad_big,) = torch.autograd.grad(layer.regularization(big, 50), layer.p_logit)
     (grad_none,) = torch.autograd.grad(layer.regularization(none, 50), layer.p_logit)
-    assert grad_big > 0 > grad_none  # large weights ask for less dropout, the entropy for p = 1/2
+    assert grad_big > 0 > grad_none  # large weights pull p down, the entropy pulls it to 1/2
 
 
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.5])
@@ -73,7 +73,7 @@ def test_concrete_drops_about_p_and_keeps_the_expectation(p):
     layer = ConcreteDropout(p)
     y = layer(torch.ones(400, 500)).detach()
     assert (y < 0.5 / (1 - p)).double().mean().item() == pytest.approx(p, abs=0.01)
-    # the relaxed mask is only nearly unbiased: its mean is 1 - p at p = 1/2 and a little off elsewhere
+    # the relaxed mask is slightly biased: its mean is exactly 1 - p only at p = 1/2
     assert y.mean().item() == pytest.approx(1, abs=0.02)
 
 
@@ -126,7 +126,7 @@ def runs_of_zeros(row: list[float]) -> list[tuple[int, int]]:
 def test_dropblock_share_and_expectation(drop_prob, block_size):
     y = DropBlock(drop_prob, block_size)(torch.ones(800, 512))
     share = (y == 0).double().mean().item()
-    # Ghiasi et al.'s rate counts overlapping blocks twice: at most drop_prob, less by about drop_prob^2 / 2
+    # the rate of Ghiasi et al. counts overlapping blocks twice, so about drop_prob^2 / 2 fewer features are dropped
     assert share == pytest.approx(drop_prob, rel=0.05 + drop_prob / 1.8)
     assert share < drop_prob * 1.03
     assert y.mean().item() == pytest.approx(1, abs=1e-4)
@@ -138,7 +138,7 @@ def test_dropblock_drops_whole_blocks(block_size):
     y = DropBlock(0.1, block_size)(torch.ones(300, 64))
     runs = [run for row in y.tolist() for run in runs_of_zeros(row)]
     lengths = [length for _, length in runs]
-    assert min(lengths) == block_size  # never part of a block, at the edges neither
+    assert min(lengths) == block_size  # whole blocks only, also at the edges
     assert sum(length == block_size for length in lengths) > 0.6 * len(lengths)
     starts = {start for start, _ in runs}
     assert 0 in starts and 64 - block_size in starts

@@ -1,4 +1,4 @@
-"""Cutting a dense MLP into experts and merging them back, to the bit."""
+"""Cutting a dense MLP into experts and merging them back gives the same bits."""
 
 import copy
 
@@ -23,7 +23,7 @@ def dense_weights(
         shapes |= {"up_bias": (hidden,), "down_bias": (d,)}
         if gated:
             shapes["gate_bias"] = (hidden,)
-    # exponents from tiny to large: a rounding error in the shares of a bias shows up somewhere
+    # numbers of very different sizes, so that a rounding error in the shares of a bias shows
     return {
         name: (torch.randn(shape, generator=generator) * 10.0 ** torch.randint(-6, 4, shape, generator=generator)).to(
             dtype
@@ -64,7 +64,7 @@ def test_shares_of_a_bias_add_up_to_it(num_experts, dtype, seed):
     shares = split_output_bias(bias, num_experts)
     assert torch.equal(shares.double().sum(0).to(dtype), bias)
     even = bias.double() / num_experts
-    # every expert carries about as much as any other: the last one takes only the rounding errors of the rest
+    # all shares are about equal: the last one takes only the rounding errors of the others
     slack = even.abs() * (0.51 * num_experts + 1) * torch.finfo(dtype).eps
     assert ((shares.double() - even).abs() <= slack).all()
 
@@ -113,7 +113,7 @@ def test_missing_biases_become_zero():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        # a GPT-2 style (in, out) matrix has the right number of elements; taken as it is, it would be scrambled
+        # a GPT-2 style (in, out) matrix has the right number of elements, but reshaping it would scramble it
         ({"up_weight": torch.ones(4, 6)}, ["up_weight", "(4, 6)", "(6, 4)"]),
         ({"down_weight": torch.ones(6, 4)}, ["down_weight", "(6, 4)", "(4, 6)"]),
         ({"down_bias": torch.ones(6)}, ["down_bias", "(6,)", "(4,)"]),

@@ -1,4 +1,4 @@
-"""The fast dropout: rate, scale, gradients, determinism."""
+"""The fast dropout: rate, scale, gradients, seeds."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_rate_and_scale(p: float, dtype: torch.dtype) -> None:
     torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - p)), rtol=0.01, atol=0)
     deviation = (p * (1 - p) / x.numel()) ** 0.5
     assert abs((y == 0).double().mean().item() - p) < 4 * deviation
-    # Four neighbours share a draw, which must not tie them together.
+    # Four neighbours come from one draw and must be independent nevertheless.
     dropped = (y == 0).double().flatten()
     for k in (1, 2, 3):
         assert abs((dropped[:-k] * dropped[k:]).mean().item() - p * p) < 6 * deviation

@@ -1,7 +1,7 @@
-"""The layer on fastmoe's FMoE against the layer on PyTorch alone.
+"""The layer with engine fastmoe against the layer with engine torch.
 
-Where fmoe can't be imported, the tests of one process run on a double of its interface (``fmoe_double``), and those
-that only fmoe itself can answer say that they are skipped.
+Where fmoe cannot run, the tests of a single process use a double of its interface (``fmoe_double``); those that need
+fmoe itself are skipped.
 """
 
 import copy
@@ -21,7 +21,7 @@ import smoe
 from benchmarks.fastmoe_parity import KS, D, H, N, cases, compare, make_layer
 from smoe import SMoE, record_routing
 from smoe.compute import PATHS, choose
-from smoe.engine import fastmoe_obstacle, kernels_are_compiled, replace_grouped
+from smoe.fastmoe_available import fastmoe_obstacle, kernels_are_compiled
 from smoe.parallel import ParallelGroups, clip_grad_norm_, fully_shard_model, parallelize
 from smoe.router import PartialRouting
 
@@ -42,7 +42,7 @@ def forget(*names: str) -> None:
 
 @pytest.fixture
 def fmoe(monkeypatch):
-    """fmoe itself where it is, else its double."""
+    """fmoe itself where it can run on a CPU, else its double."""
     if HAS_FMOE and not kernels_are_compiled():
         yield
         return
@@ -54,10 +54,10 @@ def fmoe(monkeypatch):
 
 @pytest.fixture
 def no_fmoe(monkeypatch, tmp_path):
-    """A Python that sees no fmoe but what is put into the folder."""
+    """Python finds no fmoe except what a test puts into the folder."""
     forget("fmoe", "fmoe_cuda")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("smoe.engine.find_spec", lambda name: PathFinder.find_spec(name, [str(tmp_path)]))
+    monkeypatch.setattr("smoe.fastmoe_available.find_spec", lambda name: PathFinder.find_spec(name, [str(tmp_path)]))
     yield tmp_path
     forget("fmoe", "fmoe_cuda")
 
@@ -84,7 +84,7 @@ def engines(**options):
     return fast, plain
 
 
-def test_it_is_fmoe_that_computes(fmoe):
+def test_fmoe_computes_the_experts(fmoe):
     import fmoe as package
 
     layer, plain = engines()
@@ -232,7 +232,7 @@ def test_an_fmoe_that_does_not_import_is_named(no_fmoe, monkeypatch):
     assert SMoE(D, H, N).engine == "torch"
 
 
-def test_options_that_say_nothing_with_fmoe(fmoe):
+def test_a_path_cannot_be_chosen_with_fmoe(fmoe):
     with pytest.raises(ValueError, match="compute is 'grouped'.*'auto'"):
         SMoE(D, H, N, engine="fastmoe", compute="grouped")
 
@@ -249,13 +249,15 @@ def test_auto_finds_it_with_cuda_alone(fmoe, monkeypatch):
     assert torch.equal(layer(x), wanted(x))  # on a CPU
 
 
-def test_auto_takes_it_for_the_loop_over_experts_on_cuda_alone():
-    layer, mine = SMoE(128, 8 * 256, 8, 4), object()
+def test_auto_takes_it_for_the_loop_over_experts_on_cuda_alone(fmoe):
+    from smoe.fastmoe import FastMoE
+
+    layer, mine = SMoE(128, 8 * 256, 8, 4), FastMoE(8, 128)
 
     def chosen(device: str, dtype: torch.dtype, k: int):
-        x = SimpleNamespace(device=torch.device(device), dtype=dtype)  # there need be no such device
+        x = SimpleNamespace(device=torch.device(device), dtype=dtype)  # the device need not exist
         layer.top_k = k
-        return replace_grouped(choose("auto", x, layer.experts, layer.router(torch.randn(3, 128))), mine, x)
+        return mine.replace(choose("auto", x, layer.experts, layer.router(torch.randn(3, 128))), x)
 
     assert chosen("cuda", torch.float32, 4) is mine
     assert chosen("cuda", torch.bfloat16, 4) is PATHS["grouped_mm"]
@@ -332,7 +334,7 @@ def test_spreading_needs_nccl_and_one_group(fmoe, monkeypatch):
     from smoe.fastmoe import check_spread
 
     check_spread(one), check_spread(one)
-    with pytest.raises(ValueError, match="one expert-parallel group a process"):
+    with pytest.raises(ValueError, match="one expert-parallel group per process"):
         parallelize(layer, other)
     assert layer.dispatch is None and layer.experts.up.shape[0] == N
 
@@ -343,5 +345,5 @@ def test_spreading_needs_nccl_and_one_group(fmoe, monkeypatch):
 def test_on_cuda():
     for options in cases():
         differences = compare(options, device="cuda")
-        # Sums in another order, on another device.
+        # The device sums in another order.
         assert max(differences.values()) <= 1e-4, (options, differences)

@@ -18,7 +18,7 @@ ACTIVATE = {"relu": torch.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 def naive(layer: SMoE, x: torch.Tensor, indices: torch.Tensor, leaves: dict[str, torch.Tensor]) -> torch.Tensor:
-    """y[t] = scale * sum_j w_tj E_j(x_t), token by token; ``indices`` are the chosen experts, nothing else is taken."""
+    """y[t] = scale * sum_j w_tj E_j(x_t), token by token; of the layer's own routing only the ``indices`` are used."""
     k, scale = indices.shape[1], {"k": indices.shape[1], "num_experts": N}.get(layer.output_scale, layer.output_scale)
     has_logits = "router.weight" in leaves
     ys = []
@@ -49,7 +49,7 @@ def naive(layer: SMoE, x: torch.Tensor, indices: torch.Tensor, leaves: dict[str,
 
 def make(router="random", score="softmax_after_topk", k=3, **options) -> SMoE:
     layer = SMoE(D, H, N, k, router=router, score=score, vocab_size=V, seed=1, **options)
-    if router in ("random", "learned"):  # 0.02 leaves all weights about equal, which would hide a wrong rule
+    if router in ("random", "learned"):  # at 0.02 all weights are about equal, which would hide a wrong score rule
         with torch.no_grad():
             layer.router.weight.mul_(50)
             layer.router.bias.normal_()
@@ -57,7 +57,7 @@ def make(router="random", score="softmax_after_topk", k=3, **options) -> SMoE:
 
 
 def check(layer: SMoE, x: torch.Tensor, ids: torch.Tensor | None = None, tolerance: float = 1e-5) -> torch.Tensor:
-    """Output and every gradient against ``naive``; gives back the indices that were chosen."""
+    """Compares the output and every gradient with ``naive``; returns the chosen indices."""
     x = x.requires_grad_()
     with record_routing(layer) as routings:
         y = layer(x, token_ids=ids)
@@ -65,7 +65,10 @@ def check(layer: SMoE, x: torch.Tensor, ids: torch.Tensor | None = None, toleran
     (y * direction).sum().backward()
     (routing,) = routings
     flat = x.detach().reshape(-1, D)
-    if layer.router.__class__.__name__ in ("RandomRouter", "LearnedRouter"):  # the choice itself: the k largest logits
+    if layer.router.__class__.__name__ in (
+        "RandomRouter",
+        "LearnedRouter",
+    ):  # the k largest logits
         logits = flat.double() @ layer.router.weight.detach().double().t() + layer.router.bias.detach().double()
         for t in range(flat.shape[0]):
             largest = sorted(range(N), key=lambda e: -logits[t, e].item())[: layer.top_k]  # noqa: B023

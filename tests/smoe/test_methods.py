@@ -1,6 +1,7 @@
 """The six methods: what they build and what they minimise."""
 
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from smoe import METHODS, ConcreteDropout, DenseMLP, DropBlock, LearnedRouter, SMoE, get_method, record_routing
-from smoe.methods import concrete_regularization, symmetric_kl
+from smoe.methods import MethodName, concrete_regularization, symmetric_kl
 from smoe.router import RandomRouter, UniformRouter
 
 D, H, CLASSES = 12, 32, 7
@@ -16,7 +17,7 @@ DROPOUTS = (nn.Dropout, ConcreteDropout, DropBlock)
 
 
 class Model(nn.Module):
-    """Two residual MLPs and a classifier; counts its passes."""
+    """Residual MLPs and a classifier; keeps the output of every pass."""
 
     def __init__(self, method, layers=2, **options):
         super().__init__()
@@ -41,14 +42,18 @@ def run(name, model=None, **weights):
 
 
 def test_the_rows_of_table_1():
-    assert list(METHODS) == [
-        "dense_dropout",
-        "dense_concrete_dropout",
-        "dense_dropblock",
-        "thor",
-        "smoe",
-        "smoe_dropout",
-    ]
+    assert (
+        list(METHODS)
+        == list(get_args(MethodName))
+        == [
+            "dense_dropout",
+            "dense_concrete_dropout",
+            "dense_dropblock",
+            "thor",
+            "smoe",
+            "smoe_dropout",
+        ]
+    )
     assert all(method.name == name == get_method(name).name and method.title for name, method in METHODS.items())
     assert [name for name, method in METHODS.items() if method.routed] == ["thor", "smoe", "smoe_dropout"]
 
@@ -90,7 +95,7 @@ def test_dense_methods_have_one_dropout_of_the_right_kind(name, kind):
     mlp.eval()
     x = torch.randn(3, 5, D)
     torch.testing.assert_close(mlp(x), mlp.down(torch.relu(mlp.up(x))))
-    # it acts on the hidden units, behind the activation
+    # it acts on the hidden units, after the activation
     seen = []
     dropout.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     mlp(x)
@@ -166,7 +171,7 @@ def test_learned_balance_loss_is_the_sum_over_layers():
 
 
 def test_balance_loss_is_a_mean_over_passes():
-    model = Model(METHODS["thor"], router="learned")  # its choice is the same in both passes
+    model = Model(METHODS["thor"], router="learned")  # which routes both passes alike
     x, y = torch.randn(20, D), torch.randint(CLASSES, (20,))
     losses = [
         METHODS["thor"].loss(model, lambda: model(x, y), balance_weight=1.0, consistency_weight=weight).parts["balance"]

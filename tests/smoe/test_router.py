@@ -1,4 +1,4 @@
-"""The routers: what is chosen, with which weights, and what stays fixed."""
+"""The routers: which experts they choose, with which weights, and what stays fixed."""
 
 import hashlib
 import subprocess
@@ -92,7 +92,7 @@ def test_an_optimizer_step_with_decay_leaves_a_fixed_router_alone(kind):
 @pytest.mark.parametrize("kind", ["random", "learned", "hash"])
 def test_one_seed_gives_one_router(kind):
     first = list(build(kind, seed=5).state_dict().values())
-    torch.manual_seed(123)  # the global generator has no say
+    torch.manual_seed(123)  # the global generator must not matter
     again = list(build(kind, seed=5).state_dict().values())
     other = list(build(kind, seed=6).state_dict().values())
     assert digest(*first) == digest(*again) != digest(*other)
@@ -123,7 +123,7 @@ def test_a_seed_leaves_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_random_router_starts_as_released():
+def test_random_router_starts_as_in_the_release():
     router = RandomRouter(1000, 64, 2)
     assert router.weight.std().item() == pytest.approx(0.02, rel=0.02)
     assert (router.bias == 0).all()
@@ -171,7 +171,7 @@ def test_uniform_is_uniform(k):
     chi_square = ((counts - expected) ** 2 / expected).sum().item() * (N - 1) / (N - k)
     assert chi_square < 37.4
     pairs = torch.bincount(indices[:, 0] * N + indices[:, -1], minlength=N * N).view(N, N)
-    if k > 1:  # first and last place are independent, but for being different
+    if k > 1:  # first and last slot are independent, except that they differ
         off = ~torch.eye(N, dtype=torch.bool)
         assert (pairs.diagonal() == 0).all()
         expected = tokens / (N * (N - 1))
@@ -205,7 +205,7 @@ def test_hash_depends_on_the_token_id_alone():
     assert torch.equal(everything[ids], indices)
 
 
-def test_hash_table_holds_every_expert_once_a_token():
+def test_hash_table_holds_every_expert_once_per_token_id():
     table = HashRouter(V, N, 3).table
     assert torch.equal(table.sort(-1).values, torch.arange(N, dtype=table.dtype).expand(V, N))
 
@@ -213,7 +213,7 @@ def test_hash_table_holds_every_expert_once_a_token():
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 @pytest.mark.filterwarnings("error")
 def test_hash_takes_ids_of_any_integer_type(dtype):
-    """Raw bytes are uint8, which an index would take for a mask; here as many tokens as ids, so it would even fit."""
+    """Raw bytes are uint8, which indexing takes for a mask; with as many tokens as token ids the mask even fits."""
     router = HashRouter(8, N, 3, seed=5)
     ids = torch.tensor([1, 0, 3, 3, 7, 5, 1, 0])
     x = torch.randn(8, D)
@@ -284,7 +284,7 @@ def test_balance_loss_reaches_the_router_and_balances_it(score):
 
 @pytest.mark.parametrize("score", SCORES)
 def test_learned_router_is_always_in_the_graph(score):
-    """Under DDP a parameter without a gradient stops the run; with weights of 1 the gradient is zero, not missing."""
+    """DDP fails on a parameter without a gradient: with weights of 1 the gradient must be zero, not None."""
     layer = SMoE(D, 24, N, 3, router="learned", score=score)
     layer(torch.randn(T, D)).sum().backward()
     for name, parameter in layer.named_parameters():
@@ -311,7 +311,7 @@ def test_bad_k_and_score_are_named(kind):
 
 @pytest.mark.parametrize("kind", [RandomRouter, LearnedRouter])
 def test_gradients_of_16_bit_tokens(kind):
-    """Logits are float32 whatever x is; gradients agree with those of a float32 router, to x's own precision."""
+    """Logits are float32 for any dtype of x; gradients equal those of a float32 router to the precision of x."""
     router, x = kind(32, 8, 3), torch.randn(50, 32).bfloat16().requires_grad_()
     exact = x.detach().float().requires_grad_()
     logits, want = router.logits(x), torch.nn.functional.linear(exact, router.weight, router.bias)

@@ -1,4 +1,4 @@
-"""Votes for experts, and keeping the most voted."""
+"""Votes for experts, and keeping those with the most votes."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_votes_are_the_choices_of_the_routers():
         expected += torch.bincount(model.layers[0].router(x.reshape(-1, D)).indices.flatten(), minlength=N)
     assert torch.equal(votes["layers.0"], expected)
     assert all(v.sum() == 4 * 15 * 2 for v in votes.values())
-    # Reading twice gives the same: nothing is dropped while voting.
+    # A second reading gives the same votes: dropout is off.
     assert all(torch.equal(a, b) for a, b in zip(votes.values(), smoe.vote(model, BATCHES).values(), strict=True))
 
 
@@ -49,7 +49,42 @@ def test_batches_of_every_kind():
     assert not torch.equal(plain["layers.0"], flipped["layers.0"])
 
 
-def test_votes_at_full_k_say_nothing_and_say_so():
+class Padded(Model):
+    """Reads x (B, T, d) and a mask (B, T) that it has no use for."""
+
+    def forward(self, x, mask=None):
+        return super().forward(x)
+
+
+def test_padding_has_no_vote():
+    model = Padded()
+    mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [0] * 5])
+    votes = smoe.vote(model, [{"x": x, "mask": mask} for x in BATCHES], mask="mask")
+    expected = torch.zeros(N, dtype=torch.int64)
+    for x in BATCHES:
+        expected += torch.bincount(model.layers[0].router(x[mask.bool()]).indices.flatten(), minlength=N)
+    assert torch.equal(votes["layers.0"], expected) and all(v.sum() == 4 * 8 * 2 for v in votes.values())
+    by_index = smoe.vote(model, [(x, mask.bool()) for x in BATCHES], mask=1)
+    by_layer = smoe.vote(model, [{"x": x, "mask": mask} for x in BATCHES], mask={"layers.0": "mask", "": "mask"})
+    assert torch.equal(by_index["layers.0"], expected) and torch.equal(by_layer["layers.0"], expected)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ("attention_mask", "mask is 'attention_mask', but a batch .dict. has no such entry"),
+        ("x", "the mask of a batch has 120 entries, but layer layers.0 saw 15 tokens"),
+        ({"layers.0": "mask"}, "mask has no entry for layer layers.1"),
+    ],
+)
+def test_wrong_masks(mask, message):
+    model = Padded().train()
+    with pytest.raises(ValueError, match=message):
+        smoe.vote(model, [{"x": BATCHES[0], "mask": torch.ones(3, 5)}], mask=mask)
+    assert model.training
+
+
+def test_votes_at_full_k_warn_that_all_are_equal():
     model = Model()
     smoe.set_top_k(model, N)
     with pytest.warns(UserWarning, match="set_top_k"):
@@ -69,19 +104,66 @@ def test_no_batches_or_no_layers():
 @pytest.mark.parametrize("router", ["random", "learned"])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("score", ["softmax_after_topk", "sum"])
-def test_slimmed_layer_is_the_whole_one_with_a_choice_among_the_kept(router, gated, score):
+def test_slimmed_layer_equals_the_whole_one_that_chooses_among_the_kept(router, gated, score):
     torch.manual_seed(0)
     whole = smoe.SMoE(D, H, N, 2, router=router, gated=gated, score=score, seed=1)
     kept = torch.tensor([1, 4, 6])
     slim = smoe.SMoE(D, H, N, 2, router=router, gated=gated, score=score, seed=1)
     slim.load_state_dict(whole.state_dict())
     keep_experts(slim, kept)
-    with torch.no_grad():  # experts that are not kept can't win any more
+    with torch.no_grad():  # experts that are not kept are never chosen
         whole.router.bias[torch.tensor([0, 2, 3, 5, 7])] = -1e4
     x = torch.randn(11, D)
     torch.testing.assert_close(slim(x), whole(x))
     assert torch.equal(kept[slim.router(x).indices].sort(1).values, whole.router(x).indices.sort(1).values)
     assert slim.num_experts == 3 and slim.d_hidden == 3 * H // N
+
+
+@pytest.mark.parametrize("output_scale", ["num_experts", "k", 3.0])
+@pytest.mark.parametrize("score", ["softmax_after_topk", "softmax_before_topk", "sum"])
+@pytest.mark.parametrize("router", ["random", "learned"])
+def test_a_token_whose_experts_all_stay_is_computed_as_before(router, score, output_scale):
+    layer = smoe.SMoE(D, H, N, 2, router=router, score=score, output_scale=output_scale, seed=1)
+    with torch.no_grad():  # the last experts are never chosen, and have no probability to give away
+        layer.router.bias.copy_(torch.tensor([100.0] * 5 + [0.0] * 3))
+    x = torch.randn(50, D)
+    before = layer(x)
+    smoe.slim(layer, smoe.vote(layer, [x]), keep=5)
+    torch.testing.assert_close(layer(x), before)
+    smoe.slim(layer, {"": torch.arange(5.0)}, keep=4)  # and a second time: the scale is a number by now
+    assert layer.scale == {"num_experts": N, "k": 2, 3.0: 3.0}[output_scale]
+
+
+def test_softmax_over_all_experts_is_over_those_that_stay():
+    layer = smoe.SMoE(D, H, N, 2, score="softmax_before_topk", output_scale="num_experts", seed=1)
+    x = torch.randn(20, D)
+    before, logits = layer.router(x), layer.router.logits(x)
+    keep_experts(layer, torch.arange(5))
+    stayed = (before.indices < 5).all(1)
+    assert 0 < stayed.sum() < 20
+    probability = logits.softmax(-1)[stayed, :5].sum(-1, keepdim=True)
+    torch.testing.assert_close(layer.router(x).weights[stayed], before.weights[stayed] / probability)
+    assert layer.scale == N
+
+
+def test_the_scale_of_training_stays_when_all_experts_do():
+    layer = smoe.SMoE(D, H, N, 2, output_scale="num_experts", seed=1)
+    smoe.slim(layer, {"": torch.ones(N)}, keep=N)
+    assert layer.output_scale == "num_experts" and layer.scale == N
+
+
+@pytest.mark.parametrize("part", ["router", "experts"])
+def test_layers_that_share_a_part_are_slimmed_together(part):
+    model = Model()
+    setattr(model.layers[1], part, getattr(model.layers[0], part))
+    other = {"layers.0": torch.arange(N), "layers.1": torch.arange(N).flip(0)}
+    with pytest.raises(ValueError, match=f"layers.0 and layers.1 share their {part}"):
+        smoe.slim(model, other, keep=3)
+    assert all(layer.num_experts == N for layer in model.layers)
+    smoe.slim(model, {name: torch.arange(N) for name in other}, keep=3)
+    assert getattr(model.layers[0], part) is getattr(model.layers[1], part)
+    assert all(layer.experts.up.shape[0] == layer.router.weight.shape[0] == 3 for layer in model.layers)
+    assert model(BATCHES[0]).isfinite().all()
 
 
 def test_slim_keeps_the_most_voted_in_order():
@@ -130,6 +212,7 @@ def test_uniform_router_draws_among_the_kept():
             "keep is 9; it must be a whole number from 1 to 8",
         ),
         ({"layers.0": torch.zeros(N), "layers.1": torch.zeros(N)}, 0, "keep is 0"),
+        ({"layers.0": torch.zeros(N), "layers.1": torch.full((N,), float("nan"))}, 4, "layers.1 are .nan"),
     ],
 )
 def test_wrong_votes_change_nothing(votes, keep, message):

@@ -1,26 +1,24 @@
 """Every YAML parses for every method, and the sizes it declares are those of the model it builds."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 from smoe import METHODS, smoe_layers
-from smoe.run.config import field_notes, parse_config
-from transformer_xl.config import CONFIG_DIR, TrainConfig
+from smoe.train.command import field_notes, parse_config
+from transformer_xl.config import LanguageModelConfig
 
-SCALES = sorted(file.stem for file in CONFIG_DIR.glob("*.yaml"))
+SCALES = yaml.safe_load(LanguageModelConfig.scales_file.read_text())
 
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("method", METHODS)
 def test_yaml_builds_the_model_it_says(scale, method):
     argv = ["--method", method, "--scale", scale, "--run_dir", "unused"]
-    config = parse_config(TrainConfig, CONFIG_DIR, argv)
-    written = yaml.safe_load((CONFIG_DIR / f"{scale}.yaml").read_text())
-    assert {name: getattr(config, name) for name in written} == written
+    config = parse_config(LanguageModelConfig, argv)
+    assert {name: getattr(config, name) for name in SCALES[scale]} == SCALES[scale]
     with torch.device("meta"):
         model = config.build_model()
     layers = smoe_layers(model)
@@ -29,11 +27,11 @@ def test_yaml_builds_the_model_it_says(scale, method):
 
 
 def test_scales():
-    assert SCALES == ["cpu", "paper", "smoke"]
+    assert list(SCALES) == ["paper", "cpu", "smoke"]
 
 
 def test_paper_scale_is_the_papers():
-    config = parse_config(TrainConfig, CONFIG_DIR, ["--method", "smoe_dropout", "--scale", "paper", "--run_dir", "x"])
+    config = parse_config(LanguageModelConfig, ["--method", "smoe_dropout", "--scale", "paper", "--run_dir", "x"])
     sizes = (config.num_layers, config.d_model, config.num_heads, config.d_head, config.d_hidden)
     assert sizes == (4, 256, 8, 64, 8192)
     assert (config.steps, config.batch_size, config.tgt_len, config.mem_len) == (400_000, 22, 512, 512)
@@ -41,26 +39,25 @@ def test_paper_scale_is_the_papers():
     assert (config.eval_batch_size, config.eval_tgt_len, config.eval_mem_len) == (10, 128, 896)
     assert config.eval_tokens is None and config.output_scale == 1 and config.score == "softmax_after_topk"
     assert config.k_schedule() == (8, 16, "linear")
-    assert config.k_at(0) == 8 and config.k_at(200_000) == 12 and config.k_at(399_999) == 16
+    assert [config.ks_at(step) for step in (0, 200_000, 399_999)] == [[8] * 4, [12] * 4, [16] * 4]
 
 
 def test_learned_and_thor_use_two_experts():
     for method in ("smoe", "thor"):
-        config = TrainConfig(method, "unused")
-        assert config.k_at(0) == config.k_at(399_999) == config.eval_k() == 2
-    assert TrainConfig("dense_dropout", "unused").k_at(0) is None
+        config = LanguageModelConfig(method, "unused")
+        assert config.ks_at(0) == config.ks_at(399_999) == [2] * 4 and config.eval_k() == 2
+    assert LanguageModelConfig("dense_dropout", "unused").ks_at(0) == []
 
 
 def test_sweep_leaves_out_what_the_model_does_not_have():
-    config = TrainConfig("smoe_dropout", "unused", num_experts=8, d_hidden=64)
+    config = LanguageModelConfig("smoe_dropout", "unused", num_experts=8, d_hidden=64)
     assert config.sweep_ks() == [1, 2, 4, 8]
 
 
 def test_every_field_is_documented():
-    fields = {field.name for field in dataclasses.fields(TrainConfig)}
-    notes = field_notes(TrainConfig)
+    fields = {field.name for field in dataclasses.fields(LanguageModelConfig)}
+    notes = field_notes(LanguageModelConfig)
     assert fields - notes.keys() == {"scale_reason"} and all(notes.values())
-    assert Path(CONFIG_DIR).is_dir()
 
 
 @pytest.mark.parametrize(
@@ -79,10 +76,10 @@ def test_every_field_is_documented():
 )
 def test_what_cannot_be_meant_is_refused(method, fields, words):
     with pytest.raises(ValueError, match=words):
-        TrainConfig(method, "unused", **fields)
+        LanguageModelConfig(method, "unused", **fields)
 
 
 def test_the_largest_seed_builds_a_model():
-    config = TrainConfig("smoe_dropout", "unused", seed=2**53, d_model=8, d_hidden=32, num_layers=1)
+    config = LanguageModelConfig("smoe_dropout", "unused", seed=2**53, d_model=8, d_hidden=32, num_layers=1)
     torch.manual_seed(config.seed)
     config.build_model()

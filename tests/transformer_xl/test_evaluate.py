@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from smoe import get_top_k, set_top_k
-from transformer_xl.config import TrainConfig
+from smoe.train.evaluation import measure
+from smoe.train.processes import Processes
+from transformer_xl.config import LanguageModelConfig
 from transformer_xl.data import load_split
-from transformer_xl.evaluate import evaluate, load_run
+from transformer_xl.evaluate import load_run
+from transformer_xl.train import LanguageModel
 
 TINY = {
     "num_layers": 2,
@@ -24,14 +27,24 @@ TINY = {
 
 
 def test_bpc_equals_a_naive_pass_over_each_row(data_dir):
-    config = TrainConfig(
-        "smoe_dropout", "unused", **TINY, eval_batch_size=3, eval_tgt_len=10, eval_mem_len=10_000, eval_tokens=120
+    config = LanguageModelConfig(
+        "smoe_dropout",
+        "unused",
+        **TINY,
+        data=data_dir,
+        eval_batch_size=3,
+        eval_tgt_len=10,
+        eval_mem_len=10_000,
+        eval_tokens=120,
     )
-    torch.manual_seed(0)
-    model = config.build_model().train()
+    processes = Processes()
+    processes.configure(config)
+    task = LanguageModel(config, 0, 1)
+    model = task.model.train()
     set_top_k(model, 4)
     data = load_split(data_dir, "test")
-    measured = evaluate(model, config, data, torch.device("cpu"), k=3)
+    measured, n = measure(task, "test", 3, processes)
+    assert n == 120
     assert model.training and get_top_k(model) == 4
 
     # With memory that never runs out, segment by segment equals the whole row at once.
@@ -39,24 +52,26 @@ def test_bpc_equals_a_naive_pass_over_each_row(data_dir):
     rows = torch.tensor(data[: len(data) // 3 * 3].reshape(3, -1)[:, :41].astype("int64"))
     logits = model(rows[:, :-1]).logits
     nats = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
-    assert measured == pytest.approx(nats / math.log(2), abs=1e-5)
+    assert measured == {"bpc": pytest.approx(nats / math.log(2), abs=1e-5)}
 
 
 def test_random_routing_is_evaluated_reproducibly_and_leaves_the_generator(data_dir):
-    config = TrainConfig("thor", "unused", **TINY, eval_tokens=200)
-    model, data = config.build_model(), load_split(data_dir, "valid")
+    config = LanguageModelConfig("thor", "unused", **TINY, data=data_dir, eval_tokens=200)
+    processes = Processes()
+    processes.configure(config)
+    task = LanguageModel(config, 0, 1)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    a = evaluate(model, config, data, torch.device("cpu"), k=2)
+    a = measure(task, "valid", 2, processes)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(4)
-    assert evaluate(model, config, data, torch.device("cpu"), k=2) == a
+    assert measure(task, "valid", 2, processes) == a
 
 
 def test_command_gives_what_the_run_recorded(train, start, tmp_path):
     run = tmp_path / "run"
     assert train("smoe_dropout", run).wait() == 0
-    recorded = json.loads((run / "result.json").read_text())["bpc"]
+    recorded = json.loads((run / "result.json").read_text())["metrics"]["bpc"]
     command = start("transformer_xl.evaluate", run, "--k", 1, 8, 16, "--json")
     assert command.wait() == 0, command.err
     report = json.loads(command.out)

@@ -10,13 +10,12 @@ import time
 
 import pytest
 import torch
-from runs import assert_one_line, assert_same_weights, losses, wait_for_step, weights
+from runs import assert_one_line, assert_same_weights, lines, losses, result, wait_for_step, weights
 
 from smoe import METHODS
-from smoe.run.checkpoint import list_steps, load_checkpoint, load_latest, save_checkpoint
-from smoe.run.metrics import read_metrics
-from transformer_xl.config import TrainConfig
-from transformer_xl.train import learning_rate_at
+from smoe.train.checkpoint import list_steps, save_checkpoint
+from smoe.train.learning_rate import learning_rate_at
+from smoe.train.resume import load_checkpoint, load_latest
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -24,20 +23,23 @@ def test_every_method_trains_and_leaves_a_full_run_folder(method, train, tmp_pat
     run = tmp_path / "run"
     command = train(method, run)
     assert command.wait() == 0, command.err
-    result = json.loads((run / "result.json").read_text())
-    assert result["method"] == method and result["scale"] == "smoke" and result["seed"] == 1
-    assert result["dataset"]["sha256"] == json.loads((data_dir / "meta.json").read_text())["sha256"]
+    record = result(run)
+    assert record["method"] == method and record["scale"] == "smoke" and record["seed"] == 1
+    assert (record["task"], record["metric"]) == ("language_model", "bpc")
+    assert record["dataset"]["sha256"] == json.loads((data_dir / "meta.json").read_text())["sha256"]
     keys = {"1", "2", "4", "8", "12", "16"} if METHODS[method].routed else {"dense"}
     for split in ("valid", "test"):
-        assert result["bpc"][split].keys() == keys
-        assert all(3 < bpc < 8.5 for bpc in result["bpc"][split].values())
-    assert result["parameters"]["total"] > 0 and result["tokens_per_step"] == 4 * 32
-    assert result["flops"].keys() == keys
-    assert result["environment"]["versions"]["torch"] == torch.__version__
-    lines = losses(run)
-    assert list(lines) == [5, 10, 15, 20]
-    assert lines[20] < lines[5], "nothing was learned"
-    parts = next(line["train"] for line in read_metrics(run) if "train" in line)
+        assert record["metrics"]["bpc"][split].keys() == keys
+        assert all(3 < bpc < 8.5 for bpc in record["metrics"]["bpc"][split].values())
+    assert record["metrics"]["bpc"]["n"] == {"valid": 2048, "test": 2048}
+    assert record["metrics"]["bpc"]["direction"] == "lower"
+    assert record["parameters"]["total"] > 0 and record["tokens_per_step"] == 4 * 32
+    assert record["flops"].keys() == keys
+    assert record["environment"]["versions"]["torch"] == torch.__version__
+    measured = losses(run)
+    assert list(measured) == [5, 10, 15, 20]
+    assert measured[20] < measured[5], "nothing was learned"
+    parts = lines(run)[5]
     extra = {"thor": "consistency", "smoe": "balance", "dense_concrete_dropout": "concrete"}.get(method)
     assert extra is None or math.isfinite(parts[extra])
     assert any((run / "tensorboard").iterdir())
@@ -46,8 +48,7 @@ def test_every_method_trains_and_leaves_a_full_run_folder(method, train, tmp_pat
 def test_k_follows_the_schedule_and_the_router_stays_fixed(train, tmp_path):
     run = tmp_path / "run"
     assert train("smoe_dropout", run, "--log_interval", 1, "--save_interval", 5).wait() == 0
-    ks = [line["train"]["k"] for line in read_metrics(run) if "train" in line]
-    assert ks == [round(8 * step / 20) + 8 for step in range(20)]
+    assert [line["k"] for line in lines(run).values()] == [round(8 * step / 20) + 8 for step in range(20)]
     early, late = weights(run, 15), weights(run, 20)
     routers = [name for name in early if ".router." in name]
     assert len(routers) == 4
@@ -56,10 +57,10 @@ def test_k_follows_the_schedule_and_the_router_stays_fixed(train, tmp_path):
 
 
 def test_learning_rate_is_half_a_cosine_after_its_warm_up():
-    config = TrainConfig("smoe_dropout", "unused", steps=1000, learning_rate=2.0, warmup_steps=10)
-    assert learning_rate_at(0, config) == pytest.approx(0.2)
-    assert learning_rate_at(500, config) == pytest.approx(1.0)
-    assert learning_rate_at(999, config) == pytest.approx(2 * math.cos(math.pi * 999 / 2000) ** 2)
+    config = {"steps": 1000, "learning_rate": 2.0, "warmup_steps": 10}
+    assert learning_rate_at(0, **config) == pytest.approx(0.2)
+    assert learning_rate_at(500, **config) == pytest.approx(1.0)
+    assert learning_rate_at(999, **config) == pytest.approx(2 * math.cos(math.pi * 999 / 2000) ** 2)
 
 
 # Checkpoints fall between the lines of metrics, whose means must not notice.
@@ -81,8 +82,7 @@ def test_a_run_killed_five_times_ends_with_the_same_bits(train, tmp_path):
     assert "resumed after step" in last.out
     assert_same_weights(alone, killed)
     assert losses(alone) == losses(killed), f"killed at {moments}"
-    results = [json.loads((run / "result.json").read_text())["bpc"] for run in (alone, killed)]
-    assert results[0] == results[1]
+    assert result(alone)["metrics"] == result(killed)["metrics"]
 
 
 def test_sigterm_writes_a_checkpoint_that_resume_goes_on_from(train, tmp_path):

@@ -1,4 +1,4 @@
-"""The fast paths where PyTorch offers more than the usual: odd layouts, activations, hooks, second derivatives."""
+"""The fast paths under less usual features of PyTorch: strided tensors, hooks, checkpointing, second derivatives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FAST = ["dense", "grouped"]
 
 
 def relu(x: torch.Tensor) -> torch.Tensor:
-    """Not what its name says."""
+    """A user's function that has the name of one of ours."""
     return F.leaky_relu(x, 0.1)
 
 
@@ -77,7 +77,7 @@ def test_parameters_that_are_not_contiguous(path):
 
 @pytest.mark.parametrize("path", FAST)
 @pytest.mark.parametrize("gated", [False, True])
-def test_hooks_that_lay_saved_tensors_out_anew(path, gated):
+def test_hooks_that_change_the_layout_of_saved_tensors(path, gated):
     layer = experts(activation="gelu", gated=gated)
     want = gradients("reference", layer)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.mT.contiguous() if t.dim() > 1 else t, _transposed):
@@ -106,7 +106,7 @@ def test_selective_checkpointing_of_products(path, bias):
 @pytest.mark.parametrize("path", FAST)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_over_a_kept_graph(path, reentrant):
-    """The first backward may not use up what the second one needs."""
+    """The first backward must not overwrite what the second one needs."""
     x, routing, grad = inputs()
     layer = experts(activation="gelu", gated=True)
     want = gradients("reference", layer)
@@ -126,7 +126,7 @@ def test_frozen_parameters(path, frozen):
     want = dict(zip(("y", "x", *(n for n, _ in layer.named_parameters())), gradients("reference", layer), strict=True))
     for name in frozen:
         getattr(layer, name).requires_grad_(False)
-    x, routing, grad = inputs()  # without a gradient of its own
+    x, routing, grad = inputs()  # x itself needs no gradient
     layer.zero_grad()
     PATHS[path](x, layer, routing).backward(grad)
     for name, p in layer.named_parameters():
@@ -158,7 +158,7 @@ def test_frozen_matrices_cost_no_products(path, need_weights):
 
 @pytest.mark.parametrize("path", FAST)
 def test_second_derivative_of_a_sum_raises(path):
-    """Its first derivative takes a constant, and nothing tells PyTorch that it depends on x nevertheless."""
+    """The gradient of the output is constant there, so autograd would not see that the first derivative uses x."""
     layer = SMoE(12, 24, 4, 2, activation="gelu", compute=path, seed=0)
     x = torch.randn(20, 12, requires_grad=True)
     (grad,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
@@ -182,8 +182,8 @@ def test_custom_activation_under_compile(path, tokens):
 
 
 @pytest.mark.parametrize("path", FAST)
-def test_the_operator_answers_in_the_layout_that_it_promises(path):
-    """Inputs and parameters of any strides; with nothing kept, nothing promised."""
+def test_the_operator_returns_the_layout_that_it_declares(path):
+    """For inputs and parameters of any strides, and without anything kept for backward."""
     from smoe.compute.compiled import experts_op
 
     x, routing, _ = inputs()
@@ -192,16 +192,16 @@ def test_the_operator_answers_in_the_layout_that_it_promises(path):
     strided = x.t().contiguous().t().requires_grad_()
     up = layer.up.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     rest = (layer.up_bias, layer.gate, layer.gate_bias, layer.down, layer.down_bias)
-    arguments = (strided, weights.requires_grad_(), indices, "gelu", True, up, *rest)
+    arguments = (path, strided, weights.requires_grad_(), indices, "gelu", True, up, *rest)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(experts_op, arguments, test_utils=checks)
     with torch.no_grad():
-        y, kept = experts_op(*arguments[:4], False, up, *rest)
+        y, kept = experts_op(*arguments[:5], False, up, *rest)
     assert kept.numel() == 0
     torch.testing.assert_close(y, experts_op(*arguments)[0])
 
 
-def test_grouped_mm_leaves_nothing_without_a_gradient():
+def test_grouped_mm_without_tokens_gives_every_parameter_a_gradient():
     weights = torch.rand(0, 2, requires_grad=True)
     routing = Routing(torch.zeros(0, 2, dtype=torch.int64), weights, None)
     layer = Experts(4, 16, 8)
@@ -218,7 +218,7 @@ def test_grouped_mm_names_the_width_it_cannot_take(d, h, name):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
 def test_input_that_is_no_floating_point(dtype):
-    with pytest.raises(ValueError, match=f"x is {dtype}; it must be of a floating-point type"):
+    with pytest.raises(ValueError, match=f"x is {dtype}; it must have a floating-point dtype"):
         SMoE(12, 24, 4, 2)(torch.ones(3, 12, dtype=dtype))
 
 

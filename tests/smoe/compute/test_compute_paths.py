@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smoe import Routing, SMoE
-from smoe.compute import PATHS, choose
+from smoe.compute import PATHS, choose, dense, grouped_mm, grouping, products
+from smoe.compute.fast_path import FAST_PATHS
+from smoe.compute.grouping import PADDING, group
 from smoe.router import SCORES, PartialRouting
 
 FAST = ["dense", "grouped"]
-# Relative error (norm of the difference over norm of the reference's). The reference itself runs in bfloat16 there and
-# rounds every intermediate to 8 bits, so 2 % is a handful of roundings.
+# Relative error: norm of the difference over norm of the reference. In bfloat16 the reference itself rounds every
+# intermediate result to 8 bits, so 2 % is a handful of roundings.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -38,8 +39,8 @@ def assert_equal(layer: SMoE, path: str, x: torch.Tensor, tolerance: float | Non
     tolerance = tolerance or TOLERANCE[x.dtype]
     for name, value in want.items():
         assert got[name].dtype == value.dtype and got[name].shape == value.shape, name
-        # A sum over tokens can cancel to almost nothing, which says nothing about its error: hence at least 0.3.
-        # (PyTorch's own GELU of one number is up to 1e-6 away from its GELU of the same number among others.)
+        # A sum over tokens can cancel to almost 0, while its error does not: so divide by at least 0.3.
+        # (PyTorch's GELU of a single number differs by up to 1e-6 from its GELU of that number within a longer tensor.)
         error = (got[name] - value).norm() / value.norm().clamp_min(0.3)
         assert error <= tolerance, f"{name}: relative error {error:.2e}"
 
@@ -47,7 +48,7 @@ def assert_equal(layer: SMoE, path: str, x: torch.Tensor, tolerance: float | Non
 def make(d=12, n=4, h=6, k=2, dtype=torch.float32, **options) -> SMoE:
     torch.manual_seed(0)
     layer = SMoE(d, n * h, n, k, seed=3, **options).to(dtype)
-    with torch.no_grad():  # a router at its usual scale gives almost equal weights, biases of different sizes matter
+    with torch.no_grad():  # with the usual scale the routing weights would be almost equal, and the biases small
         for p in (layer.experts.up_bias, layer.experts.gate_bias, layer.experts.down_bias):
             if p is not None:
                 p.normal_()
@@ -108,10 +109,8 @@ def test_all_tokens_to_one_expert(path, dtype, tokens):
 @pytest.mark.parametrize("path", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_chunks(path, dtype, monkeypatch):
-    """Chunks bound the temporaries; they must not show in the numbers."""
-    from smoe.compute import dense, grouped
-
-    monkeypatch.setattr(grouped, "CHUNK_BYTES", 2000)
+    """Results do not depend on the size of chunks and blocks."""
+    monkeypatch.setattr(grouping, "CHUNK_BYTES", 2000)
     monkeypatch.setattr(dense, "BLOCK_BYTES", 2000)
     for k in (1, 3, 4):
         for gated in (False, True):
@@ -120,8 +119,8 @@ def test_many_chunks(path, dtype, monkeypatch):
 
 @pytest.mark.parametrize("path", FAST)
 @pytest.mark.parametrize("h", [3, 40])
-def test_weights_on_either_side(path, h):
-    """d > h and d < h multiply with the routing weights in different places; with and without their gradient."""
+def test_routing_weights_on_either_side(path, h):
+    """The regimes of grouped.backward: h < d and h > d, with and without the gradient of the weights."""
     for router in ("random", "uniform"):
         assert_equal(make(h=h, k=3, router=router), path, torch.randn(40, 12))
 
@@ -151,7 +150,7 @@ def test_custom_routing(path):
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_absent_slots_count_for_nothing(path, dtype, gated, share):
-    """An index of -1: no output, no gradient, whatever its weight is; all of a token's slots may be absent."""
+    """An index of -1 gives no output and no gradient, whatever its weight; also if all slots of a token are absent."""
     layer = make(d=16, n=4, h=8, k=3, dtype=dtype, gated=gated)
     x, grad = torch.randn(70, 16).to(dtype), torch.randn(70, 16).to(dtype)
     indices = torch.rand(70, 4).argsort(1)[:, :3]
@@ -214,16 +213,15 @@ def test_bfloat16_is_as_accurate_as_the_dense_mlp():
 
 @pytest.mark.parametrize("path", FAST)
 def test_no_grad_keeps_nothing(path, monkeypatch):
-    module = importlib.import_module(f"smoe.compute.{path}")
-    kept, kernel = [], module.KERNEL
-    spy = kernel._replace(forward=lambda *args: kept.append(kernel.forward(*args)) or kept[-1])
-    monkeypatch.setattr(module, "KERNEL", spy)
+    results, functions = [], FAST_PATHS[path]
+    spy = functions._replace(forward=lambda *args: results.append(functions.forward(*args)) or results[-1])
+    monkeypatch.setitem(FAST_PATHS, path, spy)
     layer, x = make(k=2, compute=path), torch.randn(20, 12)
     y = layer(x)
-    assert kept[-1][1]
+    assert results[-1][1]
     with torch.no_grad():
         torch.testing.assert_close(layer(x), y)
-    assert not kept[-1][1]
+    assert not results[-1][1]
 
 
 @pytest.mark.parametrize("path", FAST)
@@ -244,7 +242,7 @@ def test_second_derivative_raises(path):
 
 
 def test_which_path_runs(monkeypatch):
-    """auto: grouped below N, dense at k = N and for tiny experts; a name: that path."""
+    """``auto`` is grouped below k = N, dense at k = N and for tiny experts; a name is that path."""
     ran = []
     for name in PATHS:
         monkeypatch.setitem(PATHS, name, lambda x, experts, routing, name=name: ran.append(name) or x)
@@ -264,35 +262,31 @@ def test_which_path_runs(monkeypatch):
 
 
 def test_padding_limits_the_number_of_kernel_shapes():
-    """Where oneDNN computes, every product of an expert has a multiple of 64 rows, whatever the routing."""
-    from smoe.compute.grouped import PADDING, plan_for
-
+    """Where oneDNN computes, every product of an expert has a multiple of 64 rows for any routing."""
     indices = torch.rand(300, 4).topk(2).indices
-    padded, exact = (plan_for(torch.zeros(300, 12, dtype=t), indices, 4) for t in (torch.bfloat16, torch.float64))
+    padded, exact = (group(torch.zeros(300, 12, dtype=t), indices, 4) for t in (torch.bfloat16, torch.float64))
     assert all((end - start) % PADDING == 0 for start, end in padded.spans)
     assert exact.num_pairs == 600 <= padded.num_pairs <= 600 + 4 * PADDING
-    few = plan_for(torch.zeros(9, 12, dtype=torch.bfloat16), indices[:9], 4)  # padding to 64 would be most of the work
+    few = group(torch.zeros(9, 12, dtype=torch.bfloat16), indices[:9], 4)  # padding to 64 would be most of the work
     assert few.num_pairs <= 18 + 4 * 8 and all((end - start) % 8 == 0 for start, end in few.spans)
-    for plan in (padded, exact):
+    for found in (padded, exact):
         tokens = torch.arange(300).unsqueeze(1).expand(-1, 2)
-        assert torch.equal(plan.rows[plan.position], tokens)
-        for expert, (start, end) in enumerate(plan.spans):
-            here = (plan.position >= start) & (plan.position < end)
+        assert torch.equal(found.tokens[found.position], tokens)
+        for expert, (start, end) in enumerate(found.spans):
+            here = (found.position >= start) & (found.position < end)
             assert torch.equal(here, indices == expert)
 
 
 @pytest.mark.parametrize("path", FAST)
 @pytest.mark.parametrize("onednn", [False, True])
 def test_float32_products_of_either_library(path, onednn, monkeypatch):
-    """Large enough for oneDNN, where the processor calls for it; as exact as with MKL, padded or not."""
-    from smoe.compute import grouped, products
-
+    """float32 products by oneDNN (rows are padded then) and by MKL are equally exact."""
     if onednn and not torch.backends.mkldnn.is_available():
         pytest.skip("needs a PyTorch with oneDNN")
     called = []
     real = torch.ops.mkldnn._linear_pointwise if onednn else None
     monkeypatch.setattr(products, "ONEDNN_FLOAT32", 1)
-    for module in (products, grouped):
+    for module in (products, grouping):
         monkeypatch.setattr(module, "onednn_float32", lambda: onednn)
     if onednn:
         spy = SimpleNamespace(_linear_pointwise=lambda *args: called.append(args) or real(*args))
@@ -323,8 +317,6 @@ def test_on_cuda(path):
     for name, value in want.items():
         assert (got[name] - value).norm() <= 2e-2 * value.norm(), name
     layer.compute = "auto"
-    from smoe.compute import grouped_mm
-
     assert choose("auto", x, layer.experts, layer.router(x)) is grouped_mm.compute
 
 
@@ -335,7 +327,7 @@ def test_compiles_into_one_graph(dtype, k, gated):
     layer = make(d=16, h=8, k=k, dtype=dtype, gated=gated, compute="grouped" if k < 4 else "dense")
     x, grad = torch.randn(40, 16).to(dtype), torch.randn(40, 16).to(dtype)
     want = gradients(layer, layer.compute, x, grad)
-    torch.compiler.reset()  # what other tests of this process compiled counts towards a limit on recompilations
+    torch.compiler.reset()  # graphs of other tests count towards the limit on recompilations
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     layer.zero_grad()
     leaf = x.clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""Peak memory of forward and backward at k = N, beside the dense MLP's."""
+"""Peak memory of forward and backward at k = N against that of the dense MLP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NaN and infinity show where the reference path shows them, and reach nobody else's numbers."""
+"""NaN and infinity appear where they do with the reference path, and nowhere else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 
 
 def broken_rows(path: str, x: torch.Tensor, grad: torch.Tensor, routing: Routing, layer: SMoE) -> dict[str, list[int]]:
-    """Of the output and each gradient, the rows (tokens or experts) that are not all finite."""
+    """The rows (tokens or experts) of the output and of each gradient that are not all finite."""
     layer.zero_grad()
     leaf, weights = x.clone().requires_grad_(), routing.weights.clone().requires_grad_()
     y = PATHS[path](leaf, layer.experts, routing._replace(weights=weights))
@@ -27,7 +27,7 @@ def broken_rows(path: str, x: torch.Tensor, grad: torch.Tensor, routing: Routing
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @DTYPES
 def test_a_token_that_is_not_finite_reaches_its_own_experts_alone(dtype, value, where, absent):
-    """Nor by the rows that an expert is padded with, nor by the weight of 0 of absent slots."""
+    """It spreads neither through the padding of an expert's rows nor through the weight 0 of absent slots."""
     torch.manual_seed(0)
     layer = SMoE(16, 4 * 8, 4, activation="gelu", bias=False, seed=1).to(dtype)
     indices = torch.rand(60, 4).argsort(1)[:, :2]
@@ -48,14 +48,14 @@ def test_a_token_that_is_not_finite_reaches_its_own_experts_alone(dtype, value, 
 @pytest.mark.parametrize("gated", [False, True])
 @DTYPES
 def test_relu_hides_no_nan(dtype, gated, tokens, where, path):
-    """oneDNN's own ReLU, fused with the product, makes 0 of NaN; here for few hidden units as for many."""
+    """oneDNN's ReLU turns NaN into 0 where it is fused with the product; with few hidden units and with many."""
     torch.manual_seed(0)
     layer = SMoE(64, 4 * 64, 4, 3 if path == "grouped" else 4, gated=gated, seed=1).to(dtype)
     x = torch.randn(tokens, 64, dtype=dtype)
     broken = {"x": x[5], "weight": (layer.experts.gate if gated else layer.experts.up).data[:, 7]}
     broken.get(where, broken["weight"])[0] = float("inf" if "infinite" in where else "nan")
     if "infinite" in where:
-        x[:, 0] = 0  # 0 x inf
+        x[:, 0] = 0  # 0 times infinity
     layer.compute = "reference"
     want = layer(x).isfinite().all(1)
     layer.compute = path

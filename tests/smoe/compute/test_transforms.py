@@ -1,4 +1,4 @@
-"""What torch.func and torch.compile make of a layer: the same numbers, or one line that says why not."""
+"""A layer under torch.func, torch.compile and torch.jit.trace: the same numbers, or one line that says why not."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_vmap_says_why_not(function):
 
 
 def test_three_graphs_serve_every_k():
-    """With the setting that the layer's docstring names, more values of k than PyTorch compiles without."""
+    """With the setting from the layer's docstring; without it PyTorch stops compiling after 8 values of k."""
     from torch._dynamo.utils import counters
 
     torch.compiler.reset()

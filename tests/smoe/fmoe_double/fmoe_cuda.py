@@ -1,1 +1,1 @@
-"""Only to be found: a module in Python, not a CUDA extension."""
+"""Empty: it only has to be found, as a module in Python and not as a CUDA extension."""

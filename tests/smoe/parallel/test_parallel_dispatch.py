@@ -1,4 +1,4 @@
-"""Experts spread over ranks compute what one process does: outputs, and the gradients of everything."""
+"""An expert-parallel layer has the outputs and gradients of the whole layer in a single process."""
 
 import copy
 import itertools
@@ -14,11 +14,11 @@ from smoe.parallel import ParallelGroups, parallelize, sync_expert_gradients
 from smoe.parallel.plan import make_plan
 
 N, D, H = 8, 16, 64
-UNEVEN = [7, 0, 1, 12]  # tokens of the ranks
+UNEVEN = [7, 0, 1, 12]  # tokens per rank
 
 
 def cases():
-    """Every router and score; bias, gates, paths, output scales; k from 1 to N."""
+    """Every router, score and path; biases, gates, output scales, numbers of tokens; k from 1 to N."""
     base = {"router": "random", "score": "softmax_after_topk", "bias": True, "gated": False, "compute": "auto", "k": 3}
     base |= {"output_scale": 1, "tokens": UNEVEN}
     yield from ({**base, "k": k} for k in range(1, N + 1))
@@ -39,9 +39,9 @@ def make(case: dict) -> SMoE:
 
 
 def reference_run(whole: SMoE, x, routing, grad_y):
-    """Outputs and gradients of the unspread layer by the readable path, for the routing that the other one chose."""
+    """Outputs and gradients of the whole layer with the reference path, for a routing that is given."""
     x = x.clone().requires_grad_()
-    if routing.weights.requires_grad:  # the same choice, weights anew from x
+    if routing.weights.requires_grad:  # the same experts; the weights computed from this x
         logits = whole.router.logits(x)
         routing = routing._replace(weights=whole.router._weights(logits, routing.indices))
     routing = routing._replace(weights=routing.weights * whole.scale)
@@ -81,7 +81,7 @@ def layer_equals_whole(rank: int, expert_parallel: int) -> None:
 
 
 def close(case: dict, what: str, got, want) -> None:
-    if got is None or want is None:  # sum scores leave a router without a gradient in one of the two
+    if got is None or want is None:  # with score sum a router may have no gradient in one of the two
         assert (got is None or not got.any()) and (want is None or not want.any())
         return
     assert (got - want).abs().max().item() <= 2e-6 if got.numel() else got.shape == want.shape, f"{what} of {case}"
@@ -127,7 +127,7 @@ def test_autocast_to_bfloat16():
 
 def test_plan_sends_each_token_once_to_each_rank():
     indices = torch.tensor([[0, 5, 1], [4, -1, 5], [2, 3, 7]])
-    plan = make_plan(indices, share=2, num_ranks=4, here=2)
+    plan = make_plan(indices, num_local=2, num_ranks=4, rank=2)
     # this rank (experts 4, 5) first, then ranks 0, 1, 3
     assert plan.tokens.tolist() == [0, 1, 0, 2, 2]
     assert plan.columns.tolist() == [[1, -1], [0, 2], [0, 2], [0, 1], [2, -1]]

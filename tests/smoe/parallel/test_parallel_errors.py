@@ -1,4 +1,4 @@
-"""Mistakes give one clear line on every rank, and nobody waits for ever."""
+"""A mistake gives one clear line on every rank, and no rank waits forever."""
 
 import time
 
@@ -61,19 +61,19 @@ def test_one_clear_line_on_every_rank():
         "expert_parallel is 0; it must be a whole number of at least 1",
         "layer 1 has 3 experts, which expert_parallel = 2 does not divide",
         "k is 1 on rank 0, 2 on rank 1; lr is 0.0 on rank 0, 0.1 on rank 1; every rank must have the same",
-        "the experts of layer mlps.0 are spread over ranks already; parallelize a model once",
+        "layer mlps.0 is parallelized already; call parallelize once per model",
         "the experts are spread over ranks; draw weights before parallelize, whole",
     ]
     assert lines[:6] == expected
     assert lines[6].startswith("top_k is 2 on rank 0, 3 on rank 1; ")
     assert lines[7].startswith(
-        "DDP averages inner.mlps.0.experts.down, a spread expert; call ignore_experts_in_ddp(its"
+        "DDP averages inner.mlps.0.experts.down over ranks that hold different experts; call ignore_experts_in_ddp("
     )
     for line, doing in zip(lines[8:], ("slim", "save_pretrained", "count", "demodulize"), strict=True):
         assert line.startswith(f"{doing}: the experts of layer ")
 
 
-def one_stays_away(rank: int) -> float:
+def one_is_late(rank: int) -> float:
     groups = ParallelGroups.create(2, timeout=1)
     model = parallelize(make_model(), groups)
     start = time.monotonic()
@@ -87,7 +87,7 @@ def one_stays_away(rank: int) -> float:
 
 @pytest.mark.distributed
 def test_waiting_is_bounded():
-    assert run_ranks(one_stays_away, 2)[0] < 20
+    assert run_ranks(one_is_late, 2)[0] < 20
 
 
 def test_single_process():

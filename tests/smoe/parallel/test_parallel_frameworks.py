@@ -1,4 +1,4 @@
-"""accelerate and transformers.Trainer with spread experts: the same losses and weights as one process."""
+"""Expert parallelism with accelerate and transformers.Trainer has the losses and weights of a single process."""
 
 import os
 
@@ -19,7 +19,7 @@ def wanted():
 
 
 def environment(rank: int) -> int:
-    """What torchrun sets; both frameworks take a process group that is there."""
+    """Sets what torchrun sets; both frameworks use an existing process group."""
     world_size = torch.distributed.get_world_size()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "ACCELERATE_USE_CPU": "1"}
@@ -65,7 +65,7 @@ def with_trainer(rank: int, expert_parallel: int, folder: str, wanted) -> None:
     )  # fmt: skip
 
     class Rows(torch.utils.data.Dataset):
-        """In the order of the steps; the sampler below shuffles nothing."""
+        """The batches of all steps in order; the sampler below does not shuffle."""
 
         def __len__(self):
             return STEPS * BATCH
@@ -96,7 +96,7 @@ def with_trainer(rank: int, expert_parallel: int, folder: str, wanted) -> None:
     attach(trainer.accelerator, model, groups)
     trainer.train()
     state = gather_state(model.state_dict(), model, groups)
-    if rank == 0:  # where Trainer logs
+    if rank == 0:  # only rank 0 logs
         check(losses, norms, state, wanted)
 
 

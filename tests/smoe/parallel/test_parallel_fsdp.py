@@ -1,4 +1,4 @@
-"""FSDP2, alone and with spread experts: losses, norms and weights of one process; checkpoints go in and out."""
+"""FSDP2, alone and with expert parallelism, has the losses, norms and weights of a single process; checkpoints."""
 
 import warnings
 from pathlib import Path
@@ -12,13 +12,14 @@ from torch import nn
 
 from smoe import set_top_k
 from smoe.parallel import ParallelGroups, clip_grad_norm_, fully_shard_model, gather_state, parallelize, shard_state
-from smoe.run.state import flatten_optimizer, restore_optimizer
+from smoe.train.state import optimizer_tensors, restore_optimizer
 
 pytestmark = pytest.mark.distributed
 
 
 def sharded(model, expert_parallel: int, **adam):
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # about in-place changes that nobody makes here
+    # It warns about in-place changes of outputs, which these tests do not make.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     groups = ParallelGroups.create(expert_parallel, timeout=60)
     model = fully_shard_model(parallelize(model, groups), groups)
     return groups, model, torch.optim.AdamW(model.parameters(), **ADAM, **adam)
@@ -63,7 +64,7 @@ def test_equals_one_process(world_size, expert_parallel, accumulate, adam, wante
 
 
 def two_passes(rank: int) -> None:
-    """THOR's way: two forward passes, one backward."""
+    """Two forward passes with different k and one backward, as THOR does."""
     whole = make_model()
     groups, model, _ = sharded(make_model(), 2)
     for each in (whole, model):
@@ -83,35 +84,33 @@ def test_two_passes_in_one_backward():
     run_ranks(two_passes, 4)
 
 
-def save_and_go_on(rank: int, folder: str) -> tuple[float, float]:
+def save_and_continue(rank: int, folder: str) -> tuple[float, float]:
     groups, model, optimizer = sharded(make_model(), 2)
     run_step(model, optimizer, groups, rank, 0)
     weights = gather_state(model.state_dict(), model, groups)
-    tensors, plain = flatten_optimizer(optimizer, model.named_parameters())
-    moments = gather_state(tensors, model, groups)
+    moments = gather_state(optimizer_tensors(optimizer, model), model, groups)
     if rank == 0:
         save_file(weights, Path(folder) / "model.safetensors")
         save_file(moments, Path(folder) / "optimizer.safetensors")
-        torch.save(plain, Path(folder) / "plain.pt")
     return run_step(model, optimizer, groups, rank, 1)
 
 
 def resume(rank: int, expert_parallel: int, folder: str) -> tuple[float, float]:
-    torch.manual_seed(77)  # other weights than those to be loaded
+    torch.manual_seed(77)  # not the weights that are loaded
     groups, model, optimizer = sharded(Tiny("learned"), expert_parallel)
     model.load_state_dict(shard_state(load_file(Path(folder) / "model.safetensors"), model, groups))
     moments = shard_state(load_file(Path(folder) / "optimizer.safetensors"), model, groups)
-    restore_optimizer(optimizer, moments, torch.load(Path(folder) / "plain.pt"), model.named_parameters())
+    restore_optimizer(optimizer, moments, model)
     return run_step(model, optimizer, groups, rank, 1)
 
 
 def test_checkpoints_are_whole(tmp_path):
-    saved = run_ranks(save_and_go_on, 4, str(tmp_path))
-    Tiny("learned").load_state_dict(load_file(tmp_path / "model.safetensors"))  # fits a model of one process
+    saved = run_ranks(save_and_continue, 4, str(tmp_path))
+    Tiny("learned").load_state_dict(load_file(tmp_path / "model.safetensors"))  # the state of a whole model
     for world_size, expert_parallel in ((2, 1), (4, 4)):
         assert run_ranks(resume, world_size, expert_parallel, str(tmp_path))[0] == pytest.approx(saved[0], abs=1e-5)
 
 
-def test_a_single_rank_is_told():
-    with pytest.raises(ValueError, match="FSDP shards over ranks, and this run has 1"):
+def test_fsdp_needs_several_ranks():
+    with pytest.raises(ValueError, match="^world_size is 1; FSDP shards over several ranks"):
         fully_shard_model(make_model(), ParallelGroups.create())

@@ -1,4 +1,4 @@
-"""Checkpoints are whole: written at any number of ranks, loaded at any other, by unspread models too."""
+"""Checkpoints are whole: written with any number of ranks, loaded with any other number or without parallelism."""
 
 import copy
 from pathlib import Path
@@ -11,7 +11,7 @@ from test_parallel_training import ADAM, Tiny, make_model, share
 
 from smoe import set_top_k
 from smoe.parallel import ParallelGroups, clip_grad_norm_, gather_state, parallelize, shard_state
-from smoe.run.state import flatten_optimizer, restore_optimizer
+from smoe.train.state import optimizer_tensors, restore_optimizer
 
 
 def step(model, optimizer, rank: int, world_size: int, number: int, groups) -> float:
@@ -19,7 +19,7 @@ def step(model, optimizer, rank: int, world_size: int, number: int, groups) -> f
     optimizer.zero_grad()
     loss = model(*share(rank, world_size, number))["loss"]
     loss.backward()
-    if groups is not None and groups.world_size > 1:  # what DDP would do
+    if groups is not None and groups.world_size > 1:  # what DDP does
         for name, parameter in model.named_parameters():
             if ".experts." not in name or groups.expert_parallel == 1:
                 torch.distributed.all_reduce(parameter.grad.div_(world_size))
@@ -30,7 +30,7 @@ def step(model, optimizer, rank: int, world_size: int, number: int, groups) -> f
 
 
 def write(rank: int, expert_parallel: int, folder: str) -> float:
-    """Three steps, a checkpoint, and the loss of the next step."""
+    """Trains three steps, writes a checkpoint, and returns the loss of the next step."""
     world_size = torch.distributed.get_world_size()
     groups = ParallelGroups.create(expert_parallel, timeout=60)
     model = parallelize(make_model(), groups)
@@ -38,20 +38,18 @@ def write(rank: int, expert_parallel: int, folder: str) -> float:
     for number in range(3):
         step(model, optimizer, rank, world_size, number, groups)
     weights = gather_state(model.state_dict(), model, groups)
-    tensors, plain = flatten_optimizer(optimizer, model.named_parameters())
-    moments = gather_state(tensors, model, groups)
+    moments = gather_state(optimizer_tensors(optimizer, model), model, groups)
     assert (weights is None) == (moments is None) == (rank > 0)
     if rank == 0:
         save_file(weights, Path(folder) / "model.safetensors")
         save_file(moments, Path(folder) / "optimizer.safetensors")
-        torch.save(plain, Path(folder) / "plain.pt")
     return step(model, optimizer, rank, world_size, 3, groups)
 
 
 def read(rank: int, expert_parallel: int, folder: str) -> float:
     world_size = torch.distributed.get_world_size()
     groups = ParallelGroups.create(expert_parallel, timeout=60)
-    torch.manual_seed(77)  # other weights than those to be loaded
+    torch.manual_seed(77)  # not the weights that are loaded
     model = parallelize(Tiny("learned"), groups)
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
     load(model, optimizer, folder, groups)
@@ -61,7 +59,7 @@ def read(rank: int, expert_parallel: int, folder: str) -> float:
 def load(model, optimizer, folder: str, groups) -> None:
     model.load_state_dict(shard_state(load_file(Path(folder) / "model.safetensors"), model, groups))
     moments = shard_state(load_file(Path(folder) / "optimizer.safetensors"), model, groups)
-    restore_optimizer(optimizer, moments, torch.load(Path(folder) / "plain.pt"), model.named_parameters())
+    restore_optimizer(optimizer, moments, model)
 
 
 @pytest.mark.distributed
@@ -94,12 +92,12 @@ def through_ddp(rank: int) -> None:
 
 @pytest.mark.distributed
 def test_names_may_have_the_prefix_of_ddp():
-    """Else the slices of rank 0 would pass for the whole."""
+    """If gather_state did not know the prefix, it would return rank 0's shards as whole tensors."""
     run_ranks(through_ddp, 2)
 
 
 def test_one_process_needs_no_groups():
-    """Without a process group everything is there and does nothing."""
+    """Without a process group every function works and changes nothing."""
     groups = ParallelGroups.create()
     assert (groups.world_size, groups.expert_parallel, groups.expert_data_parallel) == (1, 1, 1)
     model = make_model()

@@ -1,5 +1,4 @@
-"""Twenty steps on several ranks end where one process ends: data parallel, expert parallel, both; by hand, with
-accelerate, with transformers.Trainer."""
+"""Twenty steps with data parallelism, expert parallelism or both have the losses and weights of a single process."""
 
 import pytest
 import torch
@@ -12,12 +11,12 @@ from smoe import SMoE, k_at, set_top_k
 from smoe.parallel import ParallelGroups, clip_grad_norm_, gather_state, parallelize
 
 D, VOCAB, N, STEPS, BATCH, LENGTH = 16, 23, 8, 20, 8, 5
-# Adam divides by the root of the second moment: where a gradient is rounding alone, a small eps makes it a full step.
+# With a small eps Adam would turn a gradient that is only rounding error into a full step.
 ADAM = {"lr": 1e-2, "eps": 1e-5, "weight_decay": 0.01}
 
 
 class Tiny(nn.Module):
-    """Embedding, two residual SMoE layers of different routers, an untied output layer; mean cross entropy."""
+    """Embedding, two residual SMoE layers with different routers, an untied output layer; mean cross entropy."""
 
     def __init__(self, second: str = "random") -> None:
         super().__init__()
@@ -39,7 +38,7 @@ class Tiny(nn.Module):
 
 
 def batch(step: int):
-    """Mostly one token: its experts get nearly everything."""
+    """More than half of the ids are the same token, so its experts get most of the work."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(0, VOCAB, (BATCH, LENGTH), generator=generator)
     ids[torch.rand(BATCH, LENGTH, generator=generator) < 0.6] = 3
@@ -60,7 +59,7 @@ def k_of(step: int) -> int:
 
 
 def one_process(max_norm: float = 0.5, **adam):
-    """(losses, norms, final weights) of plain PyTorch."""
+    """(losses, norms, final weights) of a single process with plain PyTorch."""
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), **{**ADAM, **adam})
     losses, norms = [], []
@@ -124,7 +123,7 @@ def test_by_hand(world_size, expert_parallel, accumulate, wanted):
 
 
 def train_uneven(rank: int, expert_parallel: int, wanted) -> None:
-    """Shares of other sizes, one of them empty: a loss that is a mean over all, times W / W."""
+    """Ranks have batches of different sizes, one of them empty; the loss is still the mean over all rows."""
     rows = [0, 5, 2, 1]
     groups = ParallelGroups.create(expert_parallel, timeout=60)
     bare = parallelize(make_model(), groups)
@@ -152,7 +151,7 @@ def test_uneven_and_empty_ranks(expert_parallel, wanted):
 
 
 def two_passes(rank: int, compiled: bool) -> None:
-    """THOR's way: two forward passes with different k, one backward."""
+    """Two forward passes with different k and one backward, as THOR does."""
 
     def gradients(model, call, clip):
         torch.manual_seed(4)
@@ -164,7 +163,7 @@ def two_passes(rank: int, compiled: bool) -> None:
         return clip(model)
 
     groups = ParallelGroups.create(2, timeout=60)
-    # A square is no sum over ranks: every rank has the same batch.
+    # Every rank has the same batch, because the square of a loss is not a sum over ranks.
     whole, bare = make_model(), parallelize(make_model(), groups)
     model = DistributedDataParallel(torch.compile(bare, backend="eager") if compiled else bare)
     want = gradients(whole, lambda m: m(*batch(0)), lambda m: nn.utils.clip_grad_norm_(m.parameters(), 0.1))

@@ -1,8 +1,8 @@
-"""A stand-in for the package ``fmoe`` where there is none: what FMoE asks of gate and experts, and nothing more.
+"""A double of the package ``fmoe``: how FMoE calls its gate and its experts, and nothing else.
 
-It keeps the interface that ``smoe.fastmoe`` leans on (one rank, fused experts) and refuses what the CUDA kernels would
-read wrongly: memory that is not contiguous, indices that are not int64, dtypes that differ, a k that gate and layer
-don't share. So the adapter's own work is tested everywhere; whether fmoe really has this interface only fmoe can tell.
+It has the interface that ``smoe.fastmoe`` uses (one rank, fused experts) and refuses what the CUDA kernels would read
+wrongly: tensors that are not contiguous, indices that are not int64, different dtypes, a gate with another k than the
+layer. So the code of ``smoe.fastmoe`` is tested everywhere; that fmoe has this interface, only tests with fmoe show.
 """
 
 import torch

@@ -1,0 +1,108 @@
+"""A published data set that is the same bytes for everybody: fetched, checked, split, and recorded in meta.json."""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.errors import DownloadError, SourceError, run
+from data.fetch import LocalPath, Source, first_that_works
+from data.folder import RECORD, move_in, read_pieces, scratch, sha256_file
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What the commands of such data sets differ in.
+
+    name: what results call it.
+    folder: where it goes by default.
+    files: the file of each split, in order.
+    sha256: of these files, one after the other.
+    sources: where to get it, the best first.
+    read: `read(fetched, folder)` writes the files to `folder`, and returns what else the record says of each split,
+        or raises SourceError.
+    local: what may be given with --source.
+    """
+
+    name: str
+    folder: Path
+    files: Mapping[str, str]
+    sha256: str
+    sources: Sequence[Source]
+    read: Callable[[Path, Path], Mapping[str, Mapping[str, int]]]
+    local: str
+
+    def is_prepared(self, out: Path, contents: bool = False) -> bool:
+        """Whether `out` holds the data: by its record and the files' sizes, or with `contents` by every byte's hash."""
+        try:
+            meta = json.loads((out / RECORD).read_text())
+            parts = meta["splits"]
+            if meta["sha256"] != self.sha256 or {split: part["file"] for split, part in parts.items()} != self.files:
+                return False
+            if any((out / part["file"]).stat().st_size != part["bytes"] for part in parts.values()):
+                return False
+            return not contents or all(sha256_file(out / part["file"]) == part["sha256"] for part in parts.values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+
+    def prepare(self, out: Path, sources: Sequence[Source]) -> dict[str, Any]:
+        """Fetch from the first source that holds the right bytes; write files and record to `out`; return the record.
+
+        Whatever stops it, `out` then holds the old files or the new ones, and meta.json only if all splits are whole.
+        Raises DownloadError when no source will do, OSError when `out` can't be written.
+        """
+        with scratch(out) as partial:
+            splits, source = first_that_works(sources, lambda fetched: self._accept(fetched, partial), partial)
+            meta = {
+                "dataset": self.name,
+                "bytes": sum(part["bytes"] for part in splits.values()),
+                "sha256": self.sha256,
+                "source": source,
+                "splits": splits,
+            }
+            (partial / RECORD).write_text(json.dumps(meta, indent=2) + "\n")
+            move_in(partial, out, list(self.files.values()), same=self.is_prepared(out))
+        return meta
+
+    def _accept(self, fetched: Path, partial: Path) -> dict[str, dict[str, Any]]:
+        """Write the files to `partial` and return what the record says of each. Raises SourceError for wrong bytes."""
+        facts = self.read(fetched, partial)
+        whole, splits = hashlib.sha256(), {}
+        for split, file in self.files.items():
+            part, size = hashlib.sha256(), 0
+            for piece in read_pieces(partial / file):
+                part.update(piece)
+                whole.update(piece)
+                size += len(piece)
+            splits[split] = {"file": file, "bytes": size, "sha256": part.hexdigest(), **facts.get(split, {})}
+        if whole.hexdigest() != self.sha256:
+            raise SourceError(f"SHA-256 is {whole.hexdigest()}, expected {self.sha256}")
+        return splits
+
+    def main(self, arguments: Sequence[str] | None = None) -> int:
+        """The command line; returns the exit status, see `data.errors.run`: 2 is for a --source that won't do."""
+        parser = argparse.ArgumentParser(description=f"Fetch, check and split {self.name}.")
+        parser.add_argument("--source", type=Path, help=f"a local copy instead of a download: {self.local}")
+        parser.add_argument("--out", type=Path, default=self.folder, help="default: %(default)s")
+        parser.add_argument("--force", action="store_true", help="prepare again even if it is all there")
+        parser.add_argument(
+            "--verify", action="store_true", help="check every byte of what is there, not the sizes only"
+        )
+        options = parser.parse_args(arguments)
+        if not options.force and self.is_prepared(options.out, contents=options.verify):
+            return 0
+        return run(self.name, options.out, lambda: self._prepare_from(options.source, options.out))
+
+    def _prepare_from(self, source: Path | None, out: Path) -> None:
+        print(f"{self.name}: {f'reading {source}' if source else 'downloading'}", file=sys.stderr)
+        try:
+            meta = self.prepare(out, [LocalPath(source)] if source else self.sources)
+        except DownloadError as error:
+            if source:
+                raise ValueError(f"source: {error}; it must be {self.local}") from error
+            raise DownloadError(f"{error}; or give a copy with --source: {self.local}") from error
+        print(f"{self.name}: {meta['bytes']} bytes in {out}, from {meta['source']}", file=sys.stderr)

@@ -1,0 +1,62 @@
+"""A folder of prepared data: written aside, moved in when it is whole, checked by SHA-256."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+CHUNK = 1 << 20  # bytes read at a time
+RECORD = "meta.json"
+PARTIAL_PREFIX = ".partial-"
+ABANDONED_SECONDS = 24 * 3600.0
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A folder inside `folder` for files that are not whole yet (same file system, so that moving them out is atomic).
+
+    It is removed afterwards, whatever happens; those that a killed process left behind are removed a day later.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(f"{PARTIAL_PREFIX}*"):
+        try:
+            if time.time() - old.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
+        except FileNotFoundError:
+            continue  # its owner has just finished
+    own = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=folder))
+    try:
+        yield own
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def move_in(partial: Path, out: Path, files: Sequence[str], same: bool = False) -> None:
+    """Move `files` and the record, all of them whole, from `partial` to `out`.
+
+    The old record goes first and the new one comes last: while there is a record, it is true. `same` says that `out`
+    holds the same data already (another process was faster): its record stays, since somebody may be reading it.
+    """
+    if not same:
+        (out / RECORD).unlink(missing_ok=True)
+    for file in (*files, RECORD):
+        os.replace(partial / file, out / file)
+
+
+def read_pieces(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, in pieces."""
+    with open(path, "rb") as file:
+        while piece := file.read(CHUNK):
+            yield piece
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, as 64 hex digits."""
+    digest = hashlib.sha256()
+    for piece in read_pieces(path):
+        digest.update(piece)
+    return digest.hexdigest()

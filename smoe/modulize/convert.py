@@ -1,0 +1,111 @@
+"""Any model's MLPs -> SMoE layers, in place, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..control import check_whole, smoe_layers
+from ..experts import check_divisible
+from ..layer import SMoE
+from .find import FoundMLP, find_mlps
+from .layers import Layers, chosen_layers
+from .record import note_on_config
+from .swap import Outlet, exchange, make_layer, restore, silence_fast_path, slots_of
+
+
+def modulize(
+    model: nn.Module,
+    num_experts: int = 16,
+    layers: Layers = "all",
+    **layer_options: Any,
+) -> nn.Module:
+    """Cuts the MLPs of ``model`` into ``num_experts`` experts each, in place, and returns the model.
+
+    The weights are kept: with ``score="sum"`` the model computes the same at k = N. MLPs are recognised by what they
+    compute (see ``smoe.modulize.trial``), so it works for most transformers; ``smoe.register_mlp`` is for the rest.
+    Create the optimizer afterwards: the parameters are new.
+
+    Args:
+        num_experts: N; must divide the hidden width of every chosen MLP.
+        layers: which MLPs, in the model's order (an encoder's come before its decoder's): ``all``; ``early`` or
+            ``later``, the first or last half; ``middle``, the half in between; ``every-2``, the 2nd, 4th, ...
+            (Figure 5 (e)); or their indices from 0.
+        layer_options: of :class:`SMoE`: ``top_k``, ``router``, ``score``, ``output_scale``, ``seed`` (layer i draws
+            its router from seed + i), ``compute``, ``engine``. Activation, biases, gate and dropout are the model's.
+
+    Raises:
+        ValueError: no MLP is known, one is not understood, one can't be cut into N, an option is wrong, or the model
+            has SMoE layers already. Nothing is changed then.
+    """
+    if smoe_layers(model):
+        raise ValueError(f"{type(model).__name__} has SMoE layers already; smoe.demodulize(model) comes first")
+    _check_options(layer_options)
+    found = find_mlps(model)
+    chosen = [found[i] for i in chosen_layers(layers, len(found))]
+    for mlp in chosen:
+        _check_fit(mlp, num_experts, layer_options)
+    place(model, [(mlp, {"num_experts": num_experts, **_seeded(layer_options, i)}) for i, mlp in enumerate(chosen)])
+    return model
+
+
+def place(model: nn.Module, plan: list[tuple[FoundMLP, dict[str, Any]]]) -> None:
+    """Exchanges every MLP of ``plan`` for an SMoE layer with these options; all of them or, on an error, none."""
+    slots = slots_of(model)
+    done: list[Outlet] = []
+    try:
+        for found, options in plan:
+            done.append(exchange(slots, found, make_layer(found, options)))
+    except BaseException:
+        for outlet in done:
+            restore(slots_of(model), outlet)
+        raise
+    silence_fast_path(model)
+    note_on_config(model)
+
+
+def demodulize(model: nn.Module) -> nn.Module:
+    """The exact inverse of :func:`modulize`, in place: the model's own linear layers, with the experts' weights.
+
+    Keys, their order and classes are those from before; so are the numbers if nothing was trained in between. Slimmed
+    layers come back as narrower MLPs. The result is the sum of all experts, which is what the SMoE layers computed at
+    k = N with ``score="sum"``.
+
+    Raises:
+        ValueError: there is nothing here that ``modulize`` put in.
+    """
+    outlets = [module for module in model.modules() if isinstance(module, Outlet)]
+    if not outlets:
+        raise ValueError(f"{type(model).__name__} has no SMoE layer that smoe.modulize made")
+    check_whole(model, "demodulize")
+    for outlet in outlets:
+        restore(slots_of(model), outlet)
+    silence_fast_path(model)
+    note_on_config(model)
+    return model
+
+
+_OPTIONS = ("top_k", "router", "score", "output_scale", "seed", "compute", "engine")
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    for name in options:
+        if name not in _OPTIONS:
+            raise ValueError(f"{name} is no option of modulize; there are num_experts, layers, {', '.join(_OPTIONS)}")
+    if options.get("router") == "hash":
+        raise ValueError("router is 'hash'; its token ids don't reach the MLPs of a finished model; use another router")
+
+
+def _seeded(options: dict[str, Any], i: int) -> dict[str, Any]:
+    return options if options.get("seed") is None else {**options, "seed": options["seed"] + i}
+
+
+def _check_fit(found: FoundMLP, num_experts: int, options: dict[str, Any]) -> None:
+    try:
+        check_divisible(found.d_hidden, num_experts)
+    except ValueError as error:
+        raise ValueError(f"{found.name}: {error}") from None
+    with torch.device("meta"):  # whatever else is wrong shows here, before anything is changed
+        SMoE(found.d_model, found.d_hidden, num_experts, **options)

@@ -1,0 +1,211 @@
+"""One MLP's linear layers for an SMoE layer, and back.
+
+Only the linear layers of an MLP are exchanged: the last becomes an :class:`Outlet`, which holds the SMoE layer, the
+first (and the gate) an :class:`Inlet`, which hands the outlet the MLP's input. What the model does in between, its
+activation and dropout, runs on a sliver that nobody reads: the SMoE layer has both inside. So residuals, norms,
+chunking and checkpointing around an MLP stay as they are, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..experts import merge, split
+from ..layer import SMoE
+from .find import FoundMLP
+from .trial import is_transposed
+
+
+class _Channel:
+    """Carries the input of an MLP from its inlet to its outlet, each thread its own (``nn.DataParallel``)."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Tensor] = {}
+
+    def put(self, x: Tensor) -> None:
+        self._held[self._key()] = x
+
+    def take(self) -> Tensor:
+        x = self._held.pop(self._key(), None)
+        if x is None:
+            raise RuntimeError("the last linear layer of this MLP was called, but its first was not")
+        return x
+
+    @staticmethod
+    def _key() -> int:
+        return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+    def __reduce__(self) -> tuple:
+        return _Channel, ()  # copies start empty
+
+
+class Inlet(nn.Module):
+    """Stands where a widening linear layer was: ``(..., d) -> (..., 1)``, or 2 for gate and up in one.
+
+    The input itself goes to the outlet; the sliver it returns only keeps the model's code in between running.
+    """
+
+    def __init__(self, dense: nn.Module, channel: _Channel, width: int) -> None:
+        super().__init__()
+        self._dense, self._channel, self._width = (dense,), channel, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._channel.put(x)
+        return x.new_zeros(*x.shape[:-1], self._width)
+
+    def extra_repr(self) -> str:
+        return f"was {self._dense[0]}"
+
+
+class Outlet(nn.Module):
+    """Stands where the narrowing linear layer was: the SMoE layer, ``(..., d) -> (..., d)``, on its inlet's input."""
+
+    def __init__(self, found: FoundMLP, channel: _Channel, mlp: nn.Module) -> None:
+        super().__init__()
+        match = found.match
+        self.mlp = mlp
+        self._dense, self._channel, self.fused = (match.up, match.gate, match.down), channel, match.fused
+
+    @property
+    def weight(self) -> Tensor:
+        """For code that asks the layer for its dtype before calling it (T5)."""
+        return next(self.mlp.parameters())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.mlp(self._channel.take())
+
+
+def make_layer(found: FoundMLP, options: dict[str, Any]) -> SMoE:
+    match = found.match
+    dense = _read(found)
+    d_hidden = dense["up_weight"].shape[0]
+    options = {"gated": match.gate is not None or match.fused is not None, "dropout": match.dropout, **options}
+    with match.up.weight.device:
+        layer = SMoE(found.d_model, d_hidden, activation=match.activation, **options)
+    experts = layer.experts
+    for name in ("up", "gate", "down"):
+        source, target = dense.get(f"{name}_weight"), getattr(experts, name)
+        if source is not None:
+            target.data = target.data.to(source.dtype)
+            target.requires_grad_(source.requires_grad)
+        source, target = dense.get(f"{name}_bias"), getattr(experts, f"{name}_bias")
+        if source is not None:
+            target.data = target.data.to(source.dtype)
+            target.requires_grad_(source.requires_grad)
+    split(experts, dense)
+    for name in ("up_bias", "gate_bias", "down_bias"):
+        if name not in dense:
+            setattr(experts, name, None)  # a bias the model doesn't have would be trained, then lost
+    layer.train(match.down.training)
+    return layer
+
+
+def _read(found: FoundMLP) -> dict[str, Tensor]:
+    """The MLP's weights as :func:`smoe.split` takes them."""
+    match = found.match
+    dense: dict[str, Tensor] = {}
+    for name, linear in (("up", match.up), ("gate", match.gate), ("down", match.down)):
+        if linear is None:
+            continue
+        weight = linear.weight.t() if is_transposed(linear) else linear.weight
+        parts = {name: (weight, linear.bias)}
+        if name == "up" and match.fused:
+            halves = weight.chunk(2), (None, None) if linear.bias is None else linear.bias.chunk(2)
+            order = ("gate", "up") if match.fused == "gate_first" else ("up", "gate")
+            parts = {part: (halves[0][i], halves[1][i]) for i, part in enumerate(order)}
+        for part, (w, b) in parts.items():
+            dense[f"{part}_weight"] = w
+            if b is not None:
+                dense[f"{part}_bias"] = b
+    return dense
+
+
+Slots = dict[nn.Module, list[tuple[nn.Module, str]]]
+
+
+def slots_of(model: nn.Module) -> Slots:
+    """Every place a module stands in: a shared one has several."""
+    slots: Slots = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                slots.setdefault(child, []).append((parent, name))
+    return slots
+
+
+def _put(slots: Slots, old: nn.Module, new: nn.Module) -> None:
+    for parent, name in slots[old]:
+        parent._modules[name] = new  # keeps the order of names, which setattr on a container may not
+
+
+def exchange(slots: Slots, found: FoundMLP, layer: SMoE) -> Outlet:
+    match, channel = found.match, _Channel()
+    outlet = Outlet(found, channel, layer)
+    _put(slots, match.up, Inlet(match.up, channel, 2 if match.fused else 1))
+    if match.gate is not None:
+        _put(slots, match.gate, Inlet(match.gate, channel, 1))
+    _put(slots, match.down, outlet)
+    for linear in (match.up, match.gate, match.down):
+        for name, parameter in [] if linear is None else list(linear.named_parameters()):
+            # The layer is kept for the way back, its memory is not.
+            setattr(linear, name, nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad))
+    return outlet
+
+
+def restore(slots: Slots, outlet: Outlet) -> None:
+    up, gate, down = outlet._dense
+    experts = outlet.mlp.experts
+    dense = merge(experts)
+    if outlet.fused:
+        order = ("gate", "up") if outlet.fused == "gate_first" else ("up", "gate")
+        for kind in ("weight", "bias"):
+            parts = [dense.pop(f"{name}_{kind}", None) for name in order]
+            if parts[0] is not None:
+                dense[f"up_{kind}"] = torch.cat(parts)
+    slimmed = down.weight.numel() != dense["down_weight"].numel()
+    for name, linear in (("up", up), ("gate", gate), ("down", down)):
+        if linear is None:
+            continue
+        weight = dense[f"{name}_weight"]
+        if is_transposed(linear):
+            weight = weight.t().contiguous()
+            linear.nx, linear.nf = weight.shape
+        else:
+            linear.out_features, linear.in_features = weight.shape
+        grad = getattr(experts, name).requires_grad
+        linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=grad)
+        if linear.bias is not None:
+            grad = getattr(experts, f"{name}_bias").requires_grad
+            linear.bias = nn.Parameter(dense[f"{name}_bias"].to(linear.bias.dtype), requires_grad=grad)
+        linear.train(outlet.training)
+    if slimmed:
+        down.smoe_width = experts.num_experts * experts.d_expert  # saving must know: the model's config does not
+    for module in [m for m in slots if isinstance(m, Inlet) and m._channel is outlet._channel]:
+        _put(slots, module, module._dense[0])
+    _put(slots, outlet, down)
+
+
+def silence_fast_path(model: nn.Module) -> None:
+    """In evaluation PyTorch's encoder layers hand their weights to one fused kernel; with experts they must not."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            if isinstance(module.linear2, Outlet):
+                if "smoe_fast_path" in vars(module):
+                    continue
+                module.smoe_fast_path = module.activation_relu_or_gelu
+                module.activation_relu_or_gelu = 0
+            elif "smoe_fast_path" in vars(module):
+                module.activation_relu_or_gelu = vars(module).pop("smoe_fast_path")
+        elif isinstance(module, nn.TransformerEncoder):
+            # The stack packs padded batches for that kernel alone.
+            if any(isinstance(getattr(layer, "linear2", None), Outlet) for layer in module.layers):
+                if "smoe_nested" in vars(module):
+                    continue
+                module.smoe_nested = getattr(module, "use_nested_tensor", False)
+                module.use_nested_tensor = False
+            elif "smoe_nested" in vars(module):
+                module.use_nested_tensor = vars(module).pop("smoe_nested")

@@ -1,0 +1,176 @@
+"""Which runs can be compared, which are the same but for the seed, and what each group of them is called."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from smoe.methods import METHODS
+from smoe.report.records import Record, check_result, dataset_name, examples_of, split_of, values_of
+
+# Fields of a configuration that change no result: where things are, how often they are said, and how they are computed.
+_NO_RESULT = {"run_dir", "data", "resume", "progress", "process_timeout", "log_interval", "save_interval"}
+_NO_RESULT |= {"scale_reason", "engine", "expert_parallel", "fsdp"}
+# Told by other fields of the record: the seed tells the runs of a group apart, what `auto` came to stands outside.
+_TOLD_ELSEWHERE = {"seed", "method", "scale", "model", "precision", "sweep"}
+
+
+@dataclass
+class Group:
+    """Runs that agree in everything but the seed.
+
+    settings: what it was trained and measured with, by name, as text.
+    sizes: what follows from them (parameters, the k that were measured), as far as the record tells.
+    label: its name and what tells it from the other groups of its block, as one line of plain text.
+    """
+
+    method: str
+    own_label: str | None
+    settings: dict[str, str]
+    sizes: dict[str, str]
+    records: list[Record] = field(default_factory=list)
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """The label that its runs gave themselves, else the title of their method."""
+        return self.own_label or (METHODS[self.method].title if self.method in METHODS else self.method)
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of its runs, as far as they say."""
+        return [record["seed"] for record in self.records if record.get("seed") is not None]
+
+    @property
+    def keys(self) -> list[str]:
+        """The k that every run was measured at, ascending, ``dense`` last."""
+        return sorted(values_of(self.records[0]), key=lambda key: (key == "dense", int(key) if key != "dense" else 0))
+
+    def values(self, key: str) -> list[float]:
+        """The metric at this k, one value per run."""
+        return [values_of(record)[key] for record in self.records]
+
+    def parameters(self, key: str) -> float:
+        """Parameters that one token uses at this k."""
+        parameters = self.records[0]["parameters"]
+        return parameters["total"] if key == "dense" else parameters["active_per_k"][key]
+
+
+@dataclass
+class Block:
+    """Groups that one table or panel compares: one model, dataset, scale, metric and split."""
+
+    model: str
+    dataset: str
+    scale: str
+    metric: str
+    split: str
+    title: str
+    unit: str
+    direction: str
+    groups: list[Group] = field(default_factory=list)
+
+    @property
+    def measure(self) -> str:
+        """E.g. ``test BPC (bits per byte, lower is better)``."""
+        # "BPC" stays as it is, "Accuracy" is a word within a sentence.
+        title = self.title if self.title[1:2].isupper() else self.title[:1].lower() + self.title[1:]
+        unit = "" if self.unit.lower() == self.title.lower() else f"{self.unit}, "
+        return f"{self.split} {title} ({unit}{self.direction} is better)"
+
+    @property
+    def name(self) -> str:
+        """E.g. ``transformer_xl on enwik8, scale cpu, n = 131,072``."""
+        return f"{self.model} on {self.dataset}, scale {self.scale}{self._examples()}"
+
+    def _examples(self) -> str:
+        counts = {examples_of(record) for group in self.groups for record in group.records}
+        if None not in counts:
+            return f", n = {' or '.join(f'{n:,}' for n in sorted(counts))}"
+        # Earlier versions recorded the limit that was asked for, not the number of examples.
+        for limit in ("eval_tokens", "eval_sequences"):
+            limits = [record.get(limit) for group in self.groups for record in group.records]
+            if isinstance(limits[0], int) and limits.count(limits[0]) == len(limits):
+                return f", {limit} {limits[0]:,}"
+        return ""
+
+
+def blocks_of(records: Sequence[Record]) -> list[Block]:
+    """The records, checked, in groups and blocks, in the order given. ValueError when one lacks a field.
+
+    A record that is there twice counts once.
+    """
+    if not records:
+        raise ValueError("results: there are none; it must be at least one")
+    blocks: dict[tuple, Block] = {}
+    groups: dict[tuple, Group] = {}
+    for number, record in enumerate(records, 1):
+        record = check_result(record, f"result {number}")
+        metric = record["metrics"][record["metric"]]
+        where = [record["model"], dataset_name(record), record["scale"], record["metric"], split_of(record)]
+        where += [metric["title"], metric["unit"], metric["direction"]]
+        block = blocks.setdefault(tuple(where), Block(*map(plain, where)))
+        own_label, settings, sizes = record.get("label"), _settings(record), _sizes(record)
+        key = (*where, record["method"], own_label, *sorted(settings.items()), *sizes.items())
+        if key not in groups:
+            groups[key] = Group(record["method"], own_label, settings, sizes)
+            block.groups.append(groups[key])
+        if record not in groups[key].records:
+            groups[key].records.append(record)
+    for block in blocks.values():
+        _name_groups(block.groups)
+    return list(blocks.values())
+
+
+def plain(text: Any, longest: int = 100) -> str:
+    """One line of text that neither Markdown nor a terminal takes for anything else."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    line = line.translate(str.maketrans("`|<>", "'/()"))
+    return line if len(line) <= longest else line[: longest - 3] + "..."
+
+
+def _name_groups(groups: Sequence[Group]) -> None:
+    """Labels each group with its name and every setting in which it departs from most groups of its block.
+
+    Where no value is that of most groups, each says its own. Sizes differ from method to method; they are said where
+    settings leave two groups with one label.
+    """
+    parts = [[group.name] for group in groups]
+    for name in sorted({name for group in groups for name in group.settings}):
+        values = [group.settings.get(name, "null") for group in groups]
+        usual, times = Counter(values).most_common(1)[0]
+        for group, value, said in zip(groups, values, parts, strict=True):
+            departs = value != usual or 2 * times <= len(groups)
+            if departs and f"{name} {value}" not in (group.own_label or "").split(", "):
+                said.append(f"{name} {value}")
+    times_used = Counter(map(tuple, parts))
+    for group, said in zip(groups, parts, strict=True):
+        if times_used[tuple(said)] > 1:
+            said = [*said, *(f"{name} {value}" for name, value in group.sizes.items())]
+        group.label = plain(", ".join(said))
+
+
+def _settings(record: Record) -> dict[str, str]:
+    """The configuration and what it was read with; a field that is null counts as not there."""
+    unsaid = _NO_RESULT | _TOLD_ELSEWHERE
+    settings = {name: value for name, value in (record.get("config") or {}).items() if name not in unsaid}
+    settings |= {"task": record.get("task"), "precision": record.get("precision"), "n": examples_of(record)}
+    if isinstance(record["dataset"], Mapping):
+        for name in ("sha256", "tokenizer.sha256", "splits.train"):
+            found: Any = record["dataset"]
+            for part in name.split("."):
+                found = found.get(part) if isinstance(found, Mapping) else None
+            settings[f"dataset.{name}"] = found[:8] if isinstance(found, str) else None
+    return {name: _text(value) for name, value in settings.items() if value is not None}
+
+
+def _sizes(record: Record) -> dict[str, str]:
+    return {"parameters": _text(record["parameters"]["total"]), "k": _text(list(values_of(record)))}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return " ".join(map(_text, value)) if isinstance(value, (list, tuple)) else str(value)

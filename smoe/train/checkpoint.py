@@ -1,0 +1,139 @@
+"""Checkpoints that a crash, a kill or a full disk cannot spoil: safetensors and JSON, sealed by hashes and a rename.
+
+    checkpoints/step-00000200/  model.safetensors  optimizer.safetensors  rng-rank0.safetensors  ...  state.json
+
+Files are written in ``.tmp-step-*``, forced to the disk, and the folder is renamed once whole. ``state.json`` carries
+the size and SHA-256 of every file and of itself. ``resume.py`` reads them: it notices a damaged one and takes the one
+before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from smoe.errors import CheckpointError, one_line
+from smoe.files import fsync_path
+from smoe.train.processes import Processes
+
+FORMAT = 1
+_PARTIAL = ".tmp-"
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    processes: Processes | None = None,
+    keep: int = 2,
+    protect: Collection[int] = (),
+) -> Path:
+    """Writes one checkpoint, by all processes together, then drops old ones.
+
+    Args:
+        folder: the run's ``checkpoints`` folder. step: the number of finished optimizer steps.
+        tensors: by group, a file each; every process gives the groups that it writes.
+        state: JSON data, the main process's.
+        keep, protect: the newest ``keep`` steps stay, and those in ``protect``.
+
+    Raises CheckpointError when the disk is full or fails; the checkpoints before are untouched then.
+    """
+    processes = processes or Processes()
+    path, partial = checkpoint_path(folder, step), folder / f"{_PARTIAL}{checkpoint_path(folder, step).name}"
+    with processes.together(), _one_clear_error(partial, "making a folder"):
+        if processes.is_main:
+            remove_partial(folder)
+            partial.mkdir(parents=True)
+    with processes.together(), _one_clear_error(partial, "writing tensors"):
+        for group, members in tensors.items():
+            file = partial / f"{group}.safetensors"
+            save_file(_independent(members), file)
+            fsync_path(file)
+    with processes.together(), _one_clear_error(partial, "sealing"):
+        if processes.is_main:
+            files = {file.name: fingerprint(file) for file in sorted(partial.iterdir())}
+            content = {"format": FORMAT, "step": step, "files": files, "state": dict(state)}
+            sealed = {"content": content, "sha256": hash_json(content)}
+            (partial / "state.json").write_text(json.dumps(sealed, indent=1), encoding="utf-8")
+            fsync_path(partial / "state.json")
+            fsync_path(partial)
+            shutil.rmtree(path, ignore_errors=True)
+            partial.rename(path)
+            fsync_path(folder)
+    if processes.is_main:
+        # Steps after this one belong to a future that the run left when it resumed before them.
+        kept = {*[other for other in list_steps(folder) if other <= step][-keep:], *protect}
+        for old in set(list_steps(folder)) - kept:
+            shutil.rmtree(checkpoint_path(folder, old), ignore_errors=True)
+    return path
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is."""
+    return folder / f"step-{step:08d}"
+
+
+def list_steps(folder: Path) -> list[int]:
+    """Steps that have a finished checkpoint folder, in order. Does not look inside."""
+    names = [path.name for path in folder.glob("step-*")]
+    return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{8,}", name))
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what an interrupted save left (main process)."""
+    for path in folder.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def fingerprint(file: Path) -> dict[str, Any]:
+    """Size and SHA-256."""
+    with open(file, "rb") as stream:
+        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def hash_json(content: Any) -> str:
+    """The SHA-256 of plain data."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def _one_clear_error(partial: Path, doing: str) -> Iterator[None]:
+    """Whatever goes wrong, removes the unfinished folder; makes a disk's error one CheckpointError line."""
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
+        steps = list_steps(partial.parent)
+        left = f"the last one there is {checkpoint_path(partial.parent, steps[-1]).name}" if steps else "there is none"
+        reason = one_line(getattr(error, "strerror", None) or error)
+        name = partial.name.removeprefix(_PARTIAL)
+        raise CheckpointError(f"checkpoint {name} in {partial.parent}: {reason} while {doing}; {left}") from None
+
+
+def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that share no memory, as safetensors wants them; tied ones are written once each."""
+    independent: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in seen:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(storage)
+        independent[name] = tensor
+    return independent

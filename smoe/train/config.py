@@ -1,0 +1,249 @@
+"""What every training can be told: one frozen dataclass, to which each task adds its own fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from smoe.engine import Engine, resolve_engine
+from smoe.experts import check_divisible
+from smoe.layer import check_output_scale
+from smoe.methods import METHODS, Method, MethodName, get_method
+from smoe.modulize.layers import LayerNames, chosen_layers
+from smoe.router import RouterKind, Score
+from smoe.schedule import Mode, ks_at
+from smoe.train.learning_rate import Decay
+from smoe.train.precision import resolve_precision
+
+# What may differ when a run is resumed: where things are and how often they are said, nothing that changes numbers.
+MAY_CHANGE = ("data", "scale", "save_interval", "log_interval", "progress", "resume", "run_dir", "scale_reason")
+MAY_CHANGE += ("engine", "expert_parallel", "fsdp", "process_timeout")
+
+PROCESS_TIMEOUT = 600.0  # seconds
+
+_LARGEST_SEED = 2**53  # the routers' seeds are a thousand times that, and must fit into 64 bits
+_ONLY_EXPERTS = ("k_min", "k_max", "schedule", "router", "score", "output_scale", "balance_weight", "layers")
+_ONLY_EXPERTS += ("engine", "expert_parallel")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Base of a task's configuration, which adds ``data`` and the sizes of the model.
+
+    Args:
+        method: a row of Table 1
+        run_dir: the folder the run lives in
+        scale: paper, cpu (two cores, minutes), smoke (seconds), or auto: paper with a CUDA device, else cpu
+        seed: of weights, routers, data order, masks, dropout
+        resume: continue the run in run_dir from its newest good checkpoint; starts it if there is none
+        precision: bf16, fp32, or auto: bf16 where the device has instructions for it
+        num_layers: transformer layers
+        d_model: model width
+        num_heads: attention heads
+        d_hidden: width of the MLP, all experts together
+        dropout: after attention and MLP, on embeddings, and inside a dense MLP
+        attention_dropout: on attention weights
+        num_experts: N, the experts an MLP is cut into
+        layers: which layers have experts, the others being dense: all, early, middle or later (half of them), every-2,
+            or their indices from 0
+        k_min: activated experts at the start; null: the method's own
+        k_max: activated experts at the end; null: the method's own
+        schedule: how k moves from k_min to k_max; null: the method's own
+        router: where tokens go; null: the method's own
+        score: how router logits become weights
+        output_scale: one multiplier on an SMoE layer's output: a number, k or num_experts
+        balance_weight: coefficient of the load-balancing loss; null: the method's own
+        consistency_weight: coefficient of THOR's consistency loss; null: the method's own
+        steps: optimizer steps
+        batch_size: sequences per step, over all processes
+        learning_rate: the largest one
+        decay: how the learning rate falls to 0
+        warmup_steps: steps in which the learning rate rises to its full value
+        weight_decay: of AdamW; 0 is Adam
+        clip: largest norm of the gradient
+        eval_interval: steps between evaluations on valid; each writes a checkpoint
+        eval_batch_size: sequences in an evaluation pass
+        save_interval: steps between checkpoints; null: eval_interval
+        log_interval: steps between lines in metrics.jsonl
+        sweep: the k of the final sweep; those above num_experts are left out
+        progress: show a progress bar
+        engine: what computes the experts: torch, fastmoe (needs fmoe and CUDA), or auto
+        expert_parallel: processes that share the experts of a layer; 1: each has all of them
+        fsdp: shard parameters, gradients and optimizer state over the processes, for a model that doesn't fit a device
+        process_timeout: seconds that a process waits for another before it gives up
+    """
+
+    # The YAML with a section per scale.
+    scales_file: ClassVar[Path]
+
+    method: MethodName
+    run_dir: str
+    scale: str = "auto"
+    scale_reason: str = ""
+    seed: int = 1
+    resume: bool = False
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+
+    num_layers: int = 4
+    d_model: int = 256
+    num_heads: int = 8
+    d_hidden: int = 8192
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+
+    num_experts: int = 16
+    layers: LayerNames | tuple[int, ...] = "all"
+    k_min: int | None = None
+    k_max: int | None = None
+    schedule: Mode | None = None
+    router: RouterKind | None = None
+    score: Score = "softmax_after_topk"
+    output_scale: float | Literal["k", "num_experts"] = 1
+    balance_weight: float | None = None
+    consistency_weight: float | None = None
+
+    steps: int = 400_000
+    batch_size: int = 22
+    learning_rate: float = 2.5e-4
+    decay: Decay = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    clip: float = 0.25
+
+    eval_interval: int = 4000
+    eval_batch_size: int = 10
+    save_interval: int | None = None
+    log_interval: int = 200
+    sweep: tuple[int, ...] = (1, 2, 4, 8, 12, 16)
+    progress: bool = True
+
+    engine: Engine = "auto"
+    expert_parallel: int = 1
+    fsdp: bool = False
+    process_timeout: float = PROCESS_TIMEOUT
+
+    def __post_init__(self) -> None:
+        """ValueError in one line for a field that can't be used. Subclasses check their own fields, then call this."""
+        method = get_method(self.method)
+        for name in ("num_layers", "d_model", "num_heads", "d_hidden", "steps", "batch_size", "expert_parallel"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("eval_interval", "eval_batch_size", "save_interval", "log_interval"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "seed", "weight_decay", "balance_weight", "consistency_weight"):
+            at_least(name, getattr(self, name), 0)
+        if self.seed > _LARGEST_SEED:
+            raise ValueError(f"seed is {self.seed}; it must be at most {_LARGEST_SEED}")
+        for name in ("learning_rate", "clip", "process_timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if not self.sweep or any(k < 1 for k in self.sweep):
+            raise ValueError(f"sweep is {list(self.sweep)}; it must list at least one k, each at least 1")
+        check_output_scale(self.output_scale)
+        if method.routed:
+            self._check_routed()
+            return
+        # What only experts have must not be asked of a model without any: the run would be named after it.
+        for name in _ONLY_EXPERTS:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but {self.method} has no experts; leave {name} out"
+                )
+        if method.dropout == "concrete" and self.dropout == 0:
+            raise ValueError(f"dropout is 0.0; {self.method} learns its rate and must start above 0")
+
+    def _check_routed(self) -> None:
+        check_divisible(self.d_hidden, self.num_experts)
+        chosen_layers(self.layers, self.num_layers)
+        if self.num_experts % self.expert_parallel:
+            raise ValueError(
+                f"expert_parallel is {self.expert_parallel}; it must divide num_experts = {self.num_experts}"
+            )
+        for name in ("k_min", "k_max"):
+            k = getattr(self, name)
+            if k is not None and not 1 <= k <= self.num_experts:
+                raise ValueError(f"{name} is {k}; it must be from 1 to num_experts = {self.num_experts}")
+        k_min, k_max, _ = self.k_schedule()
+        if k_min > k_max:
+            raise ValueError(f"k_min is {k_min}, above k_max = {k_max}; it must be 1 <= k_min <= k_max")
+        if not self.sweep_ks():
+            raise ValueError(
+                f"sweep is {list(self.sweep)}; at least one k must be no larger than num_experts = {self.num_experts}"
+            )
+
+    @classmethod
+    def inherited(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields that follow from others a user gave, such as the sizes of the run that a fine-tuning starts from."""
+        return {}
+
+    def resolved(self) -> TrainConfig:
+        """With precision and engine as what they come to on this machine; ValueError if fmoe can't run here."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        changes = {"precision": resolve_precision(self.precision, device)}
+        if self.get_method().routed:
+            changes["engine"] = resolve_engine(self.engine)
+        return dataclasses.replace(self, **changes)
+
+    def get_method(self) -> Method:
+        """The method's builder, losses and defaults."""
+        return METHODS[self.method]
+
+    def k_schedule(self) -> tuple[int, int, str]:
+        """(k_min, k_max, mode); what is not given comes from the method."""
+        method = self.get_method()
+        k_max = method.k_max(self.num_experts) if self.k_max is None else self.k_max
+        k_min = min(method.k_min(self.num_experts), k_max) if self.k_min is None else self.k_min
+        return k_min, k_max, method.schedule if self.schedule is None else self.schedule
+
+    def smoe_layers(self) -> list[int]:
+        """The indices of the layers that have experts; none for a dense method."""
+        return chosen_layers(self.layers, self.num_layers) if self.get_method().routed else []
+
+    def ks_at(self, step: int) -> list[int]:
+        """Activated experts of every SMoE layer at a training step; empty for a dense method."""
+        k_min, k_max, mode = self.k_schedule()
+        return ks_at(step, self.steps, [(k_min, k_max)] * len(self.smoe_layers()), mode, seed=self.seed)
+
+    def eval_k(self) -> int | None:
+        """The k that the best checkpoint is chosen by: the largest one training visits. None for a dense method."""
+        return self.k_schedule()[1] if self.get_method().routed else None
+
+    def sweep_ks(self) -> list[int | None]:
+        """The k of the final sweep; [None] for a dense method."""
+        if not self.get_method().routed:
+            return [None]
+        return sorted({k for k in self.sweep if k <= self.num_experts})
+
+    def make_mlp(self, layer: int, **options: Any) -> nn.Module:
+        """A fresh MLP for transformer layer ``layer``; ``options`` (activation, vocab_size) go to its maker.
+
+        Weights come from PyTorch's global generator, fixed routers from ``seed`` and ``layer`` alone. In a layer that
+        ``layers`` leaves out it is the dense MLP with dropout.
+        """
+        sizes = {"d_model": self.d_model, "d_hidden": self.d_hidden, "dropout": self.dropout}
+        if layer not in self.smoe_layers():
+            method = METHODS["dense_dropout"] if self.get_method().routed else self.get_method()
+            options.pop("vocab_size", None)
+            return method.make_mlp(**sizes, **options)
+        options |= {name: getattr(self, name) for name in ("num_experts", "score", "output_scale", "router", "engine")}
+        options |= {"top_k": self.k_schedule()[0], "seed": 1000 * self.seed + layer}
+        return self.get_method().make_mlp(**sizes, **options)
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as plain data (numbers, text, lists), ready for YAML and JSON."""
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(config).items()}
+
+
+def at_least(name: str, value: float | None, least: float) -> None:
+    """ValueError unless ``value`` is at least ``least``, or None."""
+    if value is not None and not value >= least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}")

@@ -1,0 +1,128 @@
+"""The command that measures a finished or stopped run at any number of activated experts, for every task.
+
+python -m transformer_xl.evaluate RUN --k 1 2 4 8 16 [--split test] [--json]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from smoe.errors import CheckpointError, Parser
+from smoe.router import check_top_k
+from smoe.train.checkpoint import checkpoint_path
+from smoe.train.config import TrainConfig
+from smoe.train.evaluation import k_name, measure
+from smoe.train.folder import RunFolder
+from smoe.train.processes import Processes
+from smoe.train.resume import Checkpoint, load_checkpoint, load_latest, load_weights
+from smoe.train.task import Task
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def read_run(path: str | Path, config_class: type[Config], what: str, which: str = "best") -> tuple[Config, Checkpoint]:
+    """The configuration of a run and one of its checkpoints, the weights alone.
+
+    A field that the run's version did not have yet takes its default; engine and processes are those of this machine. A
+    damaged newest checkpoint is said on stderr.
+
+    Args:
+        what: a model of this kind, for messages, e.g. ``a Transformer-XL``. which: ``best`` or ``last``.
+
+    Raises ValueError when ``path`` holds no run of this kind, CheckpointError when no checkpoint can be read.
+    """
+    folder = RunFolder(path)
+    config = _read_config(folder, config_class, what)
+    latest = load_latest(folder.checkpoints, groups=["model"])
+    if latest is None:
+        raise CheckpointError(f"run {folder.path} has no checkpoint yet")
+    for damaged, reason in latest.skipped:
+        print(f"warning: {damaged.name} is damaged ({reason}); going by {latest.path.name}", file=sys.stderr)
+    best = latest.state["progress"]["best_step"]
+    if which == "best" and best is not None and best != latest.step:
+        return config, load_checkpoint(checkpoint_path(folder.checkpoints, best), groups=["model"])
+    return config, latest
+
+
+def _read_config(folder: RunFolder, config_class: type[Config], what: str) -> Config:
+    recorded = folder.read_config()
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    unknown = sorted(recorded.keys() - fields.keys())
+    missing = [name for name, field in fields.items() if name not in recorded and field.default is dataclasses.MISSING]
+    for name in (*unknown, *missing):
+        has = "has" if name in recorded else "lacks"
+        raise ValueError(f"run: {folder.config_path} is not of {what} of this version: it {has} {name}")
+    hints = get_type_hints(config_class)
+    values = {
+        name: tuple(value) if isinstance(value, list) and _takes_tuple(hints[name]) else value
+        for name, value in recorded.items()
+    }
+    values |= {"engine": "auto", "expert_parallel": 1, "fsdp": False}
+    try:
+        return config_class(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"run: {folder.config_path} is not of {what}: {error}") from None
+
+
+def _takes_tuple(hint: Any) -> bool:
+    return any(get_origin(kind) is tuple for kind in (hint, *get_args(hint)))
+
+
+def evaluation_command(
+    task_class: type[Task], config_class: type[TrainConfig], *, prog: str, what: str, argv: Sequence[str] | None = None
+) -> None:
+    """``python -m MODULE RUN [--k ...] [--split ...] [--data ...] [--checkpoint ...] [--LIMIT n] [--json]``.
+
+    ``what``: as in :func:`read_run`. LIMIT is ``tokens`` or ``sequences`` where the configuration has ``eval_LIMIT``.
+    """
+    names = [field.name for field in dataclasses.fields(config_class)]
+    limit = next((name for name in ("tokens", "sequences") if f"eval_{name}" in names), None)
+    parser = Parser(prog=prog, description="Measures a finished or stopped run at any k.")
+    parser.add_argument("run", help="a run folder")
+    parser.add_argument("--k", type=int, nargs="+", help="numbers of activated experts (default: the run's sweep)")
+    parser.add_argument("--split", choices=("valid", "test"), default=task_class.splits[-1])
+    parser.add_argument("--data", help="the folder with the splits (default: the run's)")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    if limit is not None:
+        parser.add_argument(f"--{limit}", type=int, help="evaluate on so many (default: as the run did; 0: all)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    arguments = parser.parse_args(argv)
+
+    config, checkpoint = read_run(arguments.run, config_class, what, arguments.checkpoint)
+    changes = {} if arguments.data is None else {"data": arguments.data}
+    count = None if limit is None else getattr(arguments, limit)
+    if count is not None:
+        if count < 0:
+            raise ValueError(f"{limit} is {count}; it must be 0 (all) or more")
+        changes[f"eval_{limit}"] = count or None
+    if arguments.k and not config.get_method().routed:
+        raise ValueError(f"k is {arguments.k}; {config.method} is dense and has no experts to choose from")
+    ks = [check_top_k(k, config.num_experts) for k in arguments.k] if arguments.k else config.sweep_ks()
+    if arguments.split not in task_class.splits:
+        raise ValueError(f"split is {arguments.split!r}; {task_class.name} has {', '.join(task_class.splits)}")
+
+    config, processes = dataclasses.replace(config, **changes).resolved(), Processes()
+    processes.configure(config)
+    task = task_class(config, 0, 1)
+    if task.facts != checkpoint.state["facts"]:
+        raise ValueError(f"data: {config.data} has another vocabulary than the run; give the run's with --data")
+    load_weights(checkpoint, task, processes)
+    task.model.to(processes.device)
+
+    report: dict[str, Any] = {"run": str(arguments.run), "step": checkpoint.step, "split": arguments.split}
+    report |= {"metric": task.metrics[0].key} | {metric.key: {} for metric in task.metrics}
+    for k in ks:
+        measured = measure(task, arguments.split, k, processes)
+        report["n"] = measured.n
+        for key, value in measured.values.items():
+            report[key][k_name(k)] = value
+        if not arguments.json:
+            name = "dense" if k is None else f"k = {k:2}"
+            print(f"{name}: {arguments.split} {task.metrics[0].shown(measured.values)}", flush=True)
+    if arguments.json:
+        print(json.dumps(report, indent=2))

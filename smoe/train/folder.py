@@ -1,0 +1,83 @@
+"""The folder one run lives in.
+
+config.yaml  metrics.jsonl  tensorboard/  checkpoints/step-XXXXXXXX/  result.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from smoe.files import write_atomic
+from smoe.train.config import MAY_CHANGE, TrainConfig, to_dict
+from smoe.train.processes import Processes
+from smoe.train.resume import check_same_config
+from smoe.train.yaml_files import from_yaml, load_yaml, to_yaml
+
+
+class RunFolder:
+    """Paths of one run, and whole-file writes by the main process."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_path = self.path / "config.yaml"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.result_path = self.path / "result.json"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+
+    def read_config(self) -> dict[str, Any]:
+        """The recorded configuration as plain data. ValueError when there is no run here, or it is damaged."""
+        if not self.config_path.is_file():
+            raise ValueError(f"run: {self.path} is not a run folder (no config.yaml in it)")
+        return load_yaml(self.config_path)
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Writes result.json in one piece. Raises ValueError for NaN or infinity: not JSON."""
+        try:
+            content = json.dumps(result, indent=2, allow_nan=False)
+        except ValueError as error:
+            raise ValueError(f"result.json: {error}; every number must be finite") from None
+        write_atomic(self.result_path, content + "\n")
+
+
+def open_run(config: TrainConfig, processes: Processes) -> RunFolder:
+    """Starts the run in ``run_dir``; with ``resume`` it goes on with a run that is there.
+
+    Then every field of the configuration must be as recorded, except those in ``MAY_CHANGE``; the record is updated. The
+    main process checks and writes for all.
+
+    Raises ValueError when a run is there and ``resume`` is not set, when a field differs, or when the folder holds
+    parts of a run without its config.yaml.
+    """
+    folder = RunFolder(config.run_dir)
+    with processes.together():
+        if processes.is_main:
+            _start_or_check(folder, config)
+            processes.opened()
+    with processes.together():
+        if not folder.config_path.exists():
+            raise ValueError(f"run_dir: {folder.path} must be a folder that all processes share")
+    return folder
+
+
+def _start_or_check(folder: RunFolder, config: TrainConfig) -> None:
+    given = to_dict(config)
+    if folder.path.exists() and not folder.path.is_dir():
+        raise ValueError(f"run_dir: {folder.path} is a file; name a folder")
+    if folder.config_path.exists():
+        if not config.resume:
+            raise ValueError(
+                f"run_dir: {folder.path} already holds a run; --resume continues it, or choose another folder"
+            )
+        check_same_config(folder.read_config(), from_yaml(to_yaml(given)), MAY_CHANGE, folder.config_path)
+    for part in (folder.checkpoints, folder.metrics_path, folder.result_path):
+        if part.exists() and not folder.config_path.exists():
+            raise ValueError(
+                f"run_dir: {folder.path} has {part.name} but no config.yaml, so it cannot be continued; "
+                "choose another folder"
+            )
+    folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder.config_path, to_yaml(given))

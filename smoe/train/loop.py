@@ -1,0 +1,206 @@
+"""The training loop: one page, in the order in which things happen, the same for every task.
+
+``Task`` says what differs between trainings, ``Processes`` hides whether there are several processes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smoe.control import set_top_k
+from smoe.errors import NonFiniteError, Stopped
+from smoe.train.checkpoint import checkpoint_path, save_checkpoint
+from smoe.train.config import TrainConfig
+from smoe.train.evaluation import measure, sweep
+from smoe.train.folder import open_run
+from smoe.train.learning_rate import learning_rate_at
+from smoe.train.log import Log, at_k, one_or_all, print_header
+from smoe.train.optimizer import make_optimizer
+from smoe.train.processes import Processes
+from smoe.train.record import environment_record, make_record
+from smoe.train.resume import load_checkpoint, load_weights, newest_checkpoint, restore
+from smoe.train.state import optimizer_tensors, rng_tensors
+from smoe.train.stop import StopRequest
+from smoe.train.task import Task
+
+
+@dataclass
+class Progress:
+    """What a resumed run needs to know of itself: its finished steps, its seconds of training, its best evaluation."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best_step: int | None = None
+    best_value: float | None = None
+
+
+def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> None:
+    """Runs ``config`` to its end: trains, sweeps over k from the best checkpoint, writes result.json.
+
+    Raises Stopped when a signal asked to stop: a checkpoint is written then, and ``--resume`` goes on from it.
+    """
+    # ---- before anything is written: configuration, data, model -----------------------------------------------------
+    environment = environment_record()  # now: the checkout may move on while this runs
+    with processes.together():
+        # "auto" is recorded as what it came to: a resume on another machine computes alike or says why it can't.
+        config = config.resolved()
+    processes.configure(config)
+    with processes.together():
+        task = task_class(config, processes.rank, processes.world_size)
+    processes.agree({"data": task.dataset})
+    folder = open_run(config, processes)
+    if folder.result_path.exists():
+        if processes.is_main:
+            print(f"{config.run_dir} is finished; its result is in {folder.result_path}")
+        return processes.leave()
+    for file in task.files() if processes.is_main else ():
+        shutil.copyfile(file, folder.path / file.name)
+
+    # ---- where it starts --------------------------------------------------------------------------------------------
+    method, decides, device = config.get_method(), task.metrics[0], processes.device
+    parameters = sum(p.numel() for p in task.model.parameters())
+    model = processes.prepare(task.model, task.blocks, config.fsdp)
+    optimizer = make_optimizer(task.model, config.learning_rate, config.weight_decay)
+    torch.manual_seed(config.seed + 1000 * processes.rank)  # equal weights everywhere, different dropout
+    progress, checkpoint = Progress(), None
+    if config.resume:
+        checkpoint = newest_checkpoint(folder.checkpoints, processes)
+    if checkpoint is not None:
+        progress = Progress(**checkpoint.state["progress"])
+    print_header(task, processes, parameters, None if checkpoint is None else progress.step)
+    if checkpoint is not None:
+        restore(checkpoint, task, optimizer, processes)
+    log = Log(task, folder, processes, checkpoint)
+    checkpoint = None  # its tensors are the model's and the optimizer's now
+    stop, stopped = StopRequest(), False
+    model.train()
+
+    while progress.step < config.steps and not stopped:
+        step, started = progress.step, time.perf_counter()  # the first step is 0
+
+        # ---- learning rate and k ------------------------------------------------------------------------------------
+        learning_rate = learning_rate_at(
+            step,
+            steps=config.steps,
+            learning_rate=config.learning_rate,
+            warmup_steps=config.warmup_steps,
+            decay=config.decay,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        ks = config.ks_at(step)
+        if ks:
+            set_top_k(task.model, ks)
+
+        # ---- batch, loss, backward, clip ----------------------------------------------------------------------------
+        batch = task.batch(step)
+        loss = method.loss(
+            task.model,
+            lambda: task.forward(model, batch, device),  # noqa: B023 (called at once)
+            balance_weight=config.balance_weight,
+            consistency_weight=config.consistency_weight,
+        )
+        loss.total.backward()
+        norm = processes.clip_grad_norm(task.model, config.clip)
+
+        # ---- step, unless something is not finite -------------------------------------------------------------------
+        refuse_non_finite(loss.total, norm, step, ks, task, processes)
+        optimizer.step()
+        optimizer.zero_grad()
+        task.carry(loss.output)
+        progress.step = step = step + 1  # from here on: finished steps
+        log.count(loss)
+        progress.seconds += time.perf_counter() - started
+
+        # ---- log, evaluate, save, stop ------------------------------------------------------------------------------
+        last = step == config.steps
+        if step % config.log_interval == 0 or last:
+            log.train(step, loss, ks, learning_rate, norm, progress.seconds)
+        evaluated = step % config.eval_interval == 0 or last
+        if evaluated:
+            measured = measure(task, "valid", config.eval_k(), processes)
+            log.evaluation(step, "valid", measured, config.eval_k(), progress.seconds)
+            if decides.better(measured.values[decides.key], progress.best_value):
+                progress.best_step, progress.best_value = step, measured.values[decides.key]
+        stopped = stop.requested(processes)
+        if evaluated or stopped or step % (config.save_interval or config.eval_interval) == 0:
+            save(task, optimizer, progress, log, processes)
+            log.new_interval()
+
+    log.close()
+    stop.release()
+    if stopped:
+        processes.leave()
+        message = f"stopped by a signal after step {progress.step}; a checkpoint is written, --resume goes on from it"
+        raise Stopped(message if processes.is_main else "")
+
+    # ---- the sweep over k, from the best checkpoint -------------------------------------------------------------------
+    if progress.best_step is None:
+        raise NonFiniteError(
+            f"no evaluation on valid gave a finite {decides.title}; there is no best checkpoint to sweep"
+        )
+    if progress.best_step != progress.step:
+        best = load_checkpoint(checkpoint_path(folder.checkpoints, progress.best_step), groups=["model"])
+        load_weights(best, task, processes)
+    started = time.perf_counter()
+    swept = sweep(task, processes)
+    sweep_seconds = time.perf_counter() - started
+    if processes.is_main:
+        seconds = {"training": progress.seconds, "sweep": sweep_seconds, "per_step": progress.seconds / config.steps}
+        record = make_record(
+            task,
+            swept,
+            best={
+                "step": progress.best_step,
+                "metric": decides.key,
+                "value": progress.best_value,
+                "k": config.eval_k(),
+            },
+            seconds=seconds,
+            tokens_per_second=task.tokens_per_step * config.steps / progress.seconds,
+            processes=processes.world_size,
+            environment=environment,
+        )
+        folder.write_result(record)
+    processes.leave()
+
+
+def refuse_non_finite(loss: Tensor, norm: Tensor, step: int, ks: list[int], task: Task, processes: Processes) -> None:
+    """Stops before the optimizer step if the loss or the gradient's norm is not finite; all processes decide alike."""
+    values = processes.gather(torch.stack([loss.detach().float(), norm.detach().float()]).view(1, 2))
+    if values.isfinite().all():
+        return
+    what = "the loss" if not values[:, 0].isfinite().all() else "the norm of the gradient"
+    raise NonFiniteError(
+        f"{what} is not finite at step {step + 1}{at_k(one_or_all(ks))} ({task.where(step)}); stopped before the "
+        f"optimizer step; checkpoints up to the last good one are in {task.config.run_dir}/checkpoints"
+    )
+
+
+def save(task: Task, optimizer: torch.optim.Optimizer, progress: Progress, log: Log, processes: Processes) -> None:
+    """Writes a checkpoint of everything that a resumed run needs, whole whatever the number of processes.
+
+    The newest two and the best one are kept.
+    """
+    bare = task.bare()
+    groups: dict[str, Any] = {
+        "model": processes.gather_state(bare.state_dict(), bare),
+        "optimizer": processes.gather_state(optimizer_tensors(optimizer, bare), bare),
+        "task": {name: processes.gather(rows.contiguous()) for name, rows in task.state().items()},
+    }
+    nats = processes.sum(log.nats).tolist()
+    folder = log.folder.checkpoints
+    save_checkpoint(
+        folder,
+        progress.step,
+        (groups if processes.is_main else {}) | {f"rng-rank{processes.rank}": rng_tensors()},
+        {"progress": vars(progress), "nats": nats, "world_size": processes.world_size, "facts": task.facts},
+        processes=processes,
+        protect=[] if progress.best_step is None else [progress.best_step],
+    )

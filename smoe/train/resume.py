@@ -1,0 +1,167 @@
+"""From a run folder back to a run, at any number of processes. A run that is not resumed never comes here."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from smoe.errors import CheckpointError, one_line
+from smoe.files import write_atomic
+from smoe.train.checkpoint import FORMAT, checkpoint_path, fingerprint, hash_json, list_steps, remove_partial
+from smoe.train.processes import Processes
+from smoe.train.state import restore_optimizer, restore_rng
+from smoe.train.task import Task
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint's content: ``tensors[group][name]`` on the CPU. ``skipped`` lists newer ones that are damaged."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    path: Path
+    skipped: list[tuple[Path, str]] = field(default_factory=list)
+
+
+def load_checkpoint(path: Path, groups: Iterable[str] | None = None) -> Checkpoint:
+    """Reads one checkpoint folder after checking every file; ``groups`` limits what is read into memory.
+
+    Raises CheckpointError that says what is wrong.
+    """
+    try:
+        sealed = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        content = sealed["content"]
+        if hash_json(content) != sealed["sha256"]:
+            raise CheckpointError(f"{path.name}: state.json has changed since it was written")
+        if content["format"] != FORMAT:
+            raise CheckpointError(f"{path.name}: format {content['format']}, this version reads {FORMAT}")
+        for name, expected in content["files"].items():
+            size = (path / name).stat().st_size
+            if size != expected["size"]:
+                raise CheckpointError(f"{path.name}: {name} has {size} bytes of {expected['size']}")
+            if fingerprint(path / name) != expected:
+                raise CheckpointError(f"{path.name}: {name} has changed since it was written")
+        present = [name.removesuffix(".safetensors") for name in content["files"]]
+        wanted = present if groups is None else [group for group in present if group in set(groups)]
+        tensors = {group: load_file(path / f"{group}.safetensors") for group in wanted}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.name}: {Path(error.filename).name} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"{path.name}: cannot be read ({type(error).__name__}: {one_line(error)})") from None
+    return Checkpoint(content["step"], tensors, content["state"], path)
+
+
+def load_latest(folder: Path, groups: Iterable[str] | None = None) -> Checkpoint | None:
+    """The newest checkpoint that is whole; None when there is none at all.
+
+    Every file is checked against its hash, so all processes choose the same one. Damaged newer ones are listed in
+    ``skipped``. Raises CheckpointError when there are only damaged ones.
+    """
+    skipped: list[tuple[Path, str]] = []
+    for step in reversed(list_steps(folder)):
+        path = checkpoint_path(folder, step)
+        try:
+            checkpoint = load_checkpoint(path, groups)
+        except CheckpointError as error:
+            skipped.append((path, str(error)))
+        else:
+            checkpoint.skipped = skipped
+            return checkpoint
+    if skipped:
+        raise CheckpointError(f"no usable checkpoint in {folder}: {'; '.join(reason for _, reason in skipped)}")
+    return None
+
+
+def newest_checkpoint(folder: Path, processes: Processes) -> Checkpoint | None:
+    """The checkpoint that a resumed run goes on from, the same on every process.
+
+    Damaged newer ones are said on stderr and removed: the run is about to write those steps again.
+    """
+    checkpoint = None
+    with processes.together():
+        if processes.is_main:
+            remove_partial(folder)
+            checkpoint = load_latest(folder)
+    with processes.together():
+        if not processes.is_main:
+            checkpoint = load_latest(folder)
+    processes.agree({"the newest checkpoint": None if checkpoint is None else checkpoint.path.name})
+    for path, reason in checkpoint.skipped if checkpoint is not None and processes.is_main else ():
+        print(f"warning: {path.name} is damaged ({reason}); going on from {checkpoint.path.name}", file=sys.stderr)
+        shutil.rmtree(path, ignore_errors=True)
+    return checkpoint
+
+
+def restore(checkpoint: Checkpoint, task: Task, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
+    """Puts model, optimizer, the task's own state and the generators back where the checkpoint found them.
+
+    Each process finds its generators as it left them where there are as many processes as then. Where there are not,
+    they start anew from (seed, step, rank), and that is said.
+    """
+    load_weights(checkpoint, task, processes)
+    moments = processes.shard_state(checkpoint.tensors["optimizer"], task.bare())
+    restore_optimizer(optimizer, moments, task.bare())
+    task.load_state(checkpoint.tensors.get("task", {}), processes.device)
+    before = checkpoint.state["world_size"]
+    if before == processes.world_size:
+        restore_rng(checkpoint.tensors[f"rng-rank{processes.rank}"])
+        return
+    seed = f"{task.config.seed}/{checkpoint.step}/{processes.rank}"
+    torch.manual_seed(random.Random(seed).getrandbits(63))
+    if processes.is_main:
+        print(
+            f"the checkpoint is of {before} process{'es' if before > 1 else ''}, this run has {processes.world_size}: "
+            "random generators start anew from seed, step and rank"
+        )
+
+
+def load_weights(checkpoint: Checkpoint, task: Task, processes: Processes) -> None:
+    """Loads a checkpoint's weights into the model, whose experts may be on several processes."""
+    task.bare().load_state_dict(processes.shard_state(checkpoint.tensors["model"], task.bare()))
+
+
+def check_same_config(
+    recorded: Mapping[str, Any], given: Mapping[str, Any], may_change: Iterable[str], file: Path
+) -> None:
+    """ValueError naming the field where a resumed run is given another configuration than the one in ``file``."""
+    absent = "(absent)"
+    for name in [*recorded, *(name for name in given if name not in recorded)]:
+        was, now = recorded.get(name, absent), given.get(name, absent)
+        if name not in may_change and was != now:
+            raise ValueError(
+                f"{name}: {now!r} differs from {was!r} in {file}; resume with the recorded one, or start another run"
+            )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl in order; one cut off at the end is left out. Empty when there is no file."""
+    return [line for _, line in _whole_lines(path)]
+
+
+def drop_later_lines(path: Path, step: int) -> None:
+    """Removes the lines of metrics.jsonl after ``step``, which will be written again, and one cut off by a crash."""
+    kept = "".join(text + "\n" for text, line in _whole_lines(path) if line.get("step", 0) <= step)
+    if path.exists() and kept.encode() != path.read_bytes():
+        write_atomic(path, kept)
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for text in path.read_bytes().split(b"\n") if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            continue
+        if isinstance(line, dict):
+            yield text.decode(), line

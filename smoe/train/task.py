@@ -1,0 +1,115 @@
+"""What differs between trainings. The loop is the same for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from smoe.methods import PassOutput
+from smoe.train.config import TrainConfig
+from smoe.train.metrics import Metric
+
+
+class Task:
+    """One task: a model, what step s trains on, how a batch is run, how a split is measured.
+
+    A subclass sets the attributes below and writes the methods that raise NotImplementedError; the others are for tasks
+    that need them. See ``transformer_xl/language_model.py`` for the first one, ``docs/extend.md`` for the steps.
+
+    Attributes:
+        name: of the task in records, e.g. ``language_model``.
+        metrics: what a split is measured by; the first one decides which checkpoint is best.
+        splits: the splits of the final sweep.
+        config: the run's configuration.
+        model: the whole model, on the CPU until the loop places it. Its fixed routers are equal on every process.
+        architecture: of the model in tables, e.g. ``transformer_xl``. title: in the first line of the output.
+        blocks: the layers, which FSDP shards one by one.
+        dataset: what a record says of the data: at least ``name`` and ``sha256``.
+        tokens_per_step, step_shape: of all processes, as a number and in words.
+        facts: JSON that a checkpoint keeps to rebuild the model without the data, e.g. the vocabulary.
+    """
+
+    name: ClassVar[str]
+    metrics: ClassVar[tuple[Metric, ...]]
+    splits: ClassVar[tuple[str, ...]] = ("valid", "test")
+
+    config: TrainConfig
+    model: nn.Module
+    architecture: str
+    title: str
+    blocks: Iterable[nn.Module]
+    dataset: dict[str, Any]
+    tokens_per_step: int
+    step_shape: str
+    facts: dict[str, Any]
+
+    def __init__(self, config: TrainConfig, rank: int, world_size: int) -> None:
+        """Reads and checks the data, then builds the model: what is wrong is said before anything is written.
+
+        ``torch.manual_seed(config.seed)`` comes right before the model. Raises ValueError for a user's mistake.
+        """
+        self.config, self.rank, self.world_size = config, rank, world_size
+        self.facts = {}
+
+    # ---- every task -------------------------------------------------------------------------------------------------
+    def batch(self, step: int) -> Any:
+        """What this process trains on at ``step``: its share of the step's sequences, on the CPU. Pure in ``step``."""
+        raise NotImplementedError
+
+    def forward(self, model: nn.Module, batch: Any, device: torch.device) -> PassOutput:
+        """One forward pass of ``model``, which may wrap ``self.model``: the mean loss of the batch, and logits."""
+        raise NotImplementedError
+
+    def passes(self, model: nn.Module, split: str, device: torch.device) -> Iterator[Tensor]:
+        """Measures ``split``: per forward pass the sums that :meth:`values` turns into metrics, a float64 vector.
+
+        Its last element is the number of what is averaged over (tokens, examples). Each process reads its share, and
+        all make as many passes, as experts on several processes need.
+        """
+        raise NotImplementedError
+
+    def values(self, sums: list[float]) -> dict[str, float]:
+        """Every metric by its key, from the sums of all passes of all processes."""
+        raise NotImplementedError
+
+    def flops(self, model: nn.Module, k: int | None) -> dict[str, int]:
+        """With k experts: ``paper`` and ``true`` FLOPs of an evaluation pass, and those of a ``training_step``.
+
+        ``model`` is a whole one on the meta device.
+        """
+        raise NotImplementedError
+
+    # ---- tasks that need it -----------------------------------------------------------------------------------------
+    def build_model(self) -> nn.Module:
+        """A fresh model as in ``__init__``: the record counts its parameters on the meta device."""
+        raise NotImplementedError
+
+    def bare(self) -> nn.Module:
+        """The part of ``self.model`` whose weights a checkpoint holds."""
+        return self.model
+
+    def carry(self, output: Any) -> None:
+        """Keeps what the next step needs of this step's (first) forward pass, such as a memory."""
+
+    def state(self) -> dict[str, Tensor]:
+        """This process's rows of the tensors that a resumed run needs, rows first: what :meth:`carry` keeps."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor], device: torch.device) -> None:
+        """The inverse of :meth:`state`, with the rows of all processes."""
+
+    def where(self, step: int) -> str:
+        """What ``step`` reads, for error messages."""
+        return "the data"
+
+    def files(self) -> list[Path]:
+        """Files that are copied into the run folder, e.g. a tokenizer."""
+        return []
+
+    def notes(self) -> list[str]:
+        """Further lines for the start of the output."""
+        return []
