@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from smoe.train.config import TrainConfig, at_least
+from smoe.train.config import TrainConfig, at_least, option, required
 from smoe.train.learning_rate import Decay
 
 
 @dataclass(frozen=True)
 class RunConfig(TrainConfig):
-    """Any task with a BERT or RoBERTa.
+    """Any task with a BERT or RoBERTa."""
 
-    Args:
-        model: bert or roberta
-        d_hidden: width of the MLP, all experts together; null: d_hidden_bert or d_hidden_roberta
-        d_hidden_bert: width of BERT's MLP
-        d_hidden_roberta: width of RoBERTa's MLP
-        seq_len: tokens of a sequence
-    """
-
-    model: Literal["bert", "roberta"] = field(kw_only=True)
+    model: Literal["bert", "roberta"] = required("bert or roberta", kw_only=True)
 
     num_layers: int = 12
     d_model: int = 768
     num_heads: int = 12
-    d_hidden: int | None = None
-    d_hidden_bert: int = 6144
-    d_hidden_roberta: int = 3072
+    d_hidden: int | None = option(None, "width of the MLP; null: d_hidden_bert or d_hidden_roberta")
+    d_hidden_bert: int = option(6144, "width of BERT's MLP")
+    d_hidden_roberta: int = option(3072, "width of RoBERTa's MLP")
     attention_dropout: float = 0.1
     # No hash: token ids don't reach the MLPs of a Hugging Face model.
     router: Literal["random", "learned", "uniform"] | None = None
 
     steps: int = 100_000
     batch_size: int = 64
-    seq_len: int = 512
+    seq_len: int = option(512, "tokens of a sequence; must divide the blocks of the data")
     learning_rate: float = 5e-5
     decay: Decay = "linear"
     clip: float = 1.0
@@ -56,20 +48,13 @@ class RunConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
-    """One pretraining run of a BERT or RoBERTa.
-
-    Args:
-        data: the folder that data/bookcorpus/prepare.py filled; null: data/bookcorpus/MODEL-SCALE. A block of it holds
-            a whole number of sequences of seq_len tokens
-        mask_share: share of the tokens to predict
-        eval_sequences: sequences of valid and of test to evaluate on; null: all of them
-    """
+    """One pretraining run of a BERT or RoBERTa."""
 
     scales_file: ClassVar[Path] = Path(__file__).parent / "configs" / "masked_lm.yaml"
 
-    data: str | None = None
-    mask_share: float = 0.15
-    eval_sequences: int | None = None
+    data: str | None = option(None, "a folder of data/bookcorpus/prepare.py; null: data/bookcorpus/MODEL-SCALE")
+    mask_share: float = option(0.15, "share of the tokens to predict")
+    eval_sequences: int | None = option(None, "sequences of valid and of test to evaluate on; null: all of them")
 
     def __post_init__(self) -> None:
         if self.data is None:

@@ -25,7 +25,7 @@ from bert.model import MaskedLM, MaskedLMOutput, build_model
 from smoe.errors import run_main
 from smoe.flops import count, count_step
 from smoe.train.command import run_training
-from smoe.train.metrics import BITS_PER_MASKED_TOKEN
+from smoe.train.metrics import Metric
 from smoe.train.task import Task
 
 
@@ -33,7 +33,7 @@ class MaskedLanguageModel(Task):
     """Predicts the tokens that are masked (Devlin et al. 2019, 3.1)."""
 
     name = "masked_lm"
-    metrics = (BITS_PER_MASKED_TOKEN,)
+    metrics = (Metric("bits_per_masked_token", "Bits per masked token", "bits per masked token", "lower", nats=True),)
     config: PretrainConfig
 
     def __init__(self, config: PretrainConfig, rank: int, world_size: int) -> None:

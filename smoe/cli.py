@@ -114,7 +114,7 @@ def read_config(config_class: type, options: argparse.Namespace) -> Any:
     """The configuration that the command line asks for: a file's or the paper's, with the flags given."""
     need("jsonargparse", "train")
     from .train.command import parse_config
-    from .train.yaml_files import load_yaml
+    from .yaml_files import load_yaml
 
     file = {} if options.config is None else load_yaml(Path(options.config))
     defaults = {"method": "smoe_dropout", "run_dir": ".", "scale": "paper"}

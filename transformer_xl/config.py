@@ -6,19 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from smoe.train.config import TrainConfig, at_least
+from smoe.train.config import TrainConfig, at_least, option
 from transformer_xl.model import TransformerXL, TransformerXLConfig
 
 
 @dataclass(frozen=True)
 class RunConfig(TrainConfig):
-    """Any task with a Transformer-XL.
+    """Any task with a Transformer-XL."""
 
-    Args:
-        d_head: width of a head
-    """
-
-    d_head: int = 64
+    d_head: int = option(64, "width of a head")
 
     def __post_init__(self) -> None:
         self.sizes()
@@ -37,25 +33,16 @@ class RunConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class LanguageModelConfig(RunConfig):
-    """One training run of a Transformer-XL as a language model.
-
-    Args:
-        data: the folder with train.bin, valid.bin and test.bin
-        tgt_len: tokens of a training segment
-        mem_len: tokens of memory when training
-        eval_tgt_len: tokens of an evaluation segment
-        eval_mem_len: tokens of memory when evaluating
-        eval_tokens: bytes of valid and of test to evaluate on; null: all of them
-    """
+    """One training run of a Transformer-XL as a language model."""
 
     scales_file: ClassVar[Path] = Path(__file__).parent / "configs" / "language_model.yaml"
 
-    data: str = "data/enwik8"
-    tgt_len: int = 512
-    mem_len: int = 512
-    eval_tgt_len: int = 128
-    eval_mem_len: int = 896
-    eval_tokens: int | None = None
+    data: str = option("data/enwik8", "the folder with train.bin, valid.bin and test.bin")
+    tgt_len: int = option(512, "tokens of a training segment")
+    mem_len: int = option(512, "tokens of memory when training")
+    eval_tgt_len: int = option(128, "tokens of an evaluation segment")
+    eval_mem_len: int = option(896, "tokens of memory when evaluating")
+    eval_tokens: int | None = option(None, "bytes of valid and of test to evaluate on; null: all of them")
 
     def __post_init__(self) -> None:
         for name in ("tgt_len", "eval_tgt_len"):

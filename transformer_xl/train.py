@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from smoe.errors import run_main
 from smoe.train.command import run_training
-from smoe.train.metrics import BITS_PER_BYTE
+from smoe.train.metrics import Metric
 from smoe.train.task import Task
 from transformer_xl.config import LanguageModelConfig
 from transformer_xl.data import SegmentStream, dataset_record, evaluation_segments, load_split
@@ -29,7 +29,7 @@ class LanguageModel(Task):
     """Predicts the next byte. A segment's memory is what the segments before it have left."""
 
     name = "language_model"
-    metrics = (BITS_PER_BYTE,)
+    metrics = (Metric("bpc", "BPC", "bits per byte", "lower", nats=True),)
     architecture = "transformer_xl"
     title = "Transformer-XL"
     config: LanguageModelConfig

@@ -1,6 +1,6 @@
 """One training, in the order in which things happen. ``loop.py`` is the page to read first.
 
-command.py        flags and YAML (yaml_files.py, scale.py) -> a configuration -> the loop
+command.py        flags and YAML, a scale (scale.py) -> a configuration -> the loop
 config.py         what every training can be told: method, k, steps, learning rate, where it runs; precision.py
 processes.py      this process among those of the run; distributed.py is for several
 task.py           what differs between trainings: model, batches, loss; metrics.py: what a split is measured by

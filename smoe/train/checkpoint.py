@@ -29,6 +29,7 @@ from smoe.train.processes import Processes
 
 FORMAT = 1
 _PARTIAL = ".tmp-"
+_DENSE = torch.contiguous_format
 
 
 def save_checkpoint(
@@ -60,7 +61,10 @@ def save_checkpoint(
     with processes.together(), _one_clear_error(partial, "writing tensors"):
         for group, members in tensors.items():
             file = partial / f"{group}.safetensors"
-            save_file(_independent(members), file)
+            # Copies: safetensors wants contiguous tensors on the CPU that share no memory.
+            save_file(
+                {name: tensor.detach().cpu().clone(memory_format=_DENSE) for name, tensor in members.items()}, file
+            )
             fsync_path(file)
     with processes.together(), _one_clear_error(partial, "sealing"):
         if processes.is_main:
@@ -123,17 +127,3 @@ def _one_clear_error(partial: Path, doing: str) -> Iterator[None]:
         reason = one_line(getattr(error, "strerror", None) or error)
         name = partial.name.removeprefix(_PARTIAL)
         raise CheckpointError(f"checkpoint {name} in {partial.parent}: {reason} while {doing}; {left}") from None
-
-
-def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors that share no memory, as safetensors wants them; tied ones are written once each."""
-    independent: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().to("cpu").contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        if storage in seen:
-            tensor = tensor.clone(memory_format=torch.contiguous_format)
-        seen.add(storage)
-        independent[name] = tensor
-    return independent

@@ -18,7 +18,7 @@ from smoe.methods import METHODS, Method, MethodName, get_method
 from smoe.modulize.layers import LayerNames, chosen_layers
 from smoe.router import RouterKind, Score
 from smoe.schedule import Mode, ks_at
-from smoe.train.learning_rate import Decay
+from smoe.train.learning_rate import Decay, learning_rate_at
 from smoe.train.precision import resolve_precision
 
 # What may differ when a run is resumed: where things are and how often they are said, nothing that changes numbers.
@@ -27,113 +27,80 @@ MAY_CHANGE += ("engine", "expert_parallel", "fsdp", "process_timeout")
 
 PROCESS_TIMEOUT = 600.0  # seconds
 
+_SIZES = ("num_layers", "d_model", "num_heads", "d_hidden")
+_INTERVALS = ("eval_interval", "save_interval", "log_interval")
 _LARGEST_SEED = 2**53  # the routers' seeds are a thousand times that, and must fit into 64 bits
 _ONLY_EXPERTS = ("k_min", "k_max", "schedule", "router", "score", "output_scale", "balance_weight", "layers")
 _ONLY_EXPERTS += ("engine", "expert_parallel")
 
 
+def option(default: Any, note: str) -> Any:
+    """A field with its line of ``--help``."""
+    return dataclasses.field(default=default, metadata={"help": note})
+
+
+def required(note: str, **kwargs: Any) -> Any:
+    """A field without a default, with its line of ``--help``."""
+    return dataclasses.field(metadata={"help": note}, **kwargs)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """Base of a task's configuration, which adds ``data`` and the sizes of the model.
-
-    Args:
-        method: a row of Table 1
-        run_dir: the folder the run lives in
-        scale: paper, cpu (two cores, minutes), smoke (seconds), or auto: paper with a CUDA device, else cpu
-        seed: of weights, routers, data order, masks, dropout
-        resume: continue the run in run_dir from its newest good checkpoint; starts it if there is none
-        precision: bf16, fp32, or auto: bf16 where the device has instructions for it
-        num_layers: transformer layers
-        d_model: model width
-        num_heads: attention heads
-        d_hidden: width of the MLP, all experts together
-        dropout: after attention and MLP, on embeddings, and inside a dense MLP
-        attention_dropout: on attention weights
-        num_experts: N, the experts an MLP is cut into
-        layers: which layers have experts, the others being dense: all, early, middle or later (half of them), every-2,
-            or their indices from 0
-        k_min: activated experts at the start; null: the method's own
-        k_max: activated experts at the end; null: the method's own
-        schedule: how k moves from k_min to k_max; null: the method's own
-        router: where tokens go; null: the method's own
-        score: how router logits become weights
-        output_scale: one multiplier on an SMoE layer's output: a number, k or num_experts
-        balance_weight: coefficient of the load-balancing loss; null: the method's own
-        consistency_weight: coefficient of THOR's consistency loss; null: the method's own
-        steps: optimizer steps
-        batch_size: sequences per step, over all processes
-        learning_rate: the largest one
-        decay: how the learning rate falls to 0
-        warmup_steps: steps in which the learning rate rises to its full value
-        weight_decay: of AdamW; 0 is Adam
-        clip: largest norm of the gradient
-        eval_interval: steps between evaluations on valid; each writes a checkpoint
-        eval_batch_size: sequences in an evaluation pass
-        save_interval: steps between checkpoints; null: eval_interval
-        log_interval: steps between lines in metrics.jsonl
-        sweep: the k of the final sweep; those above num_experts are left out
-        progress: show a progress bar
-        engine: what computes the experts: torch, fastmoe (needs fmoe and CUDA), or auto
-        expert_parallel: processes that share the experts of a layer; 1: each has all of them
-        fsdp: shard parameters, gradients and optimizer state over the processes, for a model that doesn't fit a device
-        process_timeout: seconds that a process waits for another before it gives up
-    """
+    """Base of a task's configuration, which adds ``data`` and the sizes of the model."""
 
     # The YAML with a section per scale.
     scales_file: ClassVar[Path]
 
-    method: MethodName
-    run_dir: str
-    scale: str = "auto"
+    method: MethodName = required("a row of Table 1")
+    run_dir: str = required("the folder the run lives in")
+    scale: str = option("auto", "paper, cpu (two cores, minutes), smoke (seconds); auto: paper with CUDA, else cpu")
     scale_reason: str = ""
-    seed: int = 1
-    resume: bool = False
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    seed: int = option(1, "of weights, routers, data order, masks, dropout")
+    resume: bool = option(False, "continue the run in run_dir from its newest good checkpoint, if there is one")
+    precision: Literal["auto", "bf16", "fp32"] = option("auto", "auto: bf16 where the device is fast at it")
 
-    num_layers: int = 4
-    d_model: int = 256
-    num_heads: int = 8
-    d_hidden: int = 8192
-    dropout: float = 0.1
-    attention_dropout: float = 0.0
+    num_layers: int = option(4, "transformer layers")
+    d_model: int = option(256, "model width")
+    num_heads: int = option(8, "attention heads")
+    d_hidden: int = option(8192, "width of the MLP, all experts together")
+    dropout: float = option(0.1, "after attention and MLP, on embeddings, and inside a dense MLP")
+    attention_dropout: float = option(0.0, "on attention weights")
 
-    num_experts: int = 16
-    layers: LayerNames | tuple[int, ...] = "all"
-    k_min: int | None = None
-    k_max: int | None = None
-    schedule: Mode | None = None
-    router: RouterKind | None = None
-    score: Score = "softmax_after_topk"
-    output_scale: float | Literal["k", "num_experts"] = 1
-    balance_weight: float | None = None
-    consistency_weight: float | None = None
+    num_experts: int = option(16, "N, the experts an MLP is cut into")
+    layers: LayerNames | tuple[int, ...] = option("all", "which have experts: names of halves, or indices from 0")
+    k_min: int | None = option(None, "activated experts at the start; null: the method's own")
+    k_max: int | None = option(None, "activated experts at the end; null: the method's own")
+    schedule: Mode | None = option(None, "how k moves from k_min to k_max; null: the method's own")
+    router: RouterKind | None = option(None, "where tokens go; null: the method's own")
+    score: Score = option("softmax_after_topk", "how router logits become weights")
+    output_scale: float | Literal["k", "num_experts"] = option(1, "a multiplier on an SMoE layer's output")
+    balance_weight: float | None = option(None, "coefficient of the load-balancing loss; null: the method's own")
+    consistency_weight: float | None = option(None, "coefficient of THOR's consistency loss; null: the method's own")
 
-    steps: int = 400_000
-    batch_size: int = 22
-    learning_rate: float = 2.5e-4
-    decay: Decay = "cosine"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    clip: float = 0.25
+    steps: int = option(400_000, "optimizer steps")
+    batch_size: int = option(22, "sequences per step, over all processes")
+    learning_rate: float = option(2.5e-4, "the largest one")
+    decay: Decay = option("cosine", "how the learning rate falls to 0")
+    warmup_steps: int = option(0, "steps in which the learning rate rises to its full value")
+    weight_decay: float = option(0.0, "of AdamW; 0 is Adam")
+    clip: float = option(0.25, "largest norm of the gradient")
 
-    eval_interval: int = 4000
-    eval_batch_size: int = 10
-    save_interval: int | None = None
-    log_interval: int = 200
-    sweep: tuple[int, ...] = (1, 2, 4, 8, 12, 16)
-    progress: bool = True
+    eval_interval: int = option(4000, "steps between evaluations on valid; each writes a checkpoint")
+    eval_batch_size: int = option(10, "sequences in an evaluation pass")
+    save_interval: int | None = option(None, "steps between checkpoints; null: eval_interval")
+    log_interval: int = option(200, "steps between lines in metrics.jsonl")
+    sweep: tuple[int, ...] = option((1, 2, 4, 8, 12, 16), "the k of the final sweep, up to num_experts")
+    progress: bool = option(True, "show a progress bar")
 
-    engine: Engine = "auto"
-    expert_parallel: int = 1
-    fsdp: bool = False
-    process_timeout: float = PROCESS_TIMEOUT
+    engine: Engine = option("auto", "what computes the experts: torch, fastmoe (needs fmoe and CUDA), or auto")
+    expert_parallel: int = option(1, "processes that share the experts of a layer; 1: each has all of them")
+    fsdp: bool = option(False, "shard parameters, gradients and optimizer state over the processes")
+    process_timeout: float = option(PROCESS_TIMEOUT, "seconds that a process waits for another before it gives up")
 
     def __post_init__(self) -> None:
         """ValueError in one line for a field that can't be used. Subclasses check their own fields, then call this."""
         method = get_method(self.method)
-        for name in ("num_layers", "d_model", "num_heads", "d_hidden", "steps", "batch_size", "expert_parallel"):
-            at_least(name, getattr(self, name), 1)
-        for name in ("eval_interval", "eval_batch_size", "save_interval", "log_interval"):
+        for name in (*_SIZES, "steps", "batch_size", "expert_parallel", "eval_batch_size", *_INTERVALS):
             at_least(name, getattr(self, name), 1)
         for name in ("warmup_steps", "seed", "weight_decay", "balance_weight", "consistency_weight"):
             at_least(name, getattr(self, name), 0)
@@ -211,6 +178,10 @@ class TrainConfig:
         """Activated experts of every SMoE layer at a training step; empty for a dense method."""
         k_min, k_max, mode = self.k_schedule()
         return ks_at(step, self.steps, [(k_min, k_max)] * len(self.smoe_layers()), mode, seed=self.seed)
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a training step."""
+        return learning_rate_at(step, self.steps, self.learning_rate, self.warmup_steps, self.decay)
 
     def eval_k(self) -> int | None:
         """The k that the best checkpoint is chosen by: the largest one training visits. None for a dense method."""

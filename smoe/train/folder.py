@@ -14,7 +14,7 @@ from smoe.files import write_atomic
 from smoe.train.config import MAY_CHANGE, TrainConfig, to_dict
 from smoe.train.processes import Processes
 from smoe.train.resume import check_same_config
-from smoe.train.yaml_files import from_yaml, load_yaml, to_yaml
+from smoe.yaml_files import from_yaml, load_yaml, to_yaml
 
 
 class RunFolder:
@@ -46,8 +46,9 @@ class RunFolder:
 def open_run(config: TrainConfig, processes: Processes) -> RunFolder:
     """Starts the run in ``run_dir``; with ``resume`` it goes on with a run that is there.
 
-    Then every field of the configuration must be as recorded, except those in ``MAY_CHANGE``; the record is updated. The
-    main process checks and writes for all.
+    Then every field of the configuration must be as recorded, except those in ``MAY_CHANGE``; the record is
+    updated.
+    The main process checks and writes for all.
 
     Raises ValueError when a run is there and ``resume`` is not set, when a field differs, or when the folder holds
     parts of a run without its config.yaml.

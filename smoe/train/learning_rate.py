@@ -8,9 +8,7 @@ from typing import Literal
 Decay = Literal["cosine", "linear"]
 
 
-def learning_rate_at(
-    step: int, *, steps: int, learning_rate: float, warmup_steps: int = 0, decay: Decay = "cosine"
-) -> float:
+def learning_rate_at(step: int, steps: int, learning_rate: float, warmup_steps: int, decay: Decay) -> float:
     """The learning rate of ``step`` (0 is the first of ``steps``): a pure function, so a resumed run recomputes it.
 
     ``cosine``: half a cosine from the full rate to 0 at ``steps`` (Transformer-XL's); the warm-up multiplies it and

@@ -6,7 +6,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,29 +29,21 @@ class Log:
     def __init__(self, task: Task, folder: RunFolder, processes: Processes, checkpoint: Checkpoint | None) -> None:
         """``checkpoint``: where a resumed run goes on; lines of later steps are dropped, they will be written again."""
         self.task, self.folder, self.processes = task, folder, processes
-        step = 0 if checkpoint is None else checkpoint.step
         self.nats = torch.zeros(2, dtype=torch.float64)
         self._file: Any = None
         self._board: Any = None
         if processes.is_main:
             if checkpoint is not None:
+                drop_later_lines(folder.metrics_path, checkpoint.step)
                 self.nats = torch.tensor(checkpoint.state["nats"], dtype=torch.float64)
-            self._open_files(step if checkpoint is not None else -1)
+            self._file = open(folder.metrics_path, "w" if checkpoint is None else "a", encoding="utf-8")
+            self._board = _open_board(folder, 0 if checkpoint is None else checkpoint.step + 1)
         config = task.config
-        self._bar = tqdm(total=config.steps, initial=step, desc=config.get_method().title, unit="step",
-                         dynamic_ncols=True, disable=not (processes.is_main and config.progress),
+        self._bar = tqdm(total=config.steps, initial=0 if checkpoint is None else checkpoint.step, unit="step",
+                         desc=config.get_method().title, dynamic_ncols=True,
+                         disable=not (processes.is_main and config.progress),
                          mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
         self.new_interval()
-
-    def _open_files(self, step: int) -> None:
-        """``step``: -1 for a run that starts over, even where a killed one has left lines."""
-        drop_later_lines(self.folder.metrics_path, step)
-        self._file = open(self.folder.metrics_path, "a", encoding="utf-8")
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return
-        self._board = SummaryWriter(str(self.folder.tensorboard), purge_step=step + 1)
 
     def new_interval(self) -> None:
         """Tokens per second count from here: what came before (an evaluation, a checkpoint) is left out."""
@@ -76,7 +67,7 @@ class Log:
         if decides.nats:
             line[decides.key] = mean / math.log(2)
         line |= {"k": k, "tokens_per_second": speed} | {name: part.item() for name, part in loss.parts.items()}
-        self._write(step, {"train": line, "seconds": seconds})
+        self._write(step, "train", line, seconds)
         shown = decides.shown(line) if decides.nats else f"loss {mean:.4f}"
         self._bar.set_postfix_str(f"{shown}{at_k(k)}, {speed:,.0f} tokens/s", refresh=False)
         self.nats.zero_()
@@ -84,19 +75,24 @@ class Log:
 
     def evaluation(self, step: int, split: str, measured: Measured, k: int | None, seconds: float) -> None:
         """One line about an evaluation."""
-        self._write(step, {split: measured.values, "seconds": seconds})
+        self._write(step, split, measured.values, seconds)
         if self.processes.is_main:
             self._bar.write(f"step {step}: {split} {self.task.metrics[0].shown(measured.values)}{at_k(k)}")
 
-    def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """A line of JSON, flushed; nested names become TensorBoard tags ``a/b``; NaN and infinity become null."""
+    def _write(self, step: int, split: str, values: dict[str, Any], seconds: float) -> None:
+        """A line of JSON, flushed, and TensorBoard tags ``split/name``. NaN and infinity become null."""
         if self._file is None:
             return
-        self._file.write(json.dumps(_finite({"step": step, **metrics}), allow_nan=False) + "\n")
+        values = json.loads(json.dumps(values), parse_constant=lambda _: None)
+        self._file.write(json.dumps({"step": step, split: values, "seconds": seconds}) + "\n")
         self._file.flush()
         if self._board is not None:
-            for tag, value in _scalars(metrics):
-                self._board.add_scalar(tag, value, step)
+            tags = {f"{split}/{name}": value for name, value in values.items()} | {"seconds": seconds}
+            if _is_list(values.get("k")):
+                tags |= {f"{split}/k/{layer}": k for layer, k in enumerate(tags.pop(f"{split}/k"))}
+            for tag, value in tags.items():
+                if value is not None:
+                    self._board.add_scalar(tag, value, step)
             self._board.flush()
 
     def close(self) -> None:
@@ -106,32 +102,24 @@ class Log:
                 part.close()
 
 
-def print_header(task: Task, processes: Processes, parameters: int, resumed_after: int | None) -> None:
+def print_header(task: Task, processes: Processes, parameters: int) -> None:
     """Says what is about to run."""
-    if not processes.is_main:
-        return
-    config, method = task.config, task.config.get_method()
-    schedule = ""
+    config, method, k = task.config, task.config.get_method(), ""
     if method.routed:
         k_min, k_max, mode = config.k_schedule()
-        schedule = f", {config.num_experts} experts, k = {k_min}..{k_max} ({mode})"
+        k = f", {config.num_experts} experts, k = {k_min}..{k_max} ({mode})"
         if len(config.smoe_layers()) < config.num_layers:
-            schedule += f" in layers {', '.join(map(str, config.smoe_layers()))}"
-    reason = f" ({config.scale_reason})" if config.scale_reason else ""
+            k += f" in layers {', '.join(map(str, config.smoe_layers()))}"
     devices = f"{processes.world_size} x {processes.device.type}"
-    if config.expert_parallel > 1:
-        devices += f" (experts over {config.expert_parallel})"
-    if config.fsdp:
-        devices += " (sharded)"
-    lines = [
-        f"{task.title}, {method.title}{schedule}, seed {config.seed}, run folder {config.run_dir}",
-        f"scale {config.scale}{reason}: {parameters:,} parameters, {config.steps} steps of {task.step_shape}, "
-        f"{devices}, precision {config.precision}",
-        *task.notes(),
-    ]
-    if resumed_after is not None:
-        lines.append(f"resumed after step {resumed_after}")
-    print("\n".join(lines), flush=True)
+    devices += f" (experts over {config.expert_parallel})" if config.expert_parallel > 1 else ""
+    devices += " (sharded)" if config.fsdp else ""
+    print(f"{task.title}, {method.title}{k}, seed {config.seed}, run folder {config.run_dir}")
+    print(
+        f"scale {config.scale} ({config.scale_reason}): {parameters:,} parameters, {config.steps} steps of "
+        f"{task.step_shape}, {devices}, precision {config.precision}"
+    )
+    for note in task.notes():
+        print(note)
 
 
 def one_or_all(ks: list[int]) -> int | list[int] | None:
@@ -141,20 +129,17 @@ def one_or_all(ks: list[int]) -> int | list[int] | None:
 
 def at_k(k: int | list[int] | None) -> str:
     """`` at k = 8``, or nothing for a dense model."""
-    return "" if k is None else f" at k = {k if isinstance(k, int) else ', '.join(map(str, k))}"
+    return "" if k is None else f" at k = {', '.join(map(str, k)) if _is_list(k) else k}"
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _is_list(value: object) -> bool:
+    return isinstance(value, list)
 
 
-def _scalars(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in metrics.items():
-        if isinstance(value, list):  # the k of every layer
-            value = {str(layer): k for layer, k in enumerate(value)}
-        if isinstance(value, Mapping):
-            yield from _scalars(value, f"{prefix}{key}/")
-        elif value is not None:
-            yield f"{prefix}{key}", float(value)
+def _open_board(folder: RunFolder, first_step: int) -> Any:
+    """TensorBoard's writer, where it is installed; steps from ``first_step`` on will be written again."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder.tensorboard), purge_step=first_step)

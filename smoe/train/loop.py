@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from smoe.control import set_top_k
+from smoe.environment import environment_record
 from smoe.errors import NonFiniteError, Stopped
 from smoe.train.checkpoint import checkpoint_path, save_checkpoint
 from smoe.train.config import TrainConfig
 from smoe.train.evaluation import measure, sweep
 from smoe.train.folder import open_run
-from smoe.train.learning_rate import learning_rate_at
 from smoe.train.log import Log, at_k, one_or_all, print_header
 from smoe.train.optimizer import make_optimizer
 from smoe.train.processes import Processes
-from smoe.train.record import environment_record, make_record
+from smoe.train.record import make_record
 from smoe.train.resume import load_checkpoint, load_weights, newest_checkpoint, restore
 from smoe.train.state import optimizer_tensors, rng_tensors
 from smoe.train.stop import StopRequest
@@ -68,13 +68,12 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
     model = processes.prepare(task.model, task.blocks, config.fsdp)
     optimizer = make_optimizer(task.model, config.learning_rate, config.weight_decay)
     torch.manual_seed(config.seed + 1000 * processes.rank)  # equal weights everywhere, different dropout
-    progress, checkpoint = Progress(), None
-    if config.resume:
-        checkpoint = newest_checkpoint(folder.checkpoints, processes)
+    progress = Progress()
+    checkpoint = newest_checkpoint(folder.checkpoints, processes) if config.resume else None
+    if processes.is_main:
+        print_header(task, processes, parameters)
     if checkpoint is not None:
         progress = Progress(**checkpoint.state["progress"])
-    print_header(task, processes, parameters, None if checkpoint is None else progress.step)
-    if checkpoint is not None:
         restore(checkpoint, task, optimizer, processes)
     log = Log(task, folder, processes, checkpoint)
     checkpoint = None  # its tensors are the model's and the optimizer's now
@@ -85,13 +84,7 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
         step, started = progress.step, time.perf_counter()  # the first step is 0
 
         # ---- learning rate and k ------------------------------------------------------------------------------------
-        learning_rate = learning_rate_at(
-            step,
-            steps=config.steps,
-            learning_rate=config.learning_rate,
-            warmup_steps=config.warmup_steps,
-            decay=config.decay,
-        )
+        learning_rate = config.learning_rate_at(step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         ks = config.ks_at(step)
@@ -140,7 +133,7 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
         message = f"stopped by a signal after step {progress.step}; a checkpoint is written, --resume goes on from it"
         raise Stopped(message if processes.is_main else "")
 
-    # ---- the sweep over k, from the best checkpoint -------------------------------------------------------------------
+    # ---- the sweep over k, from the best checkpoint -----------------------------------------------------------------
     if progress.best_step is None:
         raise NonFiniteError(
             f"no evaluation on valid gave a finite {decides.title}; there is no best checkpoint to sweep"
@@ -152,22 +145,11 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
     swept = sweep(task, processes)
     sweep_seconds = time.perf_counter() - started
     if processes.is_main:
+        best = {"step": progress.best_step, "metric": decides.key, "value": progress.best_value, "k": config.eval_k()}
         seconds = {"training": progress.seconds, "sweep": sweep_seconds, "per_step": progress.seconds / config.steps}
-        record = make_record(
-            task,
-            swept,
-            best={
-                "step": progress.best_step,
-                "metric": decides.key,
-                "value": progress.best_value,
-                "k": config.eval_k(),
-            },
-            seconds=seconds,
-            tokens_per_second=task.tokens_per_step * config.steps / progress.seconds,
-            processes=processes.world_size,
-            environment=environment,
-        )
-        folder.write_result(record)
+        speed = task.tokens_per_step * config.steps / progress.seconds
+        run = {"best": best, "seconds": seconds, "tokens_per_second": speed, "processes": processes.world_size}
+        folder.write_result(make_record(task, swept, **run, environment=environment))
     processes.leave()
 
 

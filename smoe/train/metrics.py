@@ -14,8 +14,8 @@ class Metric:
 
     Args:
         key: its name in records. title, unit: its name and unit in tables and on axes.
-        direction: whether ``lower`` or ``higher`` is better.
-        nats: whether it is the mean loss in bits (loss / ln 2), so that the training loss can be shown in its unit.
+        direction: which of two values is better.
+        nats: whether it is the mean loss in bits (loss / ln 2): the training loss is then logged in its unit too.
     """
 
     key: str
@@ -33,10 +33,3 @@ class Metric:
     def shown(self, values: Mapping[str, float]) -> str:
         """E.g. ``BPC 1.1486``."""
         return f"{self.title} {values[self.key]:.4f}"
-
-
-BITS_PER_BYTE = Metric("bpc", "BPC", "bits per byte", "lower", nats=True)
-BITS_PER_MASKED_TOKEN = Metric(
-    "bits_per_masked_token", "Bits per masked token", "bits per masked token", "lower", nats=True
-)
-ACCURACY = Metric("accuracy", "Accuracy", "share of n examples", "higher")

@@ -110,6 +110,8 @@ def restore(checkpoint: Checkpoint, task: Task, optimizer: torch.optim.Optimizer
     Each process finds its generators as it left them where there are as many processes as then. Where there are not,
     they start anew from (seed, step, rank), and that is said.
     """
+    if processes.is_main:
+        print(f"resumed after step {checkpoint.step}", flush=True)
     load_weights(checkpoint, task, processes)
     moments = processes.shard_state(checkpoint.tensors["optimizer"], task.bare())
     restore_optimizer(optimizer, moments, task.bare())

@@ -17,15 +17,15 @@ from smoe.train.metrics import Metric
 class Task:
     """One task: a model, what step s trains on, how a batch is run, how a split is measured.
 
-    A subclass sets the attributes below and writes the methods that raise NotImplementedError; the others are for tasks
-    that need them. See ``transformer_xl/language_model.py`` for the first one, ``docs/extend.md`` for the steps.
+    A subclass sets the attributes and writes the methods that raise NotImplementedError; the others are for tasks that
+    need them. ``transformer_xl/train.py`` is the first one, ``docs/extend.md`` has the steps.
 
     Attributes:
         name: of the task in records, e.g. ``language_model``.
         metrics: what a split is measured by; the first one decides which checkpoint is best.
-        splits: the splits of the final sweep.
+        splits: those of the final sweep.
         config: the run's configuration.
-        model: the whole model, on the CPU until the loop places it. Its fixed routers are equal on every process.
+        model: the whole model, on the CPU until the loop places it.
         architecture: of the model in tables, e.g. ``transformer_xl``. title: in the first line of the output.
         blocks: the layers, which FSDP shards one by one.
         dataset: what a record says of the data: at least ``name`` and ``sha256``.
@@ -45,7 +45,6 @@ class Task:
     dataset: dict[str, Any]
     tokens_per_step: int
     step_shape: str
-    facts: dict[str, Any]
 
     def __init__(self, config: TrainConfig, rank: int, world_size: int) -> None:
         """Reads and checks the data, then builds the model: what is wrong is said before anything is written.
@@ -53,9 +52,13 @@ class Task:
         ``torch.manual_seed(config.seed)`` comes right before the model. Raises ValueError for a user's mistake.
         """
         self.config, self.rank, self.world_size = config, rank, world_size
-        self.facts = {}
+        self.facts: dict[str, Any] = {}
 
     # ---- every task -------------------------------------------------------------------------------------------------
+    def build_model(self) -> nn.Module:
+        """A fresh model. It is called on the meta device as well, to count parameters and FLOPs."""
+        raise NotImplementedError
+
     def batch(self, step: int) -> Any:
         """What this process trains on at ``step``: its share of the step's sequences, on the CPU. Pure in ``step``."""
         raise NotImplementedError
@@ -76,18 +79,11 @@ class Task:
         """Every metric by its key, from the sums of all passes of all processes."""
         raise NotImplementedError
 
-    def flops(self, model: nn.Module, k: int | None) -> dict[str, int]:
-        """With k experts: ``paper`` and ``true`` FLOPs of an evaluation pass, and those of a ``training_step``.
-
-        ``model`` is a whole one on the meta device.
-        """
+    def flops(self, model: nn.Module, k: int | list[int] | None) -> dict[str, int]:
+        """``paper`` and ``true`` FLOPs of an evaluation pass, and of a ``training_step``; ``model`` is on meta."""
         raise NotImplementedError
 
     # ---- tasks that need it -----------------------------------------------------------------------------------------
-    def build_model(self) -> nn.Module:
-        """A fresh model as in ``__init__``: the record counts its parameters on the meta device."""
-        raise NotImplementedError
-
     def bare(self) -> nn.Module:
         """The part of ``self.model`` whose weights a checkpoint holds."""
         return self.model

@@ -57,7 +57,7 @@ def test_k_follows_the_schedule_and_the_router_stays_fixed(train, tmp_path):
 
 
 def test_learning_rate_is_half_a_cosine_after_its_warm_up():
-    config = {"steps": 1000, "learning_rate": 2.0, "warmup_steps": 10}
+    config = {"steps": 1000, "learning_rate": 2.0, "warmup_steps": 10, "decay": "cosine"}
     assert learning_rate_at(0, **config) == pytest.approx(0.2)
     assert learning_rate_at(500, **config) == pytest.approx(1.0)
     assert learning_rate_at(999, **config) == pytest.approx(2 * math.cos(math.pi * 999 / 2000) ** 2)

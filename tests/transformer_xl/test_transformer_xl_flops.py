@@ -215,7 +215,7 @@ def test_command_counts_the_configuration_of_a_run(capsys, tmp_path):
     pytest.importorskip("jsonargparse")
     from smoe.train.command import parse_config
     from smoe.train.config import to_dict
-    from smoe.train.yaml_files import to_yaml
+    from smoe.yaml_files import to_yaml
     from transformer_xl.config import LanguageModelConfig
 
     argv = ["--method", "thor", "--scale", "smoke", "--run_dir", "runs/x", "--num_experts", "4"]
