@@ -32,7 +32,7 @@ def load_run(path: str | Path, which: str = "best") -> tuple[PretrainConfig, Pre
 
 
 def main(argv: list[str] | None = None) -> None:
-    evaluation_command(MaskedLanguageModel, PretrainConfig, prog="python -m bert.evaluate", what=_WHAT, argv=argv)
+    evaluation_command(MaskedLanguageModel, prog="python -m bert.evaluate", what=_WHAT, argv=argv)
 
 
 if __name__ == "__main__":

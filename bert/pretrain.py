@@ -34,6 +34,7 @@ class MaskedLanguageModel(Task):
 
     name = "masked_lm"
     metrics = (Metric("bits_per_masked_token", "Bits per masked token", "bits per masked token", "lower", nats=True),)
+    config_class = PretrainConfig
     config: PretrainConfig
 
     def __init__(self, config: PretrainConfig, rank: int, world_size: int) -> None:
@@ -118,7 +119,7 @@ class MaskedLanguageModel(Task):
 
 
 def main() -> None:
-    run_training(MaskedLanguageModel, PretrainConfig, prog="python -m bert.pretrain")
+    run_training(MaskedLanguageModel, prog="python -m bert.pretrain")
 
 
 if __name__ == "__main__":

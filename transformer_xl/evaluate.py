@@ -29,9 +29,7 @@ def load_run(path: str | Path, which: str = "best") -> tuple[LanguageModelConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    evaluation_command(
-        LanguageModel, LanguageModelConfig, prog="python -m transformer_xl.evaluate", what=_WHAT, argv=argv
-    )
+    evaluation_command(LanguageModel, prog="python -m transformer_xl.evaluate", what=_WHAT, argv=argv)
 
 
 if __name__ == "__main__":

@@ -160,7 +160,17 @@ class TransformerXL(nn.Module):
         the inputs of each layer at the last `memory_length` positions seen (fewer if there were fewer), detached.
         Raises ValueError if a shape or `memory_length` doesn't fit.
         """
-        self._check(input_ids, targets, memory, memory_length)
+        if targets is not None and targets.shape != input_ids.shape:
+            raise ValueError(f"targets has shape {tuple(targets.shape)}, but must be {tuple(input_ids.shape)}")
+        hidden, new_memory = self.encode(input_ids, memory, memory_length)
+        logits = F.linear(self.dropout(hidden), self.embedding.weight, self.output_bias).float()
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return TransformerXLOutput(loss, logits, new_memory)
+
+    def encode(self, input_ids: Tensor, memory: Tensor | None = None, memory_length: int = 0) -> tuple[Tensor, Tensor]:
+        """The last layer's output `(B, T, d)`, each position knowing those before it, and the new memory as `forward`
+        returns it."""
+        self._check(input_ids, memory, memory_length)
         batch, t = input_ids.shape
         m = 0 if memory is None else memory.shape[2]
 
@@ -175,22 +185,11 @@ class TransformerXL(nn.Module):
                 remembered.append(context[:, -memory_length:].detach())
             x = layer(x, context, positions, self.content_bias, self.position_bias, input_ids)
 
-        logits = F.linear(self.dropout(x), self.embedding.weight, self.output_bias).float()
-        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        new_memory = torch.stack(remembered) if remembered else x.new_empty(len(self.layers), batch, 0, x.shape[-1])
-        return TransformerXLOutput(loss, logits, new_memory)
+        return x, torch.stack(remembered) if remembered else x.new_empty(len(self.layers), batch, 0, x.shape[-1])
 
-    def _check(
-        self,
-        input_ids: Tensor,
-        targets: Tensor | None,
-        memory: Tensor | None,
-        memory_length: int,
-    ) -> None:
+    def _check(self, input_ids: Tensor, memory: Tensor | None, memory_length: int) -> None:
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, but must be (batch, at least one token)")
-        if targets is not None and targets.shape != input_ids.shape:
-            raise ValueError(f"targets has shape {tuple(targets.shape)}, but must be {tuple(input_ids.shape)}")
         if memory_length < 0:
             raise ValueError(f"memory_length is {memory_length}, but must be at least 0")
         if memory is not None:

@@ -32,6 +32,7 @@ class LanguageModel(Task):
     metrics = (Metric("bpc", "BPC", "bits per byte", "lower", nats=True),)
     architecture = "transformer_xl"
     title = "Transformer-XL"
+    config_class = LanguageModelConfig
     config: LanguageModelConfig
 
     def __init__(self, config: LanguageModelConfig, rank: int, world_size: int) -> None:
@@ -106,7 +107,7 @@ class LanguageModel(Task):
 
 
 def main() -> None:
-    run_training(LanguageModel, LanguageModelConfig, prog="python -m transformer_xl.train")
+    run_training(LanguageModel, prog="python -m transformer_xl.train")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from smoe.train.config import PROCESS_TIMEOUT, TrainConfig
+from smoe.train.config import PROCESS_TIMEOUT
 from smoe.train.loop import train
 from smoe.train.processes import join
 from smoe.train.scale import resolve_scale
@@ -28,11 +28,11 @@ Config = TypeVar("Config")
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 
 
-def run_training(task_class: type[Task], config_class: type[TrainConfig], prog: str) -> None:
+def run_training(task_class: type[Task], prog: str) -> None:
     """The ``main`` of a task: reads the command line, joins the other processes of the run, and trains."""
     config, error = None, None
     try:
-        config = parse_config(config_class, prog=prog)
+        config = parse_config(task_class.config_class, prog=prog)
     except ValueError as caught:
         error = caught
     processes = join(PROCESS_TIMEOUT if config is None else config.process_timeout)

@@ -151,6 +151,10 @@ class TrainConfig:
         """Fields that follow from others a user gave, such as the sizes of the run that a fine-tuning starts from."""
         return {}
 
+    def for_evaluation(self) -> TrainConfig:
+        """As a finished run is measured: by one process, whatever trained it."""
+        return dataclasses.replace(self, engine="auto", expert_parallel=1, fsdp=False)
+
     def resolved(self) -> TrainConfig:
         """With precision and engine as what they come to on this machine; ValueError if fmoe can't run here."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -62,9 +62,8 @@ def _read_config(folder: RunFolder, config_class: type[Config], what: str) -> Co
         name: tuple(value) if isinstance(value, list) and _takes_tuple(hints[name]) else value
         for name, value in recorded.items()
     }
-    values |= {"engine": "auto", "expert_parallel": 1, "fsdp": False}
     try:
-        return config_class(**values)
+        return config_class(**values | {"engine": "auto"}).for_evaluation()
     except (TypeError, ValueError) as error:
         raise ValueError(f"run: {folder.config_path} is not of {what}: {error}") from None
 
@@ -73,38 +72,45 @@ def _takes_tuple(hint: Any) -> bool:
     return any(get_origin(kind) is tuple for kind in (hint, *get_args(hint)))
 
 
-def evaluation_command(
-    task_class: type[Task], config_class: type[TrainConfig], *, prog: str, what: str, argv: Sequence[str] | None = None
-) -> None:
+def evaluation_command(*tasks: type[Task], prog: str, what: str, argv: Sequence[str] | None = None) -> None:
     """``python -m MODULE RUN [--k ...] [--split ...] [--data ...] [--checkpoint ...] [--LIMIT n] [--json]``.
 
-    ``what``: as in :func:`read_run`. LIMIT is ``tokens`` or ``sequences`` where the configuration has ``eval_LIMIT``.
+    Args:
+        tasks: those that a run may be of. LIMIT is ``tokens`` or ``sequences`` where a task has ``eval_LIMIT``.
+        what: as in :func:`read_run`.
     """
-    names = [field.name for field in dataclasses.fields(config_class)]
-    limit = next((name for name in ("tokens", "sequences") if f"eval_{name}" in names), None)
+    fields = {task: {field.name for field in dataclasses.fields(task.config_class)} for task in tasks}
+    limits = [name for name in ("tokens", "sequences") if any(f"eval_{name}" in names for names in fields.values())]
     parser = Parser(prog=prog, description="Measures a finished or stopped run at any k.")
     parser.add_argument("run", help="a run folder")
     parser.add_argument("--k", type=int, nargs="+", help="numbers of activated experts (default: the run's sweep)")
-    parser.add_argument("--split", choices=("valid", "test"), default=task_class.splits[-1])
+    parser.add_argument("--split", choices=("valid", "test"), help="(default: test, where there is one)")
     parser.add_argument("--data", help="the folder with the splits (default: the run's)")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
-    if limit is not None:
+    for limit in limits:
         parser.add_argument(f"--{limit}", type=int, help="evaluate on so many (default: as the run did; 0: all)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     arguments = parser.parse_args(argv)
 
-    config, checkpoint = read_run(arguments.run, config_class, what, arguments.checkpoint)
+    recorded = RunFolder(arguments.run).read_config().keys()
+    task_class = next((task for task in tasks if recorded <= fields[task]), tasks[0])
+    config, checkpoint = read_run(arguments.run, task_class.config_class, what, arguments.checkpoint)
     changes = {} if arguments.data is None else {"data": arguments.data}
-    count = None if limit is None else getattr(arguments, limit)
-    if count is not None:
+    for limit in limits:
+        count = getattr(arguments, limit)
+        if count is None:
+            continue
+        if f"eval_{limit}" not in fields[task_class]:
+            raise ValueError(f"{limit} has no effect on a run of the task {task_class.name}; leave it out")
         if count < 0:
             raise ValueError(f"{limit} is {count}; it must be 0 (all) or more")
         changes[f"eval_{limit}"] = count or None
     if arguments.k and not config.get_method().routed:
         raise ValueError(f"k is {arguments.k}; {config.method} is dense and has no experts to choose from")
     ks = [check_top_k(k, config.num_experts) for k in arguments.k] if arguments.k else config.sweep_ks()
-    if arguments.split not in task_class.splits:
-        raise ValueError(f"split is {arguments.split!r}; {task_class.name} has {', '.join(task_class.splits)}")
+    split = arguments.split or task_class.splits[-1]
+    if split not in task_class.splits:
+        raise ValueError(f"split is {split!r}; the task {task_class.name} has {', '.join(task_class.splits)}")
 
     config, processes = dataclasses.replace(config, **changes).resolved(), Processes()
     processes.configure(config)
@@ -114,15 +120,15 @@ def evaluation_command(
     load_weights(checkpoint, task, processes)
     task.model.to(processes.device)
 
-    report: dict[str, Any] = {"run": str(arguments.run), "step": checkpoint.step, "split": arguments.split}
+    report: dict[str, Any] = {"run": str(arguments.run), "step": checkpoint.step, "split": split}
     report |= {"metric": task.metrics[0].key} | {metric.key: {} for metric in task.metrics}
     for k in ks:
-        measured = measure(task, arguments.split, k, processes)
+        measured = measure(task, split, k, processes)
         report["n"] = measured.n
         for key, value in measured.values.items():
             report[key][k_name(k)] = value
         if not arguments.json:
             name = "dense" if k is None else f"k = {k:2}"
-            print(f"{name}: {arguments.split} {task.metrics[0].shown(measured.values)}", flush=True)
+            print(f"{name}: {split} {task.metrics[0].shown(measured.values)}", flush=True)
     if arguments.json:
         print(json.dumps(report, indent=2))

@@ -24,7 +24,7 @@ class Task:
         name: of the task in records, e.g. ``language_model``.
         metrics: what a split is measured by; the first one decides which checkpoint is best.
         splits: those of the final sweep.
-        config: the run's configuration.
+        config_class, config: what a run can be told, and what this run is told.
         model: the whole model, on the CPU until the loop places it.
         architecture: of the model in tables, e.g. ``transformer_xl``. title: in the first line of the output.
         blocks: the layers, which FSDP shards one by one.
@@ -36,6 +36,7 @@ class Task:
     name: ClassVar[str]
     metrics: ClassVar[tuple[Metric, ...]]
     splits: ClassVar[tuple[str, ...]] = ("valid", "test")
+    config_class: ClassVar[type[TrainConfig]]
 
     config: TrainConfig
     model: nn.Module
