@@ -1,9 +1,12 @@
-"""The README as it stands: its Python runs, its files exist, its numbers are those of results/."""
+"""The documents as they stand: their Python runs, the files they name exist, README's numbers are those of results/."""
 
 import json
+import os
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,7 +16,12 @@ from smoe.report import read_result, slimming_table, with_block
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+EXTEND = (ROOT / "docs/extend.md").read_text()
 BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.S))
+BLOCKS = re.findall(r"```python\n(.*?)```", EXTEND, flags=re.S)
+# The example of a task is a module with a main; the other blocks stand alone.
+EXAMPLES = [block for block in BLOCKS if "__main__" not in block]
+FOLDERS = "script|data|docs|Figs|results|benchmarks|smoe|transformer_xl|bert|tests"
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, flags=re.S))
@@ -24,16 +32,48 @@ def test_python_runs_as_it_stands(block):
     assert smoe.get_top_k(model) == 4 and len(smoe.smoe_layers(model)) == 2
 
 
-def test_every_file_it_names_exists():
-    named = set(re.findall(r"\b(?:script|data|docs|Figs|results|benchmarks)/[\w./-]*\w", README))
-    named |= set(re.findall(r"\]\(([\w./-]+)\)", README))
-    assert {name for name in named if not (ROOT / name).exists()} == set()
-    assert len(named) > 8
+@pytest.mark.parametrize("block", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_examples_of_how_to_extend_run(block):
+    exec(compile(block, "docs/extend.md", "exec"), {})
 
 
-def test_every_script_of_table_1_is_listed():
-    scripts = {f"script/table1/{script.name}" for script in (ROOT / "script" / "table1").glob("*.sh")}
-    assert scripts <= set(re.findall(r"script/[\w./-]+\.sh", README))
+@pytest.mark.slow
+def test_the_example_of_a_task_trains_and_is_reported(tmp_path):
+    (module,) = (block for block in BLOCKS if "__main__" in block)
+    (scales,) = re.findall(r"```yaml\n(.*?)```", EXTEND, flags=re.S)
+    (tmp_path / "majority.py").write_text(module)
+    (tmp_path / "majority.yaml").write_text(scales)
+
+    def run(*arguments):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("majority", "--method", "smoe_dropout", "--scale", "smoke", "--run_dir", "run")
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    accuracy = result["metrics"]["accuracy"]
+    assert result["task"] == "majority" and accuracy["n"] == {"valid": 256, "test": 256}
+    assert list(accuracy["test"]) == ["1", "2", "4", "8"] and accuracy["test"]["8"] > 0.9
+    assert "accuracy" in run("smoe.report", "run").lower()
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/extend.md", "benchmarks/README.md"])
+def test_every_file_it_names_exists(name):
+    text = (ROOT / name).read_text()
+    named = {ROOT / path for path in re.findall(rf"(?<![\w/])(?:{FOLDERS})/[\w./-]*[\w/]", text)}
+    named |= {(ROOT / name).parent / path for path in re.findall(r"\]\(([\w./-]+)[)#]", text)}
+    named = {path for path in named if not re.search("NAME|TASK", str(path.relative_to(ROOT)))}  # placeholders
+    assert sorted(str(path) for path in named if not path.exists()) == []
+    assert len(named) > 3
+
+
+def test_every_script_is_listed():
+    """By its name, or by its folder."""
+    scripts = [path.relative_to(ROOT) for path in (ROOT / "script").glob("table*/**/*.sh")]
+    assert [str(path) for path in scripts if str(path) not in README and f"`{path.parent}/`" not in README] == []
+    assert len(scripts) >= 18
 
 
 @pytest.mark.parametrize("line", [line for line in BASH.splitlines() if " --" in line and "table1" in line])
