@@ -85,7 +85,7 @@ def _expert_names(model: nn.Module, keys: Iterable[str]) -> set[str]:
         parts = [part for part in _parts(key) if "experts." in part]
         if not names.isdisjoint(parts):
             continue
-        for name in names:
+        for name in sorted(names):
             if any(part.endswith(f".{name}") or name.endswith(f".{part}") for part in parts):
                 raise ValueError(f"{key} is called {name} in model; pass the model whose state dict this is")
     return names
