@@ -7,8 +7,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from .experts import Experts
 from .layer import SMoE
-from .router import Routing, check_top_k
+from .router import Router, Routing, check_top_k
+from .wrappers import is_offloaded, unwrap
 
 
 def smoe_layers(model: nn.Module) -> list[tuple[str, SMoE]]:
@@ -24,13 +26,29 @@ def _layers_or_error(model: nn.Module) -> list[SMoE]:
 
 
 def check_whole(model: nn.Module, doing: str) -> None:
-    """A ValueError if experts of ``model`` are spread over ranks, since ``doing`` would see only those of this rank."""
+    """Raises a ValueError unless the router and all experts of every layer are here, for ``doing`` to read and replace.
+
+    They are not if ``parallelize`` has spread the experts over ranks, PEFT has wrapped them, or accelerate has
+    offloaded them.
+    """
     for name, layer in smoe_layers(model):
+        where = f"of layer {name or type(model).__name__}"
         if layer.dispatch is not None:
             raise ValueError(
-                f"{doing}: the experts of layer {name or type(model).__name__} are spread over ranks; do it before "
-                "parallelize, or load the result of gather_state into a model that is not spread"
+                f"{doing}: the experts {where} are spread over ranks; do it before parallelize, or load the result of "
+                "gather_state into a model that is not spread"
             )
+        for part, module, kind in (("router", layer.router, Router), ("experts", layer.experts, Experts)):
+            if unwrap(module, kind) != [module]:
+                raise ValueError(
+                    f"{doing}: {type(module).__name__} wraps the {part} {where}; do it before get_peft_model, or merge "
+                    "the adapter first (model = model.merge_and_unload())"
+                )
+            if is_offloaded(module):
+                raise ValueError(
+                    f"{doing}: accelerate has offloaded the {part} {where}; call "
+                    "accelerate.hooks.remove_hook_from_submodules(model) first"
+                )
 
 
 def set_top_k(model: nn.Module, k: int | Sequence[int]) -> None:
@@ -81,11 +99,12 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
 
     Balance losses, votes and load plots come from it: ``sum(r.balance_loss for r in routings)``. The model may be
     wrapped (DDP) or compiled, may run several passes, and blocks may be nested. Under activation checkpointing run
-    ``backward`` after the block, because a pass that is recomputed within it is recorded again.
+    ``backward`` after the block, because a pass that is recomputed within it is recorded again. With
+    ``torch.nn.DataParallel`` the routings of the GPUs come in any order, each on its own GPU.
     """
     routings: list[Routing] = []
     # Each once: layers that share a router call it once per layer and pass.
-    routers = {id(layer.router): layer.router for _, layer in smoe_layers(model)}.values()
+    routers = {id(router): router for _, layer in smoe_layers(model) for router in layer.routers}.values()
     for router in routers:
         router.watch(routings)
     try:

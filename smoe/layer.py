@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from .compute import check_compute, choose
 from .engine import Engine, resolve_engine
 from .experts import Experts, check_divisible
-from .router import RouterKind, Routing, Score, make_router
+from .router import Router, RouterKind, Routing, Score, make_router
+from .wrappers import unwrap
 
 # (x (T, d), routing, function that computes the experts of this rank) -> y (T, d)
 Dispatch = Callable[[Tensor, Routing, Callable[[Tensor, Routing], Tensor]], Tensor]
@@ -101,18 +102,24 @@ class SMoE(nn.Module):
         self.dispatch: Dispatch | None = None
 
     @property
+    def routers(self) -> list[Router]:
+        """The router; if PEFT has wrapped it, the original and its trained copies, one of which chooses the experts."""
+        return unwrap(self.router, Router)
+
+    @property
     def top_k(self) -> int:
         """k: the number of experts that each token activates. A new value takes effect with the next pass."""
-        return self.router.top_k
+        return self.routers[0].top_k
 
     @top_k.setter
     def top_k(self, value: int) -> None:
-        self.router.top_k = value
+        for router in self.routers:
+            router.top_k = value
 
     @property
     def needs_token_ids(self) -> bool:
         """Whether ``forward`` needs ``token_ids`` (hash router)."""
-        return self.router.needs_token_ids
+        return self.routers[0].needs_token_ids
 
     @property
     def scale(self) -> float:
@@ -126,9 +133,11 @@ class SMoE(nn.Module):
         """
         if self.dispatch is not None:
             raise ValueError("the experts are spread over ranks; call reset_parameters before parallelize")
-        self.experts.reset_parameters(std)
-        if any(True for _ in self.router.parameters()):
-            self.router.reset_parameters(0.02 if std is None else std)
+        for experts in unwrap(self.experts, Experts):
+            experts.reset_parameters(std)
+        for router in self.routers:
+            if any(True for _ in router.parameters()):
+                router.reset_parameters(0.02 if std is None else std)
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Tensor:
         if x.shape[-1:] != (self.d_model,):
@@ -147,13 +156,25 @@ class SMoE(nn.Module):
 
     def _mix(self, x: Tensor, routing: Routing) -> Tensor:
         """x (T, d) -> y (T, d) through the experts on this rank."""
+        return self.experts(x, routing, self._compute)
+
+    def _compute(self, x: Tensor, experts: Experts, routing: Routing) -> Tensor:
+        """Called by the experts themselves, since ``self.experts`` may be a wrapper without their attributes (PEFT)."""
         if self.engine == "fastmoe":
-            return self.experts(x, routing, self.fmoe)
+            return self.fmoe(x, experts, routing)
         # A path with its own backward computes the activation twice, which would drop other units the second time.
-        path = choose("reference" if self.experts.drops else self.compute, x, self.experts, routing)
+        path = choose("reference" if experts.drops else self.compute, x, experts, routing)
         if self.fmoe is not None:
             path = self.fmoe.replace(path, x)
-        return self.experts(x, routing, path)
+        return path(x, experts, routing)
+
+    def _replicate_for_data_parallel(self) -> SMoE:
+        if self.dispatch is not None:
+            raise ValueError(
+                "torch.nn.DataParallel runs its replicas in threads, which cannot exchange tokens; wrap a parallelized "
+                "model in DistributedDataParallel, with one process per GPU"
+            )
+        return super()._replicate_for_data_parallel()
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_hidden={self.d_hidden}, output_scale={self.output_scale}"

@@ -34,9 +34,9 @@ def sync_expert_gradients(model: nn.Module, groups: ParallelGroups) -> None:
         ValueError: a DDP in ``model`` averages the experts too.
     """
     layers = parallelized_layers(model)
+    check_ddp(model)
     if not any(layer.dispatch.unsynced for _, layer in layers):
         return
-    check_ddp(model)
     for _, layer in layers:
         layer.dispatch.unsynced = False
     gradients, averaged = [], []

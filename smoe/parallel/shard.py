@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..control import smoe_layers
+from ..experts import Experts
 from ..layer import SMoE
+from ..wrappers import is_offloaded
 from .dispatch import Dispatch
 from .groups import ParallelGroups, communication_device
 
@@ -23,7 +25,8 @@ def parallelize(model: nn.Module, groups: ParallelGroups) -> nn.Module:
     new. Modulize, slim, and count parameters and FLOPs before it. With E = 1 the model stays as it is.
 
     Raises:
-        ValueError: E does not divide the N of a layer, or a layer is parallelized already. Nothing is changed then.
+        ValueError: E does not divide the N of a layer; a layer is parallelized already; PEFT has wrapped its experts;
+            or accelerate has offloaded them. Nothing is changed then.
     """
     layers = smoe_layers(model)
     size = groups.expert_parallel
@@ -33,6 +36,9 @@ def parallelize(model: nn.Module, groups: ParallelGroups) -> nn.Module:
             raise ValueError(f"{where} has {layer.num_experts} experts, which expert_parallel = {size} does not divide")
         if layer.dispatch is not None:
             raise ValueError(f"{where} is parallelized already; call parallelize once per model")
+        _check_plain_experts(where, layer)
+        if is_offloaded(layer.experts) or is_offloaded(layer.router):
+            raise ValueError(f"accelerate has offloaded {where}; call parallelize before cpu_offload")
         if layer.engine == "fastmoe":
             from ..fastmoe import check_spread
 
@@ -71,9 +77,25 @@ def _from_rank_0(tensor: Tensor) -> Tensor:
     return value.to(tensor.device)
 
 
+def _check_plain_experts(where: str, layer: SMoE) -> None:
+    """Raises a ValueError if the experts are wrapped: the tensors of an adapter have no dimension for the experts."""
+    if not isinstance(layer.experts, Experts):
+        raise ValueError(
+            f"{type(layer.experts).__name__} wraps the experts of {where}; adapters on experts need "
+            "expert_parallel = 1, or merge them first (model = model.merge_and_unload())"
+        )
+
+
 def parallelized_layers(model: nn.Module) -> list[tuple[str, SMoE]]:
-    """(name, layer) of the SMoE layers that ``parallelize`` has made expert parallel."""
-    return [(name, layer) for name, layer in smoe_layers(model) if layer.dispatch is not None]
+    """(name, layer) of the SMoE layers that ``parallelize`` has made expert parallel.
+
+    Raises:
+        ValueError: PEFT has wrapped the experts of such a layer.
+    """
+    layers = [(name, layer) for name, layer in smoe_layers(model) if layer.dispatch is not None]
+    for name, layer in layers:
+        _check_plain_experts(f"layer {name}" if name else "the layer", layer)
+    return layers
 
 
 def expert_names(model: nn.Module) -> set[str]:
@@ -94,7 +116,8 @@ def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
 def ignore_experts_in_ddp(model: nn.Module) -> None:
     """Makes DDP ignore the local experts when it wraps ``model``: they differ between the ranks.
 
-    ``parallelize`` does it for its model. Call this for a module around that model if DDP is to wrap it instead.
+    ``parallelize`` does it for its model. If DDP is to wrap a module around that model (a PeftModel, for example), call
+    this for it first: DDP would overwrite the experts of all ranks with rank 0's.
     """
     names = expert_names(model)
     names |= {f"_orig_mod.{name}" for name in names}  # the names that torch.compile gives them
@@ -115,9 +138,9 @@ def check_ddp(model: nn.Module) -> None:
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """The model inside DDP and torch.compile."""
+    """The model inside DDP, DataParallel and torch.compile."""
     while True:
-        if isinstance(model, DistributedDataParallel):
+        if isinstance(model, (DataParallel, DistributedDataParallel)):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod

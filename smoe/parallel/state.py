@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,15 @@ def gather_state(tensors: Mapping[str, Tensor], model: nn.Module, groups: Parall
             ``state/layers.0.mlp.experts.up/exp_avg``. A state without dimensions (a step count) is taken to be equal on
             all ranks.
         model: the parallelized model, with or without DDP around it.
+
+    Raises:
+        ValueError: a key names an expert parameter by another path than in ``model``; or a tensor is on the meta
+            device, where accelerate's offloading leaves it.
     """
-    names, whole = expert_names(unwrap_model(model)), {}
+    names, whole = _expert_names(model, tensors), {}
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"{key} is on the meta device, without values; call gather_state before cpu_offload")
     # The ranks of the first group hold every expert; the others have nothing to send.
     for key in sorted(tensors):
         tensor = tensors[key]
@@ -54,10 +61,13 @@ def shard_state(whole: Mapping[str, Tensor], model: nn.Module, groups: ParallelG
         whole: what ``gather_state`` returned, or a checkpoint of a single process; the same on every rank.
         model: the parallelized model. For a model that is neither parallelized nor sharded, the tensors stay as they
             are.
+
+    Raises:
+        ValueError: a key names an expert parameter by another path than in ``model``.
     """
-    model = unwrap_model(model)
-    names, shards = expert_names(model), {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))  # a state dict has tied parameters by each name
+    names, shards = _expert_names(model, whole), {}
+    # Tied parameters by each of their names, as in a state dict.
+    parameters = dict(unwrap_model(model).named_parameters(remove_duplicate=False))
     for key, tensor in whole.items():
         if _is_of_experts(key, tensor, names):
             tensor = groups.scatter_experts(tensor).clone()
@@ -66,6 +76,19 @@ def shard_state(whole: Mapping[str, Tensor], model: nn.Module, groups: ParallelG
             tensor = distribute(tensor, parameter)
         shards[key] = tensor
     return shards
+
+
+def _expert_names(model: nn.Module, keys: Iterable[str]) -> set[str]:
+    """The names of expert parameters in ``model``. ``keys`` must use them, or a shard would pass for a whole tensor."""
+    names = expert_names(unwrap_model(model))
+    for key in keys:
+        parts = [part for part in _parts(key) if "experts." in part]
+        if not names.isdisjoint(parts):
+            continue
+        for name in sorted(names):
+            if any(part.endswith(f".{name}") or name.endswith(f".{part}") for part in parts):
+                raise ValueError(f"{key} is called {name} in model; pass the model whose state dict this is")
+    return names
 
 
 def _is_of_experts(key: str, tensor: Tensor, names: set[str]) -> bool:

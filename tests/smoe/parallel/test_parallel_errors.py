@@ -62,7 +62,7 @@ def test_one_clear_line_on_every_rank():
         "layer 1 has 3 experts, which expert_parallel = 2 does not divide",
         "k is 1 on rank 0, 2 on rank 1; lr is 0.0 on rank 0, 0.1 on rank 1; every rank must have the same",
         "layer mlps.0 is parallelized already; call parallelize once per model",
-        "the experts are spread over ranks; draw weights before parallelize, whole",
+        "the experts are spread over ranks; call reset_parameters before parallelize",
     ]
     assert lines[:6] == expected
     assert lines[6].startswith("top_k is 2 on rank 0, 3 on rank 1; ")
