@@ -24,7 +24,12 @@ SUFFIXES = (".txt", ".xz", ".gz")
 # Files about books, by their names without SUFFIXES, in upper or lower case.
 NOTES = {"readme", "license", "licence", "copying", "copyright", "notice", "source", "sources", "authors", "changelog"}
 MAX_FILE_BYTES = 1_000_000_000  # of text in one file: a file is one document, and is read as a whole
+# Tokenizers need much memory for a long text, and hours for a word of millions of characters.
+PIECE_LENGTH = 10_000  # characters after which a paragraph is cut
+MAX_WORD_LENGTH = 10_000  # characters without a blank between them
 HELD_OUT, MOST_HELD_OUT = 0.05, 20_000_000  # valid and test each: this share of the bytes, at most so many
+_TOO_LONG_WORD = re.compile(rf"(?<!\S)\S{{{MAX_WORD_LENGTH + 1}}}")
+_UNEVEN_BLANKS = re.compile(r" \s+|[^\S ]\s*")  # any but a single space
 
 
 @dataclass(frozen=True)
@@ -85,16 +90,27 @@ def listed(before: str, files: Sequence[Path], most: int = 5) -> str:
 
 
 def from_files(files: Sequence[Path], name: str = "text") -> Corpus:
-    """Every file is a document: plain UTF-8, or .xz or .gz of it. Its SHA-256 is recorded, its path is not."""
+    """Every file is a document: plain UTF-8, or .xz or .gz of it. Its SHA-256 is recorded, its path is not.
+
+    Iterating over the documents raises ValueError for a file that can't be read, is larger than MAX_FILE_BYTES, or has
+    a word longer than MAX_WORD_LENGTH.
+    """
 
     def documents() -> Iterator[str]:
         for file in files:
             try:
-                yield b"".join(read_file(file, MAX_FILE_BYTES)).decode("utf-8-sig")
+                text = b"".join(read_file(file, MAX_FILE_BYTES)).decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 raise ValueError(f"source: {file} is not UTF-8 text (byte {error.start})") from None
             except SourceError as error:
                 raise ValueError(f"source: {file} {error}") from None
+            if found := _TOO_LONG_WORD.search(text):
+                length = re.compile(r"\S+").match(text, found.start()).end() - found.start()
+                raise ValueError(
+                    f"source: {file} has a word of {length} characters, expected at most {MAX_WORD_LENGTH}; "
+                    "it must be text with blanks between its words"
+                )
+            yield text
 
     return Corpus(name, [[file.name, sha256_file(file)] for file in files], documents)
 
@@ -175,18 +191,32 @@ class Store:
                     break
 
     def lines(self, indices: Iterable[int]) -> Iterator[list[str]]:
-        """The paragraphs of each of these documents."""
+        """The paragraphs of each of these documents, very long ones in pieces."""
         with open(self.path, "rb") as file:
             for index in indices:
                 offset, size = self.spans[index]
                 file.seek(offset)
-                yield file.read(size).decode().splitlines()
+                yield [piece for line in file.read(size).decode().splitlines() for piece in pieces(line)]
 
 
 def unwrap(text: str) -> str:
     """One paragraph a line, each ended by a line break: lines that an empty one doesn't separate belong together."""
-    paragraphs = (" ".join(part.split()) for part in re.split(r"\r?\n[ \t]*\r?\n", text))
+    # " ".join(part.split()), without a list of all words: a book may be a single paragraph.
+    paragraphs = (_UNEVEN_BLANKS.sub(" ", part).strip() for part in re.split(r"\r?\n[ \t]*\r?\n", text))
     return "".join(paragraph + "\n" for paragraph in paragraphs if paragraph)
+
+
+def pieces(paragraph: str, length: int = PIECE_LENGTH) -> Iterator[str]:
+    """`paragraph` cut at the first blank after each `length` characters, into pieces with the same tokens as the whole.
+
+    Tokenizers cut text into words there anyway. A piece keeps the blank before it: for some tokenizers the word after a
+    blank is another one than without.
+    """
+    start = 0
+    while (end := paragraph.find(" ", start + length)) >= 0:
+        yield paragraph[start:end]
+        start = end
+    yield paragraph[start:]
 
 
 def hold_out(sizes: Sequence[int], digests: Sequence[str], whole: bool) -> dict[str, list[int]]:

@@ -18,7 +18,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from data.folder import RECORD, move_in, read_pieces, scratch, sha256_file
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 SPLITS = ("train", "valid", "test")
+BATCH_LENGTH = 1_000_000  # characters tokenised at a time
 # By scale: entries of the vocabulary, and bytes of text (None: all there is).
 SCALES = {
     "paper": {"vocab_size": {"bert": 30522, "roberta": 50265}, "max_bytes": None},
@@ -67,6 +68,8 @@ def prepare(out: Path, corpus: Corpus, request: dict[str, Any], tokenizer_paths:
         store = Store(partial / "text")
         store.fill(corpus.documents(), request["max_bytes"])
         parts = hold_out([size for _, size in store.spans], store.digests, corpus.whole)
+        megabytes = sum(size for _, size in store.spans) / 1e6
+        print(f"bookcorpus: {len(store.spans)} documents, {megabytes:.1f} MB, to be tokenised", file=sys.stderr)
         tokenizer = given or train_tokenizer(
             model, lambda: (line for lines in store.lines(parts["train"]) for line in lines), request["vocab_size"]
         )
@@ -113,7 +116,9 @@ def prepare(out: Path, corpus: Corpus, request: dict[str, Any], tokenizer_paths:
     return meta
 
 
-def write_blocks(path: Path, tokenizer: Any, documents: Any, block_length: int, ids: dict[str, int], dtype: str) -> int:
+def write_blocks(
+    path: Path, tokenizer: Any, documents: Iterable[list[str]], block_length: int, ids: dict[str, int], dtype: str
+) -> int:
     """Tokenise `documents` (lists of paragraphs) into blocks (n, block_length) of `dtype` at `path`; return n.
 
     What does not fill the last block is left out.
@@ -122,10 +127,8 @@ def write_blocks(path: Path, tokenizer: Any, documents: Any, block_length: int, 
 
     room, waiting, blocks = block_length - 2, np.empty(0, dtype=dtype), 0
     with open(path, "wb") as file:
-        for number, paragraphs in enumerate(documents):
-            encoded = tokenizer.encode_batch(paragraphs, add_special_tokens=False)
-            tokens = [[ids["end"]]] * bool(number) + [encoding.ids for encoding in encoded]
-            waiting = np.concatenate([waiting, *(np.asarray(part, dtype=dtype) for part in tokens)])
+        for tokens in _encode(tokenizer, documents, ids["end"]):
+            waiting = np.concatenate([waiting, np.asarray(tokens, dtype=dtype)])
             full = len(waiting) // room
             block = np.empty((full, block_length), dtype=dtype)
             block[:, 0], block[:, -1] = ids["start"], ids["end"]
@@ -133,6 +136,29 @@ def write_blocks(path: Path, tokenizer: Any, documents: Any, block_length: int, 
             file.write(block.tobytes())
             waiting, blocks = waiting[full * room :], blocks + full
     return blocks
+
+
+def _encode(tokenizer: Any, documents: Iterable[list[str]], end: int) -> Iterator[list[int]]:
+    """Token ids of all documents in order, with `end` between them, in parts that bound what is in memory at a time."""
+    for number, paragraphs in enumerate(documents):
+        if number:
+            yield [end]
+        for batch in _batches(paragraphs):
+            encodings = tokenizer.encode_batch(batch, add_special_tokens=False)
+            yield [token for encoding in encodings for token in encoding.ids]
+
+
+def _batches(paragraphs: list[str], max_length: int = BATCH_LENGTH) -> Iterator[list[str]]:
+    """`paragraphs` in order, in lists of at most `max_length` characters, or of a single one."""
+    batch: list[str] = []
+    length = 0
+    for paragraph in paragraphs:
+        if batch and length + len(paragraph) > max_length:
+            yield batch
+            batch, length = [], 0
+        batch.append(paragraph)
+        length += len(paragraph)
+    yield batch
 
 
 def default_corpus() -> Corpus:

@@ -5,20 +5,23 @@ import hashlib
 import json
 import lzma
 import os
+import re
 import sys
 import types
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 pytest.importorskip("tokenizers", reason="needs tokenizers: pip install .[hf]")
 from tokenizers import Tokenizer  # noqa: E402
 
 from data.bookcorpus import corpus as corpus_module  # noqa: E402
 from data.bookcorpus import prepare as bookcorpus  # noqa: E402
-from data.bookcorpus.corpus import Store, from_enwik8, from_hub, hold_out, text_files, unwrap  # noqa: E402
+from data.bookcorpus.corpus import Store, from_enwik8, from_hub, hold_out, pieces, text_files, unwrap  # noqa: E402
 from data.bookcorpus.wikitext import articles, strip_markup  # noqa: E402
 from data.enwik8.prepare import cut  # noqa: E402
 from data.errors import SourceError  # noqa: E402
@@ -224,6 +227,62 @@ def test_unwrap_joins_lines_and_keeps_paragraphs():
     assert unwrap(" \n\n ") == ""
 
 
+@hypothesis.given(st.text(st.sampled_from("ab \n\r\t\x0b\x1c\x85\xa0\u2028\u3000"), max_size=40))
+def test_unwrap_is_its_definition(text):
+    parts = re.split(r"\r?\n[ \t]*\r?\n", text)
+    assert unwrap(text) == "".join(" ".join(part.split()) + "\n" for part in parts if part.split())
+
+
+def test_long_paragraphs_are_cut_without_a_change_of_tokens(source, tmp_path):
+    paragraph = " ".join(story(n).replace("\n\n", " ").strip() for n in range(5))
+    longest = max(map(len, paragraph.split()))
+    for length in (1, 7, 500, len(paragraph)):
+        cut = list(pieces(paragraph, length))
+        assert "".join(cut) == paragraph
+        assert all(length <= len(piece) <= length + 1 + longest for piece in cut[:-1])
+    assert len(list(pieces(paragraph, 500))) > 10
+    assert list(pieces("", 5)) == [""] and list(pieces("x" * 20, 5)) == ["x" * 20]
+    tokenizers = []
+    for model in ("bert", "roberta"):
+        assert small(source, tmp_path / model, model) == 0
+        tokenizers.append(read(tmp_path / model)[1])
+    without_prefix = json.loads(tokenizers[1].to_str())
+    assert without_prefix["pre_tokenizer"]["add_prefix_space"]
+    without_prefix["pre_tokenizer"]["add_prefix_space"] = False
+    tokenizers.append(Tokenizer.from_str(json.dumps(without_prefix)))
+    for tokenizer in tokenizers:
+        whole = tokenizer.encode(paragraph, add_special_tokens=False).ids
+        for length in (1, 7, 500):
+            parts = [tokenizer.encode(piece, add_special_tokens=False).ids for piece in pieces(paragraph, length)]
+            assert [token for part in parts for token in part] == whole
+
+
+def test_a_tokenizer_is_given_little_at_a_time(tmp_path):
+    """Of a book in a single line too, since tokenizers need many times the memory of their input."""
+    lengths = []
+
+    class Tokens:
+        def encode_batch(self, batch, add_special_tokens):
+            lengths.append(sum(map(len, batch)))
+            assert max(map(len, batch)) < 10_100
+            return [types.SimpleNamespace(ids=[len(word) for word in text.split()]) for text in batch]
+
+    text = "some words and " * 80_000 + "end"
+    store = Store(tmp_path / "text")
+    store.fill([text, "a second\n\none", text.replace("some", "more\n\n")])
+    ids = {"start": 100, "end": 101}
+    blocks = bookcorpus.write_blocks(tmp_path / "out", Tokens(), store.lines([0, 1]), 12, ids, "uint16")
+    assert len(lengths) == 3 and max(lengths) <= 1_000_000
+    rows = np.fromfile(tmp_path / "out", dtype="uint16").reshape(-1, 12)
+    tokens = [4, 5, 3] * 80_000 + [3, 101, 1, 6, 3]
+    assert blocks == len(rows) == len(tokens) // 10
+    assert (rows[:, 0] == 100).all() and (rows[:, -1] == 101).all()
+    assert np.array_equal(rows[:, 1:-1].reshape(-1), tokens[: 10 * blocks])
+    lengths.clear()
+    bookcorpus.write_blocks(tmp_path / "out", Tokens(), store.lines([2]), 12, ids, "uint16")
+    assert len(lengths) == 2 and max(lengths) <= 1_000_000
+
+
 def test_max_bytes_stops_early_but_leaves_three_documents(tmp_path):
     store = Store(tmp_path / "text")
     store.fill((story(n) for n in range(20)), max_bytes=1)
@@ -374,7 +433,20 @@ def test_fallback_can_be_read_twice():
 
 
 # ---- mistakes -----------------------------------------------------------------------------------------------------
-def test_bad_input_is_one_line_and_leaves_nothing(source, tmp_path, capsys):
+def test_a_word_of_megabytes_is_one_line(source, tmp_path, capsys):
+    (source / "word.txt").write_text(f"a {'x' * 10_000} fits\n\n{'y' * 20_000_000} end")
+    assert small(source, tmp_path / "out") == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == (
+        f"error: bookcorpus: source: {source / 'word.txt'} has a word of 20000000 characters, expected at most 10000; "
+        "it must be text with blanks between its words"
+    )
+    assert list((tmp_path / "out").iterdir()) == []
+    (source / "word.txt").write_text(f"a {'x' * 10_000} fits\n\n")
+    assert small(source, tmp_path / "out") == 0
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(source, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "about").mkdir()
     (tmp_path / "about" / "README.txt").write_text("about nothing")
@@ -388,7 +460,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(source, tmp_path, capsys):
     (tmp_path / "latin").mkdir()
     (tmp_path / "latin" / "a.txt").write_bytes("caf\xe9".encode("latin-1"))
     (tmp_path / "latin" / "b.xz").write_bytes(b"\xfd7zXZ\x00 damaged")
+    (tmp_path / "bomb.xz").write_bytes(lzma.compress(b"a " * 600_000, preset=1))
+    monkeypatch.setattr(corpus_module, "MAX_FILE_BYTES", 1_000_000)
+    (tmp_path / "large.txt").write_bytes(b"a " * 600_000)
     cases = [
+        ([tmp_path / "bomb.xz"], [], "bomb.xz holds more than 1000000 bytes"),
+        ([tmp_path / "large.txt"], [], "large.txt holds more than 1000000 bytes"),
         ([tmp_path / "nowhere"], [], "no such file or folder"),
         ([tmp_path / "empty"], [], "no .txt, .xz, .gz file in"),
         ([tmp_path / "about"], [], "no .txt, .xz, .gz file in {}; left out: README.txt".format(tmp_path / "about")),
