@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..experts import Experts
 from ..router import Routing
-from .fast_path import FAST_PATHS, FastPath, Inputs, Parameters
+from .fast_path import FAST_PATHS, FastPath, Inputs, Parameters, each
 from .function import run
 from .hidden import activated, flatten, kept_units, linear_gradients, may_fuse_relu, unflatten
 from .products import group_dots, mm_into, scale_
@@ -69,7 +69,7 @@ def backward(
     grad_x = torch.empty_like(x)
     grad_weights = torch.empty_like(weights) if need_weights else None
     blocks, kept = _blocks(x, num_experts, h), unflatten(saved, gated)
-    grads_linear = kept if reuse else [units.empty_like() for units in kept]
+    grads_linear = kept if reuse else [each(torch.empty_like, units) for units in kept]
     buffers = [x.new_empty(num_tokens * (blocks[0].stop * h)) for _ in range(3 if gated else 2)]
     for block, units, grad_linear in zip(blocks, kept, grads_linear, strict=True):
         block_weights, block_grads = weights[:, block], _units(grads, block, h)
@@ -128,7 +128,7 @@ def dense_weights(weights: Tensor, indices: Tensor, num_experts: int, absent: bo
 
 def _side_by_side(parameters: Parameters) -> Parameters:
     """All experts as one dense MLP: (N, h, d) -> (H, d), (N, h) -> (H,); down_bias stays (N, d)."""
-    return Parameters(*(None if p is None else p.flatten(0, 1) for p in parameters[:5]), parameters.down_bias)
+    return each(lambda p: p.flatten(0, 1), parameters)._replace(down_bias=parameters.down_bias)
 
 
 def _hidden_of(block: slice, h: int) -> slice:
@@ -138,7 +138,7 @@ def _hidden_of(block: slice, h: int) -> slice:
 
 def _units(mlp: Parameters, block: slice, h: int) -> Parameters:
     """What belongs to the hidden units of a block, without down_bias."""
-    return Parameters(*(None if p is None else p[_hidden_of(block, h)] for p in mlp[:5]), None)
+    return each(lambda p: p[_hidden_of(block, h)], mlp._replace(down_bias=None))
 
 
 def _blocks(x: Tensor, num_experts: int, h: int) -> list[slice]:

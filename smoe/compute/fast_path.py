@@ -21,8 +21,14 @@ class Parameters(NamedTuple):
     down: Any
     down_bias: Any
 
-    def to(self, dtype: torch.dtype) -> Parameters:
-        return Parameters(*(None if p is None else p.to(dtype) for p in self))
+
+def each(function: Callable[[Any], Any], entries: Any) -> Any:
+    """A named tuple like ``entries``: ``function`` of each, None where that is None."""
+    return type(entries)(*(None if entry is None else function(entry) for entry in entries))
+
+
+def cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:
+    return each(lambda p: p.to(dtype), parameters)
 
 
 class Inputs(NamedTuple):
@@ -36,7 +42,7 @@ class Inputs(NamedTuple):
 
     def cast(self) -> Inputs:
         """With everything in the dtype of x."""
-        return self._replace(weights=self.weights.to(self.x.dtype), parameters=self.parameters.to(self.x.dtype))
+        return self._replace(weights=self.weights.to(self.x.dtype), parameters=cast(self.parameters, self.x.dtype))
 
 
 class FastPath(NamedTuple):

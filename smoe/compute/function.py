@@ -10,7 +10,7 @@ from ..activation import ACTIVATIONS
 from ..experts import Experts
 from ..uncompiled import uncompiled
 from .compiled import experts_op
-from .fast_path import Inputs, Parameters, run_backward, run_forward
+from .fast_path import Inputs, Parameters, cast, run_backward, run_forward
 from .products import product_dtype
 
 
@@ -39,7 +39,7 @@ _run_uncompiled = uncompiled(run)
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, path, x, weights, indices, activation, *parameters):
-        casts, keep = Parameters(*parameters).to(x.dtype), any(ctx.needs_input_grad)
+        casts, keep = cast(Parameters(*parameters), x.dtype), any(ctx.needs_input_grad)
         y, saved = run_forward(path, Inputs(x, weights, indices, activation, casts), keep)
         if keep:
             ctx.save_for_backward(x, weights, indices, *casts, *saved)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..activation import ACTIVATIONS, Activation
-from .fast_path import Parameters
+from .fast_path import Parameters, each
 from .products import linear, uses_onednn
 
 
@@ -25,10 +25,7 @@ class Kept(NamedTuple):
     gate: Tensor | None = None
 
     def rows(self, part: slice) -> Kept:
-        return Kept(*(None if t is None else t[part] for t in self))
-
-    def empty_like(self) -> Kept:
-        return Kept(*(None if t is None else torch.empty_like(t) for t in self))
+        return each(lambda t: t[part], self)
 
 
 def flatten(kept: list[Kept]) -> list[Tensor]:
