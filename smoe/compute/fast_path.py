@@ -32,13 +32,17 @@ def cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:
 
 
 class Inputs(NamedTuple):
-    """x (T, d); weights (T, k) and indices (T, k), or weights (T, N) and no indices: every token visits all experts."""
+    """x (T, d); weights (T, k) and indices (T, k), or weights (T, N) and no indices: every token visits all experts.
+
+    dropout: the rate at which hidden units are set to 0. Unlike in nn.Dropout the others stay as they are.
+    """
 
     x: Tensor
     weights: Tensor
     indices: Tensor | None
     activation: Activation
     parameters: Parameters
+    dropout: float = 0.0
 
     def cast(self) -> Inputs:
         """With everything in the dtype of x."""
@@ -52,7 +56,7 @@ class FastPath(NamedTuple):
     backward(inputs, grad_y, saved, grads, need_weights, reuse) -> gradients of x and of weights (None unless
         ``need_weights``). Writes the gradients of the parameters into ``grads``, where None means not wanted. With
         ``reuse`` it may overwrite what was saved.
-    saved_shapes(x, indices, num_experts, h) -> the shapes of what forward saves; gated experts: each of them twice.
+    saved_shapes(x, indices, num_experts, h) -> the shapes of what forward saves without dropout; gated: each twice.
     """
 
     forward: Callable[[Inputs, bool], tuple[Tensor, list[Tensor]]]

@@ -21,10 +21,10 @@ from torch import Tensor
 from ..experts import Experts
 from ..router import Routing
 from .dense import dense_weights
-from .fast_path import FAST_PATHS, FastPath, Inputs, Parameters, each
+from .fast_path import FAST_PATHS, FastPath, Inputs, Parameters
 from .function import run
 from .grouping import Grouping, group
-from .hidden import activated, flatten, kept_units, linear_gradients, may_fuse_relu, unflatten
+from .hidden import activated, flatten, kept_units, linear_gradients, may_fuse_relu, room_for_gradients, unflatten
 from .products import combine, group_dots, mm_into
 
 
@@ -35,14 +35,14 @@ def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
 
 def forward(inputs: Inputs, keep: bool) -> tuple[Tensor, list[Tensor]]:
     """See ``FastPath``. What is saved is one ``Kept`` per expert."""
-    x, weights, indices, activation, parameters = inputs
+    x, weights, indices, activation, parameters, _ = inputs
     num_experts, h = parameters.up.shape[:2]
     experts = _per_expert(parameters, num_experts)
     grouping = group(x, indices, num_experts)
     weights = grouping.without_absent(weights)
     fuse = may_fuse_relu(x, indices.numel() * h, parameters, activation)
     rows = x.new_empty(grouping.longest, x.shape[1])
-    kept = [kept_units(_gather(x, grouping, e, rows), expert, activation, fuse) for e, expert in enumerate(experts)]
+    kept = [kept_units(_gather(x, grouping, e, rows), expert, inputs, fuse) for e, expert in enumerate(experts)]
     hidden_buffer = x.new_empty(max(end - start for chunk in grouping.chunks for start, end in chunk.spans), h)
 
     def output(e: int, part: slice, out: Tensor) -> None:
@@ -81,7 +81,7 @@ def backward(
 
     * Without need_weights 2h < d, since narrow multiplies two tensors (n, h) and early one (n, d).
     """
-    x, weights, indices, activation, parameters = inputs
+    x, weights, indices, activation, parameters, _ = inputs
     (num_experts, h, d), gated = parameters.up.shape, parameters.gate is not None
     narrow = h < d if need_weights else 2 * h < d
     early, late = not narrow and not need_weights, not narrow and need_weights
@@ -91,8 +91,8 @@ def backward(
     all_pair_weights = grouping.by_pair(weights)
     # One entry more, for absent slots.
     grad_pair_weights = all_pair_weights.new_zeros(grouping.num_pairs + 1, 1) if need_weights else None
-    kept = unflatten(saved, gated)
-    grads_linear = kept if reuse else [each(torch.empty_like, units) for units in kept]
+    kept = unflatten(saved, inputs)
+    grads_linear = room_for_gradients(kept, reuse)
     # One buffer for rows of grad_y and of x, which are gathered when those of grad_y are done with: half the cache.
     rows_buffer = x.new_empty(grouping.longest, d)
     hidden_buffers = [x.new_empty(grouping.longest, h) for _ in range(3 if gated else 2)]
