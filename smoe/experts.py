@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .activation import get_activation
+from .dropout import dropout
 
 
 def _check_size(name: str, value: int) -> None:
@@ -98,7 +98,7 @@ class Experts(nn.Module):
         """
         act = self.activation(up if gate is None else gate)
         if self.drops:
-            act = F.dropout(act, self.dropout)
+            act = dropout(act, self.dropout)
         return act if gate is None else act * up
 
     def forward(self, x: Tensor, routing: Any, compute: Callable[[Tensor, Experts, Any], Tensor]) -> Tensor:

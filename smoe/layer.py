@@ -52,8 +52,7 @@ class SMoE(nn.Module):
             installed where torch would loop over the experts on a CUDA device.
         bias: whether both linear layers of an expert have a bias.
         gated: Llama-style experts, ``act(gate(x)) * up(x)``.
-        dropout: rate of the dropout on the hidden units, 0 to 1. The experts are then computed by path ``reference``
-            in training, which is slower.
+        dropout: rate of the dropout on the hidden units of every expert, 0 to 1.
         seed: of the router; None draws from PyTorch's global generator.
         vocab_size: the number of token ids, for the hash router only.
         compute: the path that computes the experts: ``auto`` or a name of ``smoe.compute.PATHS``.
@@ -162,8 +161,7 @@ class SMoE(nn.Module):
         """Called by the experts themselves, since ``self.experts`` may be a wrapper without their attributes (PEFT)."""
         if self.engine == "fastmoe":
             return self.fmoe(x, experts, routing)
-        # A path with its own backward computes the activation twice, which would drop other units the second time.
-        path = choose("reference" if experts.drops else self.compute, x, experts, routing)
+        path = choose(self.compute, x, experts, routing)
         if self.fmoe is not None:
             path = self.fmoe.replace(path, x)
         return path(x, experts, routing)

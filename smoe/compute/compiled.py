@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..activation import ACTIVATIONS
-from .fast_path import FAST_PATHS, Inputs, Parameters, run_backward, run_forward
+from .fast_path import FAST_PATHS, Inputs, Parameters, each, run_backward, run_forward
 from .grouping import most_padding
 
 
@@ -70,7 +70,7 @@ def experts_backward_op(
     need_weights: bool,
 ) -> list[Tensor]:
     parameters = Parameters(up, up_bias, gate, gate_bias, down, down_bias)
-    dtypes = Parameters(*(None if p is None else p.dtype for p in parameters))
+    dtypes = each(lambda p: p.dtype, parameters)
     saved = []
     if x.shape[0]:
         shapes = FAST_PATHS[path].saved_shapes(x, indices, *up.shape[:2])

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..experts import Experts
 from ..router import Routing
-from .fast_path import FAST_PATHS, FastPath, Inputs, Parameters
+from .fast_path import FAST_PATHS, FastPath, Inputs, Parameters, each
 from .function import run
-from .hidden import activated, flatten, kept_units, linear_gradients, may_fuse_relu, unflatten
+from .hidden import activated, flatten, kept_units, linear_gradients, may_fuse_relu, room_for_gradients, unflatten
 from .products import group_dots, mm_into, scale_
 
 # Bytes of a block of hidden units: those of some experts, side by side, for all tokens.
@@ -35,41 +35,43 @@ def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
 
 def forward(inputs: Inputs, keep: bool) -> tuple[Tensor, list[Tensor]]:
     """See ``FastPath``. What is saved is one ``Kept`` per block of experts."""
-    x, weights, _, activation, parameters = inputs
+    x, weights, _, activation, parameters, _ = inputs
     (num_tokens, num_experts), h = weights.shape, parameters.up.shape[1]
     mlp = _side_by_side(parameters)
     fuse = may_fuse_relu(x, num_tokens * num_experts * h, parameters, activation)
     blocks = _blocks(x, num_experts, h)
     edges = _row_edges(x, num_experts * h)
-    kept = [kept_units(x, _units(mlp, block, h), activation, fuse) for block in blocks] if keep else []
+    # With dropout also without `keep`: checkpointing runs forward both ways, and both must draw the same masks.
+    at_once = keep or inputs.dropout > 0
+    kept = [kept_units(x, _units(mlp, block, h), inputs, fuse) for block in blocks] if at_once else []
     y = x.new_empty(x.shape)
     scaled = x.new_empty(edges[1], num_experts * h)
     block_buffer = x.new_empty(edges[1] * blocks[0].stop * h)
     for first, end in zip(edges[:-1], edges[1:], strict=True):
         rows = slice(first, end)
         for i, block in enumerate(blocks):
-            here = kept[i].rows(rows) if keep else kept_units(x[rows], _units(mlp, block, h), activation, fuse)
+            here = kept[i].rows(rows) if at_once else kept_units(x[rows], _units(mlp, block, h), inputs, fuse)
             # Not straight into the columns of `scaled`: PyTorch's GELU ignores the strides of its output.
             hidden = activated(here, activation, block_buffer[: here.up.numel()].view(here.up.shape))
             scale_(hidden, weights[rows, block], scaled[: end - first, _hidden_of(block, h)])
         mm_into(y[rows], scaled[: end - first], mlp.down)
     if mlp.down_bias is not None:
         y.addmm_(weights, mlp.down_bias)
-    return y, flatten(kept)
+    return y, flatten(kept) if keep else []
 
 
 def backward(
     inputs: Inputs, grad_y: Tensor, saved: list[Tensor], grads: Parameters, need_weights: bool, reuse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """See ``FastPath``. The gradients of the parameters block after block, for all tokens; then that of x."""
-    x, weights, _, activation, parameters = inputs
+    x, weights, _, activation, parameters, _ = inputs
     (num_tokens, num_experts), h = weights.shape, parameters.up.shape[1]
     mlp, grads = _side_by_side(parameters), _side_by_side(grads)
     gated = mlp.gate is not None
     grad_x = torch.empty_like(x)
     grad_weights = torch.empty_like(weights) if need_weights else None
-    blocks, kept = _blocks(x, num_experts, h), unflatten(saved, gated)
-    grads_linear = kept if reuse else [units.empty_like() for units in kept]
+    blocks, kept = _blocks(x, num_experts, h), unflatten(saved, inputs)
+    grads_linear = room_for_gradients(kept, reuse)
     buffers = [x.new_empty(num_tokens * (blocks[0].stop * h)) for _ in range(3 if gated else 2)]
     for block, units, grad_linear in zip(blocks, kept, grads_linear, strict=True):
         block_weights, block_grads = weights[:, block], _units(grads, block, h)
@@ -128,7 +130,7 @@ def dense_weights(weights: Tensor, indices: Tensor, num_experts: int, absent: bo
 
 def _side_by_side(parameters: Parameters) -> Parameters:
     """All experts as one dense MLP: (N, h, d) -> (H, d), (N, h) -> (H,); down_bias stays (N, d)."""
-    return Parameters(*(None if p is None else p.flatten(0, 1) for p in parameters[:5]), parameters.down_bias)
+    return each(lambda p: p.flatten(0, 1), parameters)._replace(down_bias=parameters.down_bias)
 
 
 def _hidden_of(block: slice, h: int) -> slice:
@@ -138,7 +140,7 @@ def _hidden_of(block: slice, h: int) -> slice:
 
 def _units(mlp: Parameters, block: slice, h: int) -> Parameters:
     """What belongs to the hidden units of a block, without down_bias."""
-    return Parameters(*(None if p is None else p[_hidden_of(block, h)] for p in mlp[:5]), None)
+    return each(lambda p: p[_hidden_of(block, h)], mlp._replace(down_bias=None))
 
 
 def _blocks(x: Tensor, num_experts: int, h: int) -> list[slice]:

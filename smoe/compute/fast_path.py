@@ -21,22 +21,32 @@ class Parameters(NamedTuple):
     down: Any
     down_bias: Any
 
-    def to(self, dtype: torch.dtype) -> Parameters:
-        return Parameters(*(None if p is None else p.to(dtype) for p in self))
+
+def each(function: Callable[[Any], Any], entries: Any) -> Any:
+    """A named tuple like ``entries``: ``function`` of each, None where that is None."""
+    return type(entries)(*(None if entry is None else function(entry) for entry in entries))
+
+
+def cast(parameters: Parameters, dtype: torch.dtype) -> Parameters:
+    return each(lambda p: p.to(dtype), parameters)
 
 
 class Inputs(NamedTuple):
-    """x (T, d); weights (T, k) and indices (T, k), or weights (T, N) and no indices: every token visits all experts."""
+    """x (T, d); weights (T, k) and indices (T, k), or weights (T, N) and no indices: every token visits all experts.
+
+    dropout: the rate at which hidden units are set to 0. Unlike in nn.Dropout the others stay as they are.
+    """
 
     x: Tensor
     weights: Tensor
     indices: Tensor | None
     activation: Activation
     parameters: Parameters
+    dropout: float = 0.0
 
     def cast(self) -> Inputs:
         """With everything in the dtype of x."""
-        return self._replace(weights=self.weights.to(self.x.dtype), parameters=self.parameters.to(self.x.dtype))
+        return self._replace(weights=self.weights.to(self.x.dtype), parameters=cast(self.parameters, self.x.dtype))
 
 
 class FastPath(NamedTuple):
@@ -46,7 +56,7 @@ class FastPath(NamedTuple):
     backward(inputs, grad_y, saved, grads, need_weights, reuse) -> gradients of x and of weights (None unless
         ``need_weights``). Writes the gradients of the parameters into ``grads``, where None means not wanted. With
         ``reuse`` it may overwrite what was saved.
-    saved_shapes(x, indices, num_experts, h) -> the shapes of what forward saves; gated experts: each of them twice.
+    saved_shapes(x, indices, num_experts, h) -> the shapes of what forward saves without dropout; gated: each twice.
     """
 
     forward: Callable[[Inputs, bool], tuple[Tensor, list[Tensor]]]

@@ -24,7 +24,7 @@ from .dense import dense_weights
 from .fast_path import FAST_PATHS, FastPath, Inputs, Parameters
 from .function import run
 from .grouping import Grouping, group
-from .hidden import activated, flatten, kept_units, linear_gradients, may_fuse_relu, unflatten
+from .hidden import activated, flatten, kept_units, linear_gradients, may_fuse_relu, room_for_gradients, unflatten
 from .products import combine, group_dots, mm_into
 
 
@@ -35,14 +35,14 @@ def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
 
 def forward(inputs: Inputs, keep: bool) -> tuple[Tensor, list[Tensor]]:
     """See ``FastPath``. What is saved is one ``Kept`` per expert."""
-    x, weights, indices, activation, parameters = inputs
+    x, weights, indices, activation, parameters, _ = inputs
     num_experts, h = parameters.up.shape[:2]
     experts = _per_expert(parameters, num_experts)
     grouping = group(x, indices, num_experts)
     weights = grouping.without_absent(weights)
     fuse = may_fuse_relu(x, indices.numel() * h, parameters, activation)
-    gather = _Gather(grouping, x)
-    kept = [kept_units(gather(x, e), expert, activation, fuse) for e, expert in enumerate(experts)]
+    rows = x.new_empty(grouping.longest, x.shape[1])
+    kept = [kept_units(_gather(x, grouping, e, rows), expert, inputs, fuse) for e, expert in enumerate(experts)]
     hidden_buffer = x.new_empty(max(end - start for chunk in grouping.chunks for start, end in chunk.spans), h)
 
     def output(e: int, part: slice, out: Tensor) -> None:
@@ -60,23 +60,28 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """See ``FastPath``.
 
-    For an expert with n pairs: its rows of grad_y and of x (n, d), hidden units and their gradient (n, h), weights of
-    the pairs (n, 1). The gradients of a pair carry its routing weight, and where they get it is a matter of speed:
+    Shapes, for one expert with n pairs:
 
-    ========  =====================================  ==========================================  ====================
-    regime    when                                   what is multiplied with the weights         grad_hidden has them
-    ========  =====================================  ==========================================  ====================
-    narrow    h < d (without need_weights: 2h < d)   the hidden units and their gradient, (n, h)  after grad_weights
-    early     otherwise, without need_weights        the rows of grad_y, (n, d)                  from the start
-    late      otherwise, with need_weights           the rows of grad_y and of x, (n, d), for    never: the sum over
-                                                     the gradients of down, up and gate          a token's experts
-                                                                                                 applies them to grad_x
-    ========  =====================================  ==========================================  ====================
+    rows          (n, d)  the rows of grad_y, later of x, for its pairs; ``weighted``: times pair_weights
+    pair_weights  (n, 1)  the routing weights of its pairs; their gradient is grad_pair_weights
+    grad_hidden   (n, h)  gradient of its hidden units
+    grad_linear   (n, h)  gradients of what its first linear layers put out
 
-    With need_weights grad_hidden must not have the weights at first, since its product with the hidden units is the
-    gradient of the weights.
+    Gradients carry the routing weight. Where it is multiplied in depends on which side is narrower and on need_weights,
+    since the gradient of the weights is the product of the hidden units and a grad_hidden that does not carry them yet.
+
+    ========  =======================  ==============================================================================
+    regime    when                     what is multiplied with pair_weights
+    ========  =======================  ==============================================================================
+    narrow    h < d *                  hidden units (for down), then grad_hidden
+    early     else, not need_weights   rows of grad_y; grad_hidden carries the weights from the start
+    late      else, need_weights       rows of grad_y (for down) and of x (for up and gate); grad_hidden never carries
+                                       the weights, and the sum over a token's experts multiplies grad_x with them
+    ========  =======================  ==============================================================================
+
+    * Without need_weights 2h < d, since narrow multiplies two tensors (n, h) and early one (n, d).
     """
-    x, weights, indices, activation, parameters = inputs
+    x, weights, indices, activation, parameters, _ = inputs
     (num_experts, h, d), gated = parameters.up.shape, parameters.gate is not None
     narrow = h < d if need_weights else 2 * h < d
     early, late = not narrow and not need_weights, not narrow and need_weights
@@ -86,10 +91,10 @@ def backward(
     all_pair_weights = grouping.by_pair(weights)
     # One entry more, for absent slots.
     grad_pair_weights = all_pair_weights.new_zeros(grouping.num_pairs + 1, 1) if need_weights else None
-    kept = unflatten(saved, gated)
-    grads_linear = kept if reuse else [units.empty_like() for units in kept]
+    kept = unflatten(saved, inputs)
+    grads_linear = room_for_gradients(kept, reuse)
     # One buffer for rows of grad_y and of x, which are gathered when those of grad_y are done with: half the cache.
-    gather = _Gather(grouping, x)
+    rows_buffer = x.new_empty(grouping.longest, d)
     hidden_buffers = [x.new_empty(grouping.longest, h) for _ in range(3 if gated else 2)]
     weighted_buffer = None if narrow else x.new_empty(grouping.longest, d)
     for e, (start, end) in enumerate(grouping.spans):
@@ -101,7 +106,7 @@ def backward(
             continue
         n, pair_weights = end - start, all_pair_weights[start:end]
         grad_hidden, spare, *spares = (buffer[:n] for buffer in hidden_buffers)
-        rows = gather(grad_y, e)
+        rows = _gather(grad_y, grouping, e, rows_buffer)
         weighted = rows if narrow else torch.mul(rows, pair_weights, out=weighted_buffer[:n])
         mm_into(grad_hidden, weighted if early else rows, expert.down.t())
         if need_weights or grad.down is not None:
@@ -114,7 +119,7 @@ def backward(
             grad_hidden.mul_(pair_weights)
         linear_gradients(grad_hidden, units, activation, grad_linear, [spare, *spares])
         if grad.up is not None or grad.gate is not None:
-            rows = gather(x, e)
+            rows = _gather(x, grouping, e, rows_buffer)
             weighted = torch.mul(rows, pair_weights, out=weighted_buffer[:n]) if late else rows
         for g, grad_weight, grad_bias in (
             (grad_linear.up, grad.up, grad.up_bias),
@@ -124,7 +129,7 @@ def backward(
                 mm_into(grad_weight, g.t(), weighted)
             if grad_bias is not None:
                 grad_bias.copy_(torch.mm(pair_weights.t(), g).squeeze(0) if late else g.sum(0))
-    del hidden_buffers, weighted_buffer, gather
+    del hidden_buffers, weighted_buffer, rows_buffer
 
     def input_gradient(e: int, part: slice, out: Tensor) -> None:
         mm_into(out, grads_linear[e].up[part], experts[e].up)
@@ -157,15 +162,10 @@ def _per_expert(parameters: Parameters, num_experts: int) -> list[Parameters]:
     return [Parameters(*row) for row in zip(*columns, strict=True)]
 
 
-class _Gather:
-    """The rows of one expert, gathered from tensors like ``x`` into one buffer, which the next call overwrites."""
-
-    def __init__(self, grouping: Grouping, x: Tensor) -> None:
-        self.grouping, self.buffer = grouping, x.new_empty(grouping.longest, x.shape[1])
-
-    def __call__(self, x: Tensor, expert: int) -> Tensor:
-        start, end = self.grouping.spans[expert]
-        return torch.index_select(x, 0, self.grouping.tokens[start:end], out=self.buffer[: end - start])
+def _gather(x: Tensor, grouping: Grouping, expert: int, buffer: Tensor) -> Tensor:
+    """The rows of x for the pairs of an expert, in ``buffer``, which the next call overwrites."""
+    start, end = grouping.spans[expert]
+    return torch.index_select(x, 0, grouping.tokens[start:end], out=buffer[: end - start])
 
 
 def _sum_over_experts(

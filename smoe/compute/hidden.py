@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..activation import ACTIVATIONS, Activation
-from .fast_path import Parameters
+from ..dropout import keep_mask
+from .fast_path import Inputs, Parameters, each
 from .products import linear, uses_onednn
 
 
@@ -19,24 +20,31 @@ class Kept(NamedTuple):
     up: the output or the input of the activation, whichever its backward wants; with a gate the linear output of up.
         As a gradient: that of the linear output of up.
     gate: the same of gate, whose activation it then is; None without.
+    mask: 0 for dropped hidden units, else 1; None without dropout, and where the output of the activation is kept: that
+        is ReLU's, which is 0 for dropped units too, and so is the gradient then.
     """
 
     up: Tensor
     gate: Tensor | None = None
+    mask: Tensor | None = None
 
     def rows(self, part: slice) -> Kept:
-        return Kept(*(None if t is None else t[part] for t in self))
-
-    def empty_like(self) -> Kept:
-        return Kept(*(None if t is None else torch.empty_like(t) for t in self))
+        return each(lambda t: t[part], self)
 
 
 def flatten(kept: list[Kept]) -> list[Tensor]:
     return [t for units in kept for t in units if t is not None]
 
 
-def unflatten(saved: list[Tensor], gated: bool) -> list[Kept]:
-    return [Kept(*pair) for pair in zip(saved[::2], saved[1::2], strict=True)] if gated else [Kept(s) for s in saved]
+def unflatten(saved: list[Tensor], inputs: Inputs) -> list[Kept]:
+    gated, masked = inputs.parameters.gate is not None, inputs.dropout > 0 and not inputs.activation.saves_output
+    entries = iter(saved)
+    return [Kept(up, next(entries) if gated else None, next(entries) if masked else None) for up in entries]
+
+
+def room_for_gradients(kept: list[Kept], reuse: bool) -> list[Kept]:
+    """Where ``linear_gradients`` writes: with ``reuse`` to what was kept."""
+    return kept if reuse else [each(torch.empty_like, units._replace(mask=None)) for units in kept]
 
 
 def may_fuse_relu(x: Tensor, num_hidden: int, parameters: Parameters, activation: Activation) -> bool:
@@ -55,34 +63,45 @@ def may_fuse_relu(x: Tensor, num_hidden: int, parameters: Parameters, activation
     return all(math.isfinite(t.sum().item()) for t in inputs)  # infinity can become NaN in the product
 
 
-def kept_units(x: Tensor, parameters: Parameters, activation: Activation, fuse: bool) -> Kept:
-    """Of rows x (n, d), through first layers with up (m, d) and so on. fuse: see ``may_fuse_relu``."""
-    if parameters.gate is None:
-        return Kept(_kept(x, parameters.up, parameters.up_bias, activation, fuse))
-    up = linear(x, parameters.up, parameters.up_bias)
-    return Kept(up, _kept(x, parameters.gate, parameters.gate_bias, activation, fuse))
+def kept_units(x: Tensor, parameters: Parameters, inputs: Inputs, fuse: bool) -> Kept:
+    """Of rows x (n, d) through ``parameters`` with up (m, d) and so on, after dropout. fuse: see ``may_fuse_relu``."""
+    up, up_bias, gate, gate_bias, *_ = parameters
+    if gate is None:
+        kept, mask = _activate(x, up, up_bias, inputs, fuse)
+        return Kept(kept, mask=mask)
+    return Kept(linear(x, up, up_bias), *_activate(x, gate, gate_bias, inputs, fuse))
 
 
-def _kept(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, fuse: bool) -> Tensor:
+def _activate(
+    x: Tensor, weight: Tensor, bias: Tensor | None, inputs: Inputs, fuse: bool
+) -> tuple[Tensor, Tensor | None]:
+    activation = inputs.activation
     if activation is ACTIVATIONS["relu"]:
-        return linear(x, weight, bias, relu=True, fuse=fuse)
-    output = linear(x, weight, bias)
-    return activation(output) if activation.saves_output else output
+        kept = linear(x, weight, bias, relu=True, fuse=fuse)
+    else:
+        kept = linear(x, weight, bias)
+    if not inputs.dropout:
+        return kept, None
+    mask = keep_mask(kept.shape, inputs.dropout, kept)
+    return (torch.mul(kept, mask, out=mask), None) if activation.saves_output else (kept, mask)
 
 
 def activated(kept: Kept, activation: Activation, out: Tensor) -> Tensor:
     """The hidden units: in ``out``, unless they are themselves what was kept."""
-    if kept.gate is None:
-        return kept.up if activation.saves_output else activation(kept.up, out=out)
-    act = kept.gate if activation.saves_output else activation(kept.gate, out=out)
-    return torch.mul(kept.up, act, out=out)
+    inner = kept.up if kept.gate is None else kept.gate
+    hidden = inner if activation.saves_output else activation(inner, out=out)
+    if kept.gate is not None:
+        hidden = torch.mul(kept.up, hidden, out=out)
+    return hidden if kept.mask is None else torch.mul(hidden, kept.mask, out=out)
 
 
 def linear_gradients(grad_hidden: Tensor, kept: Kept, activation: Activation, out: Kept, spare: list[Tensor]) -> None:
     """Gradients of the linear outputs, from that of the hidden units, into ``out``, which may be ``kept`` itself.
 
-    spare: two more tensors of that size if there is a gate.
+    grad_hidden is overwritten. spare: two more tensors of that size if there is a gate.
     """
+    if kept.mask is not None:
+        grad_hidden.mul_(kept.mask)
     if kept.gate is None:
         activation.backward(grad_hidden, kept.up, out=out.up)
         return
