@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from .control import check_whole, record_routing, smoe_layers
 from .experts import Experts
 from .layer import SMoE
-from .modulize.record import note_on_config
 from .router import HashRouter, Router, Routing
 
 Votes = dict[str, Tensor]
@@ -150,7 +149,6 @@ def slim(model: nn.Module, votes: Votes, keep: int = 8) -> nn.Module:
     _check_shared(layers, kept)
     for name, layer in layers.items():
         keep_experts(layer, kept[name])
-    note_on_config(model)
     return model
 
 
