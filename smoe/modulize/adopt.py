@@ -7,22 +7,23 @@ from functools import partial
 import torch
 from torch import nn
 
+from ..activation import Activation
 from ..control import check_whole
 from ..layer import SMoE
-from ..methods import DenseMLP
 from .convert import place
 from .find import FoundMLP, find_mlps
-from .fit import linears
 from .linear import set_weight
+from .narrow import linears
 
 
 @torch.no_grad()
 def adopt_layers(dense: nn.Module, source: nn.Module) -> nn.Module:
     """Gives ``dense`` the weights of ``source``, and its SMoE layers in place of the MLPs; returns ``dense``.
 
-    For a model whose code builds :class:`SMoE` or :class:`DenseMLP` layers where ``dense``, the same architecture, has
-    linear layers. What comes out is a modulized model: ``smoe.save_pretrained``, ``smoe.from_pretrained`` and
-    ``smoe.demodulize`` work on it. The SMoE layers themselves move, so use ``source`` no longer.
+    For a model whose code builds :class:`SMoE` layers, or dense ones like :class:`smoe.methods.DenseMLP`, where
+    ``dense``, the same architecture, has linear layers. What comes out is a modulized model: ``smoe.save_pretrained``,
+    ``smoe.from_pretrained`` and ``smoe.demodulize`` work on it. The SMoE layers themselves move: use ``source`` no
+    longer.
 
     Args:
         dense: the model with MLPs that ``modulize`` finds, such as ``BertForMaskedLM(source.config)``; weights at will.
@@ -32,7 +33,7 @@ def adopt_layers(dense: nn.Module, source: nn.Module) -> nn.Module:
         ValueError: the models don't match. ``dense`` is unchanged then.
     """
     check_whole(source, "adopt_layers")
-    layers = {name: m for name, m in source.named_modules() if isinstance(m, (SMoE, DenseMLP))}
+    layers = {name: m for name, m in source.named_modules() if isinstance(m, SMoE) or _is_dense(m)}
     found = find_mlps(dense)
     if len(layers) != len(found):
         raise ValueError(f"{type(source).__name__} has {len(layers)} MLPs, but {type(dense).__name__} {len(found)}")
@@ -67,7 +68,15 @@ def _itself(layer: SMoE) -> SMoE:
     return layer
 
 
-def _check_same(mlp: FoundMLP, name: str, layer: SMoE | DenseMLP) -> None:
+def _is_dense(module: nn.Module) -> bool:
+    """Whether it is an MLP like ``smoe.methods.DenseMLP``, whatever its dropout."""
+    parts = [getattr(module, name, None) for name in ("up", "down")]
+    return all(isinstance(part, nn.Linear) for part in parts) and isinstance(
+        getattr(module, "activation", None), Activation
+    )
+
+
+def _check_same(mlp: FoundMLP, name: str, layer: nn.Module) -> None:
     """A ValueError if ``layer`` can't stand in place of ``mlp``."""
     match = mlp.match
     wanted = (mlp.d_model, match.gate is not None or match.fused is not None, match.up.bias, match.down.bias)

@@ -14,6 +14,7 @@ from .find import FoundMLP, find_mlps
 from .folder import Header, brief
 from .hook import is_transformers_model
 from .linear import is_transposed
+from .narrow import linears, units_of
 from .record import Record, plain_name, router_kind
 from .swap import Outlet, empty_layer
 
@@ -226,14 +227,3 @@ def _slots(fit: Fit) -> dict[str, Slot]:
                 for name in owners[id(parameter)]:
                     slots[name] = slots[name]._replace(shape=tuple(shape))
     return slots
-
-
-def units_of(found: FoundMLP, linear: nn.Module, width: int) -> int:
-    """How many hidden units ``linear`` has in an MLP of this hidden width."""
-    return 2 * width if linear is found.match.up and found.match.fused else width
-
-
-def linears(found: FoundMLP) -> list[nn.Module]:
-    """The linear layers of an MLP."""
-    match = found.match
-    return [linear for linear in (match.up, match.gate, match.down) if linear is not None]

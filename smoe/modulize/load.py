@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from ..control import check_whole, set_top_k
 from ..layer import SMoE
 from ..router import HashRouter, RandomRouter, check_top_k
-from ..slim import keep_experts
 from .build import architecture_of, base_of, build, float32_names, load_dense
 from .convert import place
 from .find import FoundMLP
-from .fit import Fit, fit_parts, fit_whole, linears, listed, units_of
+from .fit import Fit, fit_parts, fit_whole, listed
 from .folder import CONFIG, OWN_CONFIG, Header, brief, read_headers, read_json, read_tensors, weight_files
 from .hook import is_transformers_model
-from .linear import set_weight, weight_of
+from .narrow import keep_experts, narrow_mlp
 from .record import Record, plain_name, read_record
 from .save import bare
 from .swap import empty_layer
@@ -108,7 +107,7 @@ def from_pretrained(
 def _change(fit: Fit) -> None:
     """Does to the model what the record says; its weights don't matter yet."""
     for found, width in fit.narrowed:
-        _narrow(found, width)
+        narrow_mlp(found, width)
     for layer, options in fit.placed:
         if options["num_experts"] < layer.num_experts:
             keep_experts(layer, torch.arange(options["num_experts"]))
@@ -120,20 +119,6 @@ def _change(fit: Fit) -> None:
 
 def _empty(found: FoundMLP, options: dict[str, Any]) -> SMoE:
     return empty_layer(found, options, found.match.up.weight.device)
-
-
-def _narrow(found: FoundMLP, width: int) -> None:
-    """Makes the dense MLP ``width`` units wide."""
-    match = found.match
-    for linear in linears(found):
-        weight, bias = weight_of(linear).detach(), linear.bias
-        if linear is match.down:
-            weight = weight[:, :width]
-        else:
-            units = units_of(found, linear, width)
-            weight, bias = weight[:units], None if bias is None else bias[:units]
-        set_weight(linear, weight.clone(), None if bias is None else bias.detach().clone())
-    match.down.smoe_width = width
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
