@@ -7,7 +7,8 @@ from .layer import SMoE
 from .methods import METHODS, DenseMLP, Method, get_method
 from .modulize import demodulize, modulize
 from .modulize.find import register_mlp
-from .modulize.save import from_pretrained, save_pretrained
+from .modulize.load import from_pretrained
+from .modulize.save import save_pretrained
 from .router import HashRouter, LearnedRouter, RandomRouter, Router, Routing, UniformRouter
 from .schedule import k_at, ks_at
 from .slim import slim, vote

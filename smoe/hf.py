@@ -7,11 +7,14 @@ from typing import Any
 from transformers import TrainerCallback
 
 from .control import set_top_k, smoe_layers
-from .modulize.record import note_on_config
-from .modulize.save import from_pretrained, save_pretrained
+from .modulize.hook import record_when_saving
+from .modulize.load import from_pretrained
+from .modulize.save import save_pretrained
 from .schedule import MODES, ks_at
 
 __all__ = ["TopKCallback", "from_pretrained", "save_pretrained"]
+
+record_when_saving()
 
 
 class TopKCallback(TrainerCallback):
@@ -51,4 +54,3 @@ class TopKCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.set_top_k(model, state.global_step, state.max_steps)
-        note_on_config(model)

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .control import check_whole, record_routing, smoe_layers
-from .experts import Experts
 from .layer import SMoE
-from .modulize.record import note_on_config
-from .router import HashRouter, Router, Routing
+from .modulize.narrow import keep_experts
+from .router import Routing
 
 Votes = dict[str, Tensor]
 Key = str | int  # of an entry of a batch: the name in a mapping, the index in a tuple or list
@@ -150,7 +149,6 @@ def slim(model: nn.Module, votes: Votes, keep: int = 8) -> nn.Module:
     _check_shared(layers, kept)
     for name, layer in layers.items():
         keep_experts(layer, kept[name])
-    note_on_config(model)
     return model
 
 
@@ -162,41 +160,3 @@ def _check_shared(layers: dict[str, SMoE], kept: dict[str, Tensor]) -> None:
             other = first.setdefault(id(getattr(layer, part)), name)
             if not torch.equal(kept[other], kept[name]):
                 raise ValueError(f"{other} and {name} share their {part}; give both the same votes, such as the sum")
-
-
-@torch.no_grad()
-def keep_experts(layer: SMoE, kept: Tensor) -> None:
-    """Removes all experts of ``layer`` but ``kept`` (n,), which are numbered 0..n - 1 in that order."""
-    kept = kept.to(layer.experts.up.device)
-    before, count = layer.num_experts, kept.numel()
-    experts, router = layer.experts, layer.router
-    if layer.output_scale == "num_experts" and count != before:
-        layer.output_scale = before  # the experts were trained with it
-    # Layers may share a router or experts, which must be cut once.
-    if experts.num_experts == before:
-        _keep_rows(experts, ("up", "down", "gate", "up_bias", "gate_bias", "down_bias"), kept)
-    if router.num_experts == before:
-        if isinstance(router, HashRouter):
-            router.table = _keep_ids(router.table, kept)
-        else:
-            _keep_rows(router, ("weight", "bias"), kept)
-    layer.d_hidden = count * experts.d_expert
-    layer.num_experts = router.num_experts = experts.num_experts = count
-    layer.top_k = min(layer.top_k, count)
-
-
-def _keep_rows(module: Experts | Router, names: tuple[str, ...], kept: Tensor) -> None:
-    for name in names:
-        old = getattr(module, name, None)
-        if isinstance(old, nn.Parameter):
-            setattr(module, name, nn.Parameter(old[kept].clone(), requires_grad=old.requires_grad))
-        elif old is not None:
-            setattr(module, name, old[kept].clone())
-
-
-def _keep_ids(table: Tensor, kept: Tensor) -> Tensor:
-    """(V, N) orders of experts -> (V, n): the kept ones in the same order, by their new numbers."""
-    number = torch.full((table.shape[1],), -1, dtype=table.dtype, device=table.device)
-    number[kept] = torch.arange(kept.numel(), dtype=table.dtype, device=table.device)
-    renumbered = number[table.long()]
-    return renumbered[renumbered >= 0].view(table.shape[0], kept.numel())

@@ -143,6 +143,12 @@ def build(model_class: str, settings: dict) -> torch.nn.Module:
     return cls(cls.config_class(**settings)).eval()
 
 
+def tiny(name: str, **more: object) -> torch.nn.Module:
+    """The model of the row ``name``, with ``more`` settings."""
+    row = next(row for row in MODELS if row[0] == name)
+    return build(row[2], {**row[3], **more})
+
+
 def inputs_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What one forward pass of ``model`` takes."""
     generator = torch.Generator().manual_seed(1)

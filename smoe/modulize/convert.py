@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +13,8 @@ from ..control import check_whole, smoe_layers
 from ..experts import check_divisible
 from ..layer import SMoE
 from .find import FoundMLP, find_mlps
+from .hook import record_when_saving
 from .layers import Layers, chosen_layers
-from .record import note_on_config
 from .swap import Outlet, exchange, make_layer, restore, silence_fast_path, slots_of
 
 
@@ -47,23 +49,27 @@ def modulize(
     chosen = [found[i] for i in chosen_layers(layers, len(found))]
     for mlp in chosen:
         _check_fit(mlp, num_experts, layer_options)
-    place(model, [(mlp, {"num_experts": num_experts, **_seeded(layer_options, i)}) for i, mlp in enumerate(chosen)])
+    options = [{"num_experts": num_experts, **_seeded(layer_options, i)} for i in range(len(chosen))]
+    place(model, [(mlp, partial(make_layer, mlp, o)) for mlp, o in zip(chosen, options, strict=True)])
     return model
 
 
-def place(model: nn.Module, plan: list[tuple[FoundMLP, dict[str, Any]]]) -> None:
-    """Exchanges every MLP of ``plan`` for an SMoE layer with these options; all of them or, on an error, none."""
+def place(model: nn.Module, plan: list[tuple[FoundMLP, Callable[[], SMoE]]]) -> None:
+    """Exchanges every MLP of ``plan`` for the SMoE layer that goes with it; all of them or, on an error, none.
+
+    The layers are made one after the other: each time the MLP's own weights are freed.
+    """
     slots = slots_of(model)
     done: list[Outlet] = []
     try:
-        for found, options in plan:
-            done.append(exchange(slots, found, make_layer(found, options)))
+        for found, make in plan:
+            done.append(exchange(slots, found, make()))
     except BaseException:
         for outlet in done:
             restore(slots_of(model), outlet)
         raise
     silence_fast_path(model)
-    note_on_config(model)
+    record_when_saving()
 
 
 def demodulize(model: nn.Module) -> nn.Module:
@@ -83,7 +89,6 @@ def demodulize(model: nn.Module) -> nn.Module:
     for outlet in outlets:
         restore(slots_of(model), outlet)
     silence_fast_path(model)
-    note_on_config(model)
     return model
 
 

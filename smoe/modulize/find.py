@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..activation import ACTIVATIONS, Activation, get_activation
-from .trial import Match, activations_of, as_activation, is_linear, trial, widths
+from .linear import is_linear, widths
+from .trial import Match, activations_of, as_activation, trial
 
 DEPTH = 3  # how far below their common module the two linear layers of an MLP may be
 

@@ -1,51 +1,148 @@
-"""What ``modulize``, ``slim`` and ``demodulize`` made of a model, as JSON."""
+"""What ``modulize``, ``slim`` and ``demodulize`` made of a model, as JSON: written on saving, read on loading."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from reprlib import repr as short
 from typing import Any
 
 from torch import nn
 
-from ..router import LearnedRouter, RandomRouter, UniformRouter
+from ..compute import check_compute
+from ..control import smoe_layers
+from ..experts import check_divisible
+from ..layer import SMoE, check_output_scale
+from ..router import SCORES, HashRouter, LearnedRouter, RandomRouter, UniformRouter, check_top_k
 from .swap import Outlet
 
-VERSION = 1
+VERSION = 2
+_READABLE = (1, 2)  # 1 has no layers that were placed by hand
 
-_ROUTERS = {RandomRouter: "random", LearnedRouter: "learned", UniformRouter: "uniform"}
+_ROUTERS = {RandomRouter: "random", LearnedRouter: "learned", UniformRouter: "uniform", HashRouter: "hash"}
 
 
-def describe(model: nn.Module) -> dict[str, Any] | None:
-    """The record of ``model``, or None if it has no SMoE layer and no slimmed MLP.
+@dataclass(frozen=True)
+class Record:
+    """The SMoE layers and slimmed MLPs of a model, by names in that model.
 
-    ``layers``: the SMoE layers, by the name of the linear layer that each of them replaced. ``widths``: the hidden
-    widths of dense MLPs that slimming made narrower, by the same names.
+    layers: name of the linear layer that ``modulize`` replaced -> :func:`options_of` its SMoE layer.
+    placed: name of an SMoE layer that the model's own code builds -> its options.
+    widths: name of the last linear layer of a dense MLP that slimming made narrower -> its hidden width.
     """
-    layers, widths = {}, {}
+
+    layers: dict[str, dict[str, Any]]
+    placed: dict[str, dict[str, Any]]
+    widths: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": VERSION, "layers": self.layers, "placed": self.placed, "widths": self.widths}
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or tensor without what ``torch.compile`` and checkpointing wrappers add to it."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def describe(model: nn.Module) -> Record | None:
+    """The record of ``model`` as it is now, or None if it has no SMoE layer and no slimmed MLP."""
+    layers, widths, outlets = {}, {}, set()
     for name, module in model.named_modules():
         if isinstance(module, Outlet):
-            layer = module.mlp
-            layers[name] = {
-                "num_experts": layer.num_experts,
-                "d_hidden": layer.d_hidden,
-                "top_k": layer.top_k,
-                "router": _ROUTERS[type(layer.router)],
-                "score": layer.router.score,
-                "output_scale": layer.output_scale,
-                "dropout": layer.experts.dropout,
-                "compute": layer.compute,
-            }
+            layers[plain_name(name)] = options_of(module.mlp)
+            outlets.add(module.mlp)
         elif hasattr(module, "smoe_width"):
-            widths[name] = module.smoe_width
-    return {"version": VERSION, "layers": layers, "widths": widths} if layers or widths else None
+            widths[plain_name(name)] = module.smoe_width
+    placed = {plain_name(name): options_of(layer) for name, layer in smoe_layers(model) if layer not in outlets}
+    return Record(layers, placed, widths) if layers or placed or widths else None
 
 
-def note_on_config(model: nn.Module) -> None:
-    """Writes the record into a Hugging Face model's config, so that saving the config saves the record."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "to_dict"):
-        return
-    record = describe(model)
-    if record is not None:
-        config.smoe = record
-    elif hasattr(config, "smoe"):
-        del config.smoe
+def options_of(layer: SMoE) -> dict[str, Any]:
+    """What the weights of ``layer`` don't say about it: options of :class:`SMoE`."""
+    return {
+        "num_experts": layer.num_experts,
+        "d_hidden": layer.d_hidden,
+        "top_k": layer.top_k,
+        "router": router_kind(layer),
+        "score": layer.router.score,
+        "output_scale": layer.output_scale,
+        "dropout": layer.experts.dropout,
+        "compute": layer.compute,
+    }
+
+
+def router_kind(layer: SMoE) -> str:
+    """``random``, ``learned``, ``uniform`` or ``hash``; the name of the class for a router of your own."""
+    kind = type(layer.router)
+    return _ROUTERS.get(kind, kind.__name__)
+
+
+def read_record(value: Any, where: str) -> Record | None:
+    """The record in ``value``, which was read from the file ``where``; None if there is none.
+
+    Raises:
+        ValueError: it isn't one, or was written by another version; the message names the field.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: smoe is {short(value)}; it must be an object")
+    version = value.get("version")
+    if isinstance(version, bool) or version not in _READABLE:
+        raise ValueError(f"{where}: smoe.version is {short(version)}; this smoe reads {_READABLE[0]} to {VERSION}")
+    parts = {}
+    for part in ("layers", "placed", "widths"):
+        parts[part] = value.get(part, {})
+        if not isinstance(parts[part], dict):
+            raise ValueError(f"{where}: smoe.{part} is {short(parts[part])}; it must be an object")
+    for name, width in parts["widths"].items():
+        _check_size(width, f"{where}: smoe.widths[{short(name)}]")
+    layers, placed = (
+        {name: _read_options(entry, f"{where}: smoe.{part}[{short(name)}]") for name, entry in parts[part].items()}
+        for part in ("layers", "placed")
+    )
+    return Record(layers, placed, parts["widths"])
+
+
+def _read_options(entry: Any, where: str) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} is {short(entry)}; it must be an object")
+    names = ("num_experts", "d_hidden", "top_k", "router", "score", "output_scale", "dropout", "compute")
+    for name in names:
+        if name not in entry:
+            raise ValueError(f"{where} has no {name}")
+    options = {name: entry[name] for name in names}
+    for name in ("num_experts", "d_hidden", "top_k"):
+        _check_size(options[name], f"{where}.{name}")
+    for name in ("router", "score", "compute"):
+        if not isinstance(options[name], str) or len(options[name]) > 100:
+            raise ValueError(f"{where}.{name} is {short(options[name])}; it must be a name")
+    if options["score"] not in SCORES:
+        raise ValueError(f"{where}.score is {options['score']!r}; it must be one of {', '.join(SCORES)}")
+    dropout, scale = options["dropout"], options["output_scale"]
+    if not _is_number(dropout) or not 0 <= dropout <= 1:
+        raise ValueError(f"{where}.dropout is {short(dropout)}; it must be a rate from 0 to 1")
+    if scale not in ("k", "num_experts") and not _is_number(scale):
+        raise ValueError(f"{where}.output_scale is {short(scale)}; it must be 'k', 'num_experts' or a positive number")
+    try:
+        check_divisible(options["d_hidden"], options["num_experts"])
+        check_top_k(options["top_k"], options["num_experts"])
+        check_output_scale(options["output_scale"])
+        check_compute(options["compute"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return options
+
+
+def _check_size(value: Any, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise ValueError(f"{where} is {short(value)}; it must be a whole number from 1 to 2**31 - 1")
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False

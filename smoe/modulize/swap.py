@@ -1,9 +1,9 @@
-"""One MLP's linear layers for an SMoE layer, and back.
+"""Exchanging one MLP's linear layers for an SMoE layer, and back.
 
-Only the linear layers of an MLP are exchanged: the last becomes an :class:`Outlet`, which holds the SMoE layer, the
-first (and the gate) an :class:`Inlet`, which hands the outlet the MLP's input. What the model does in between, its
-activation and dropout, runs on a sliver that nobody reads: the SMoE layer has both inside. So residuals, norms,
-chunking and checkpointing around an MLP stay as they are, whoever wrote it.
+Only the linear layers of an MLP are exchanged. In place of the last stands an :class:`Outlet`, which holds the SMoE
+layer; in place of the first (and of the gate) an :class:`Inlet`, which hands the outlet the MLP's input. The model's
+own activation and dropout between them run on a placeholder that nobody reads: the SMoE layer has both inside. So
+residuals, norms, chunking and checkpointing around an MLP work as before, whoever wrote the model.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from ..experts import merge, split
 from ..layer import SMoE
 from .find import FoundMLP
-from .trial import is_transposed
+from .linear import set_weight, weight_of
 
 
 class _Channel:
-    """Carries the input of an MLP from its inlet to its outlet, each thread its own (``nn.DataParallel``)."""
+    """Carries the input of an MLP from its inlet to its outlet, separately for each thread (``nn.DataParallel``)."""
 
     def __init__(self) -> None:
         self._held: dict[int, Tensor] = {}
@@ -44,9 +44,9 @@ class _Channel:
 
 
 class Inlet(nn.Module):
-    """Stands where a widening linear layer was: ``(..., d) -> (..., 1)``, or 2 for gate and up in one.
+    """Stands in place of a widening linear layer: ``(..., d) -> (..., 1)``, or 2 where it held gate and up.
 
-    The input itself goes to the outlet; the sliver it returns only keeps the model's code in between running.
+    The input goes to the outlet. The placeholder that it returns only keeps the model's code in between running.
     """
 
     def __init__(self, dense: nn.Module, channel: _Channel, width: int) -> None:
@@ -62,7 +62,11 @@ class Inlet(nn.Module):
 
 
 class Outlet(nn.Module):
-    """Stands where the narrowing linear layer was: the SMoE layer, ``(..., d) -> (..., d)``, on its inlet's input."""
+    """Stands in place of the narrowing linear layer: the SMoE layer, ``(..., d) -> (..., d)``, on its inlet's input.
+
+    The output has the dtype of ``hidden``, as the linear layer's had: some models widen the hidden units before their
+    last layer, because its output overflows in float16 (T5).
+    """
 
     def __init__(self, found: FoundMLP, channel: _Channel, mlp: nn.Module) -> None:
         super().__init__()
@@ -72,34 +76,41 @@ class Outlet(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """For code that asks the layer for its dtype before calling it (T5)."""
-        return next(self.mlp.parameters())
+        """For models that read the dtype of their last linear layer (T5)."""
+        return self.mlp.experts.down
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.mlp(self._channel.take())
+        return self.mlp(self._channel.take().to(hidden.dtype))
 
 
 def make_layer(found: FoundMLP, options: dict[str, Any]) -> SMoE:
-    match = found.match
-    dense = _read(found)
-    d_hidden = dense["up_weight"].shape[0]
+    """The SMoE layer that holds the weights of an MLP. ``options`` of :class:`SMoE` replace what the MLP has."""
+    layer = empty_layer(found, {"d_hidden": found.d_hidden, **options}, found.match.up.weight.device)
+    split(layer.experts, _read(found))
+    return layer
+
+
+def empty_layer(found: FoundMLP, options: dict[str, Any], device: torch.device | str) -> SMoE:
+    """An SMoE layer with the parameters, dtypes and activation that an MLP needs; its weights are drawn at random.
+
+    options: of :class:`SMoE`, ``d_hidden`` among them.
+    """
+    match, dense = found.match, _read(found)
     options = {"gated": match.gate is not None or match.fused is not None, "dropout": match.dropout, **options}
-    with match.up.weight.device:
-        layer = SMoE(found.d_model, d_hidden, activation=match.activation, **options)
+    with torch.device(device):
+        layer = SMoE(found.d_model, activation=match.activation, **options)
     experts = layer.experts
     for name in ("up", "gate", "down"):
-        source, target = dense.get(f"{name}_weight"), getattr(experts, name)
-        if source is not None:
-            target.data = target.data.to(source.dtype)
-            target.requires_grad_(source.requires_grad)
-        source, target = dense.get(f"{name}_bias"), getattr(experts, f"{name}_bias")
-        if source is not None:
-            target.data = target.data.to(source.dtype)
-            target.requires_grad_(source.requires_grad)
-    split(experts, dense)
+        for source, target in (
+            (dense.get(f"{name}_weight"), getattr(experts, name)),
+            (dense.get(f"{name}_bias"), getattr(experts, f"{name}_bias")),
+        ):
+            if source is not None:
+                target.data = target.data.to(source.dtype)
+                target.requires_grad_(source.requires_grad)
     for name in ("up_bias", "gate_bias", "down_bias"):
         if name not in dense:
-            setattr(experts, name, None)  # a bias the model doesn't have would be trained, then lost
+            setattr(experts, name, None)  # a bias that the model lacks would be trained, then lost
     layer.train(match.down.training)
     return layer
 
@@ -111,7 +122,7 @@ def _read(found: FoundMLP) -> dict[str, Tensor]:
     for name, linear in (("up", match.up), ("gate", match.gate), ("down", match.down)):
         if linear is None:
             continue
-        weight = linear.weight.t() if is_transposed(linear) else linear.weight
+        weight = weight_of(linear)
         parts = {name: (weight, linear.bias)}
         if name == "up" and match.fused:
             halves = weight.chunk(2), (None, None) if linear.bias is None else linear.bias.chunk(2)
@@ -128,7 +139,7 @@ Slots = dict[nn.Module, list[tuple[nn.Module, str]]]
 
 
 def slots_of(model: nn.Module) -> Slots:
-    """Every place a module stands in: a shared one has several."""
+    """Every place where a module stands, as (parent, name); a shared module has several."""
     slots: Slots = {}
     for parent in model.modules():
         for name, child in parent._modules.items():
@@ -143,6 +154,7 @@ def _put(slots: Slots, old: nn.Module, new: nn.Module) -> None:
 
 
 def exchange(slots: Slots, found: FoundMLP, layer: SMoE) -> Outlet:
+    """Puts ``layer`` in place of the MLP's linear layers, which lose their weights."""
     match, channel = found.match, _Channel()
     outlet = Outlet(found, channel, layer)
     _put(slots, match.up, Inlet(match.up, channel, 2 if match.fused else 1))
@@ -151,12 +163,13 @@ def exchange(slots: Slots, found: FoundMLP, layer: SMoE) -> Outlet:
     _put(slots, match.down, outlet)
     for linear in (match.up, match.gate, match.down):
         for name, parameter in [] if linear is None else list(linear.named_parameters()):
-            # The layer is kept for the way back, its memory is not.
+            # The linear layer is kept for the way back, its memory is not.
             setattr(linear, name, nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad))
     return outlet
 
 
 def restore(slots: Slots, outlet: Outlet) -> None:
+    """Puts the MLP's linear layers back in place of ``outlet``, with the weights of its experts."""
     up, gate, down = outlet._dense
     experts = outlet.mlp.experts
     dense = merge(experts)
@@ -170,27 +183,23 @@ def restore(slots: Slots, outlet: Outlet) -> None:
     for name, linear in (("up", up), ("gate", gate), ("down", down)):
         if linear is None:
             continue
-        weight = dense[f"{name}_weight"]
-        if is_transposed(linear):
-            weight = weight.t().contiguous()
-            linear.nx, linear.nf = weight.shape
-        else:
-            linear.out_features, linear.in_features = weight.shape
-        grad = getattr(experts, name).requires_grad
-        linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=grad)
+        linear.weight.requires_grad_(getattr(experts, name).requires_grad)
         if linear.bias is not None:
-            grad = getattr(experts, f"{name}_bias").requires_grad
-            linear.bias = nn.Parameter(dense[f"{name}_bias"].to(linear.bias.dtype), requires_grad=grad)
+            linear.bias.requires_grad_(getattr(experts, f"{name}_bias").requires_grad)
+        set_weight(linear, dense[f"{name}_weight"], dense.get(f"{name}_bias"))
         linear.train(outlet.training)
     if slimmed:
-        down.smoe_width = experts.num_experts * experts.d_expert  # saving must know: the model's config does not
+        down.smoe_width = experts.num_experts * experts.d_expert  # for saving: the model's config has the old width
     for module in [m for m in slots if isinstance(m, Inlet) and m._channel is outlet._channel]:
         _put(slots, module, module._dense[0])
     _put(slots, outlet, down)
 
 
 def silence_fast_path(model: nn.Module) -> None:
-    """In evaluation PyTorch's encoder layers hand their weights to one fused kernel; with experts they must not."""
+    """Switches off PyTorch's fused encoder kernel where an MLP is experts, and on again where it is dense.
+
+    In evaluation ``nn.TransformerEncoderLayer`` hands its weights to that kernel without calling its linear layers.
+    """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             if isinstance(module.linear2, Outlet):

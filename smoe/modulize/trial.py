@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..activation import ACTIVATIONS, Activation, get_activation
+from .linear import is_linear, widths
 
 TOKENS = 8  # enough numbers to tell activations and dropout rates apart even in a tiny MLP
 
@@ -42,42 +43,6 @@ class Match:
 
 class _Contradiction(Exception):
     """The trial did run, and shows that these are no MLPs; the message says why."""
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether it computes ``x @ W + b`` and nothing else: ``nn.Linear``, or Hugging Face's ``Conv1D``.
-
-    Subclasses count if they leave ``forward`` alone or compute the same in their own words (Falcon's); quantised and
-    parametrised layers and LoRA don't.
-    """
-    if "forward" in vars(module) or hasattr(module, "parametrizations"):
-        return False
-    if type(module).forward is nn.Linear.forward or _is_conv1d(module):
-        return True
-    own = dict(module.named_parameters())
-    if not isinstance(module, nn.Linear) or not own.keys() <= {"weight", "bias"} or own["weight"].ndim != 2:
-        return False
-    with torch.no_grad():
-        x = torch.linspace(-1, 1, module.in_features, device=module.weight.device).to(module.weight.dtype)
-        try:
-            return torch.allclose(module(x[None]), F.linear(x[None], module.weight, module.bias), rtol=1e-3, atol=1e-5)
-        except Exception:  # it wants something else than a matrix of vectors: not the layer we know
-            return False
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    # By name: the library is not imported for a look.
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
-
-
-def widths(linear: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features)."""
-    return tuple(linear.weight.shape) if _is_conv1d(linear) else tuple(linear.weight.shape[::-1])
-
-
-def is_transposed(linear: nn.Module) -> bool:
-    """Whether the weight is ``(in, out)`` instead of ``nn.Linear``'s ``(out, in)``."""
-    return _is_conv1d(linear)
 
 
 def as_activation(function: Callable[[Tensor], Tensor]) -> Activation | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import MODELS, SPEECH, build, inputs_of, logits_of
+from tiny_models import MODELS, SPEECH, build, inputs_of, logits_of, tiny
 
 import smoe
 
@@ -57,14 +57,9 @@ def test_there_is_a_choice_of_every_kind():
     assert {"encoder", "decoder", "encoder-decoder", "vision", "audio"} <= set(kinds)
 
 
-def _model(name, **more):
-    row = next(row for row in MODELS if row[0] == name)
-    return build(row[2], {**row[3], **more})
-
-
 @pytest.mark.parametrize("name", ["BERT", "BART", "GPT-2", "Llama", "ALBERT", "ModernBERT"])
 def test_training_reaches_experts_and_comes_back_with_them(name):
-    model = _model(name).train()
+    model = tiny(name).train()
     inputs = inputs_of(model)
     smoe.modulize(model, 4, top_k=2, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -86,7 +81,7 @@ def test_training_reaches_experts_and_comes_back_with_them(name):
 
 
 def test_chunked_feed_forward():
-    model, chunked = _model("BERT"), _model("BERT", chunk_size_feed_forward=2)
+    model, chunked = tiny("BERT"), tiny("BERT", chunk_size_feed_forward=2)
     inputs = inputs_of(model)
     smoe.modulize(chunked, 4, score="sum")
     assert chunked.bert.encoder.layer[0].chunk_size_feed_forward == 2
@@ -95,7 +90,7 @@ def test_chunked_feed_forward():
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
-    models = [smoe.modulize(_model("BERT"), 4, top_k=2, seed=0) for _ in range(2)]
+    models = [smoe.modulize(tiny("BERT"), 4, top_k=2, seed=0) for _ in range(2)]
     models[1].gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for model in models:
         for module in model.modules():
