@@ -137,7 +137,8 @@ def test_parameters_may_be_grouped_in_another_way(kind):
     again, _ = build(kind, 0)
     again.load_state_dict(model.state_dict())
     parts = [[again[0].weight], [again[0].bias], [again[2].weight, again[3].weight], [again[2].bias]]
-    fresh = OPTIMIZERS[kind]([{"params": part, "weight_decay": d} for part, d in zip(parts, (0.1, 0, 0.1, 0), strict=True)])
+    groups = [{"params": part, "weight_decay": d} for part, d in zip(parts, (0.1, 0, 0.1, 0), strict=True)]
+    fresh = OPTIMIZERS[kind](groups)
     restore_optimizer(fresh, optimizer_tensors(optimizer, model), again)
     train(model, optimizer, range(2, 4))
     train(again, fresh, range(2, 4))
