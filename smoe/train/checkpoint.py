@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smoe.errors import CheckpointError, one_line
+from smoe.errors import CheckpointError, RunError, one_line
 from smoe.files import fsync_path
 from smoe.train.processes import Processes
 
@@ -54,11 +54,11 @@ def save_checkpoint(
     """
     processes = processes or Processes()
     path, partial = checkpoint_path(folder, step), folder / f"{_PARTIAL}{checkpoint_path(folder, step).name}"
-    with processes.together(), _one_clear_error(partial, "making a folder"):
+    with _one_clear_error(partial, "making a folder"), processes.together():
         if processes.is_main:
             remove_partial(folder)
             partial.mkdir(parents=True)
-    with processes.together(), _one_clear_error(partial, "writing tensors"):
+    with _one_clear_error(partial, "writing tensors"), processes.together():
         for group, members in tensors.items():
             file = partial / f"{group}.safetensors"
             # Copies: safetensors wants contiguous tensors on the CPU that share no memory.
@@ -66,10 +66,11 @@ def save_checkpoint(
                 {name: tensor.detach().cpu().clone(memory_format=_DENSE) for name, tensor in members.items()}, file
             )
             fsync_path(file)
-    with processes.together(), _one_clear_error(partial, "sealing"):
+    with _one_clear_error(partial, "sealing"), processes.together():
         if processes.is_main:
             files = {file.name: fingerprint(file) for file in sorted(partial.iterdir())}
             content = {"format": FORMAT, "step": step, "files": files, "state": dict(state)}
+            assert json.loads(json.dumps(content)) == content, "state: JSON would change it, e.g. a number as a key"
             sealed = {"content": content, "sha256": hash_json(content)}
             (partial / "state.json").write_text(json.dumps(sealed, indent=1), encoding="utf-8")
             fsync_path(partial / "state.json")
@@ -115,12 +116,15 @@ def hash_json(content: Any) -> str:
 
 @contextmanager
 def _one_clear_error(partial: Path, doing: str) -> Iterator[None]:
-    """Whatever goes wrong, removes the unfinished folder; makes a disk's error one CheckpointError line."""
+    """Whatever goes wrong, removes the unfinished folder; makes a disk's error, on any process, one line.
+
+    It must enclose ``together``: nobody takes the folder away while another process writes into it.
+    """
     try:
         yield
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if not isinstance(error, (OSError, SafetensorError)):
+        if not isinstance(error, (OSError, SafetensorError, RunError)):
             raise
         steps = list_steps(partial.parent)
         left = f"the last one there is {checkpoint_path(partial.parent, steps[-1]).name}" if steps else "there is none"

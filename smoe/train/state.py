@@ -23,17 +23,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
     """Puts back what :func:`optimizer_tensors` took, bit for bit, in the dtypes it had.
 
-    Raises ValueError, before anything changes, when a parameter is only in the checkpoint or only in the model.
+    For a parameter that has never had a gradient there is nothing to put back. Raises ValueError, before anything
+    changes, when the checkpoint has a parameter that the model lacks.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = dict(model.named_parameters())
     kept: dict[str, dict[str, Tensor]] = {}
     for path, value in tensors.items():
         _, name, key = path.split("/")
         kept.setdefault(name, {})[key] = value
-    if kept:  # nothing is kept before the first step
-        for name in sorted(kept.keys() ^ parameters.keys()):
-            where = "checkpoint" if name in kept else "model"
-            raise ValueError(f"optimizer: parameter {name!r} is only in the {where}")
+    for name in sorted(kept.keys() - parameters.keys()):
+        raise ValueError(f"optimizer: parameter {name!r} is only in the checkpoint")
     for name, values in kept.items():
         device = parameters[name].device
         # A copy: the optimizer changes its own in place.

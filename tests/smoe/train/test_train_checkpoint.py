@@ -1,4 +1,4 @@
-"""Checkpoints: exact round trips, and that kills, full disks and damage cost at most the newest one."""
+"""Checkpoints: exact round trips, and that kills and full disks cost at most the newest one."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from ranks import run_ranks
 
-from smoe.run.checkpoint import (
-    CheckpointError,
-    CheckpointWriter,
-    list_steps,
-    load_checkpoint,
-    load_latest,
-    save_checkpoint,
-)
+from smoe.errors import CheckpointError
+from smoe.train.checkpoint import list_steps, save_checkpoint
+from smoe.train.distributed import DistributedProcesses
+from smoe.train.processes import Processes
+from smoe.train.resume import load_latest, newest_checkpoint
 
 
 def save(folder: Path, step: int, **options) -> None:
@@ -69,17 +67,6 @@ def test_every_kind_of_tensor_comes_back_bit_for_bit(tmp_path):
         ), name
 
 
-def test_only_the_wanted_groups_are_read(tmp_path):
-    save_checkpoint(tmp_path, 1, {"model": {"a": torch.ones(1)}, "memory-rank0": {"m": torch.ones(1)}}, {})
-    assert load_latest(tmp_path, groups=["model", "memory-rank5"]).tensors.keys() == {"model"}
-
-
-def test_nothing_there_is_none(tmp_path):
-    assert load_latest(tmp_path) is None
-    assert load_latest(tmp_path / "missing", clean=True) is None
-    assert list_steps(tmp_path / "missing") == []
-
-
 def test_old_ones_go_and_protected_ones_stay(tmp_path):
     for step in (10, 20, 30, 40):
         save(tmp_path, step, protect=[10])
@@ -102,94 +89,57 @@ def test_saving_the_same_step_again_replaces_it(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(bytes(content))
+def _save_on(rank: int, folder: str, tensors: list[dict]) -> str:
+    processes = DistributedProcesses(60)
+    try:
+        save_checkpoint(Path(folder), 5, tensors[rank], {"of": rank}, processes=processes)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    assert list_steps(Path(folder)) == [5], "a process goes on before the checkpoint is in place"
+    return ""
 
 
-def edit_state(path: Path) -> None:
-    path.write_text(path.read_text().replace('"step": 20', '"step": 21'))
-
-
-DAMAGE = {
-    "flipped bit": ("model.safetensors", flip, "model.safetensors has changed"),
-    "truncated": ("model.safetensors", lambda p: os.truncate(p, 100), "has 100 bytes of"),
-    "emptied": ("model.safetensors", lambda p: os.truncate(p, 0), "has 0 bytes of"),
-    "deleted": ("model.safetensors", Path.unlink, "model.safetensors is missing"),
-    "no state": ("state.json", Path.unlink, "state.json is missing"),
-    "broken JSON": ("state.json", lambda p: os.truncate(p, 20), "cannot be read"),
-    "not an object": ("state.json", lambda p: p.write_text("[1]"), "cannot be read"),
-    "not text": ("state.json", lambda p: p.write_bytes(b"\xff\xfe\x00"), "cannot be read"),
-    "edited state": ("state.json", edit_state, "state.json has changed"),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_one_is_skipped_and_reported(tmp_path, kind):
-    name, damage, reason = DAMAGE[kind]
-    save(tmp_path, 10)
-    save(tmp_path, 20)
-    damage(tmp_path / "step-00000020" / name)
-    loaded = load_latest(tmp_path)
-    assert loaded.step == 10 and loaded.tensors["model"]["w"][0] == 10
-    ((path, why),) = loaded.skipped
-    assert path.name == "step-00000020" and reason in why and "\n" not in why
-    with pytest.raises(CheckpointError, match=r"step-00000020"):
-        load_checkpoint(path)
-    damage_only = tmp_path / "step-00000010" / name
-    damage_only.unlink()
-    with pytest.raises(CheckpointError, match="no usable checkpoint.*step-00000020.*step-00000010"):
-        load_latest(tmp_path)
-
-
-def test_a_replacement_cut_off_between_its_renames_is_still_found(tmp_path):
-    save(tmp_path, 10)
-    (tmp_path / "step-00000010").rename(tmp_path / ".old-step-00000010")
-    assert load_latest(tmp_path).step == 10
-    assert load_latest(tmp_path, clean=True).path.name == "step-00000010"
-
-
-def test_leftovers_are_cleaned_only_when_asked_or_at_the_next_save(tmp_path):
-    save(tmp_path, 10)
-    leftover = tmp_path / ".tmp-step-00000015"
-    for clean in (lambda: load_latest(tmp_path, clean=True), lambda: save(tmp_path, 20)):
-        leftover.mkdir()
-        (leftover / "model.safetensors").write_text("half")
-        assert load_latest(tmp_path).step == 10 and leftover.exists()
-        clean()
-        assert not leftover.exists()
-
-
+@pytest.mark.distributed
 def test_several_processes_write_into_one_checkpoint(tmp_path):
-    writers = [CheckpointWriter(tmp_path, 5) for _ in range(3)]
-    writers[0].begin()
-    for rank, writer in enumerate(writers):
-        writer.write(f"rng-rank{rank}", {"x": torch.tensor(rank)})
-        assert load_latest(tmp_path) is None  # nothing shows before it is sealed
-    writers[0].seal({"a": 1}, expect=[f"rng-rank{rank}" for rank in range(3)])
-    loaded = load_latest(tmp_path)
+    tensors = [{f"rng-rank{rank}": {"x": torch.tensor(rank)}} for rank in range(3)]
+    tensors[0]["model"] = {"w": torch.ones(2)}
+    assert run_ranks(_save_on, 3, str(tmp_path / "checkpoints"), tensors) == [""] * 3
+    loaded = load_latest(tmp_path / "checkpoints")
+    assert loaded.state == {"of": 0}
+    assert loaded.tensors.keys() == {"model", "rng-rank0", "rng-rank1", "rng-rank2"}
     assert [loaded.tensors[f"rng-rank{rank}"]["x"].item() for rank in range(3)] == [0, 1, 2]
 
 
-def test_a_process_that_did_not_write_is_noticed(tmp_path):
-    writer = CheckpointWriter(tmp_path, 5)
-    writer.begin()
-    writer.write("rng-rank0", {})
-    with pytest.raises(CheckpointError, match="rng-rank1 not written"):
-        writer.seal({}, expect=["rng-rank0", "rng-rank1"])
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.distributed
+def test_a_process_that_cannot_write_fails_all(tmp_path):
+    save(tmp_path, 1)
+    tensors = [{"rng-rank0": {"x": torch.ones(1)}}, {"no-such-folder/rng-rank1": {"x": torch.ones(1)}}]
+    main, other = run_ranks(_save_on, 2, str(tmp_path), tensors)
+    for error, who in ((main, "rank 1: "), (other, "")):
+        assert error.startswith(f"CheckpointError: checkpoint step-00000005 in {tmp_path}: {who}")
+        assert "No such file" in error and error.endswith("while writing tensors; the last one there is step-00000001")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
-@pytest.mark.parametrize("state", [{"k": {1: 2}}, {"x": torch.ones(1)}, {"x": object()}])
+def test_nothing_shows_under_the_name_before_all_is_written(tmp_path, monkeypatch):
+    shown = []
+    real = pkgutil.resolve_name("smoe.train.checkpoint.fsync_path")
+    monkeypatch.setattr("smoe.train.checkpoint.fsync_path", lambda p: shown.append(list_steps(tmp_path)) or real(p))
+    save_checkpoint(tmp_path, 5, {"model": {"w": torch.ones(2)}, "task": {}}, {})
+    assert shown == [[]] * 4 + [[5]]  # two groups, state.json, their folder; then the folder of all checkpoints
+
+
+@pytest.mark.parametrize("state", [{"k": {1: 2}}, {"k": (1, 2)}, {"x": torch.ones(1)}, {"x": object()}])
 def test_state_that_json_would_change_is_refused(tmp_path, state):
-    with pytest.raises(AssertionError, match=r"state\."):
-        save_checkpoint(tmp_path, 1, {}, state)
+    save(tmp_path, 10)
+    with pytest.raises((AssertionError, TypeError)):
+        save_checkpoint(tmp_path, 20, {}, state)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     save(tmp_path, 10)
-    monkeypatch.setattr("smoe.run.checkpoint._independent", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("smoe.train.checkpoint.fsync_path", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 20)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
@@ -229,34 +179,48 @@ def die_at_call(monkeypatch, target: str, number: int) -> None:
     monkeypatch.setattr(target, call)
 
 
+def save_and_die(monkeypatch, folder: Path, step: int, target: str, number: int) -> None:
+    """Saves in a child that is killed at a call of ``target``."""
+    child = os.fork()
+    if child == 0:
+        try:
+            die_at_call(monkeypatch, target, number)
+            save_checkpoint(folder, step, {"model": {"w": torch.full((8,), float(step))}, "optimizer": {}}, {})
+        finally:
+            os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
 @pytest.mark.parametrize(
     "target, number, step, survivor",
     [
-        ("smoe.run.checkpoint.fsync_path", 1, 20, 10),  # the first file written
-        ("smoe.run.checkpoint.fsync_path", 3, 20, 10),  # state.json written
+        ("smoe.train.checkpoint.fsync_path", 1, 20, 10),  # the first file written
+        ("smoe.train.checkpoint.fsync_path", 3, 20, 10),  # state.json written
         ("pathlib.Path.rename", 1, 20, 10),  # all written, not yet in place
-        ("smoe.run.checkpoint.fsync_path", 5, 20, 20),  # in place
-        ("smoe.run.checkpoint.shutil.rmtree", 1, 30, 30),  # the oldest about to go
-        ("pathlib.Path.rename", 2, 10, 10),  # between the two renames of a replacement
+        ("smoe.train.checkpoint.fsync_path", 5, 20, 20),  # in place
+        ("smoe.train.checkpoint.shutil.rmtree", 2, 30, 30),  # the oldest about to go
+        ("os.unlink", 2, 30, 30),  # the oldest half gone
     ],
 )
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, target, number, step, survivor):
     save(tmp_path, 10)
     if step == 30:
         save(tmp_path, 20)
-    child = os.fork()
-    if child == 0:
-        try:
-            die_at_call(monkeypatch, target, number)
-            save_checkpoint(tmp_path, step, {"model": {"w": torch.full((8,), float(step))}, "optimizer": {}}, {})
-        finally:
-            os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    loaded = load_latest(tmp_path, clean=True)
+    save_and_die(monkeypatch, tmp_path, step, target, number)
+    loaded = newest_checkpoint(tmp_path, Processes())
     assert (loaded.step, loaded.tensors["model"]["w"][0]) == (survivor, survivor)
     assert loaded.skipped == [] and all(path.name.startswith("step-") for path in tmp_path.iterdir())
     save(tmp_path, 40)
     assert load_latest(tmp_path).step == 40
+
+
+@pytest.mark.parametrize("target, number", [("os.unlink", 2), ("pathlib.Path.rename", 1)])  # half gone, and gone
+def test_a_kill_while_a_step_is_replaced_leaves_the_one_before(tmp_path, monkeypatch, target, number):
+    save_checkpoint(tmp_path, 10, {"model": {"w": torch.ones(1)}}, {})
+    save_checkpoint(tmp_path, 20, {"model": {"w": torch.ones(1)}}, {})
+    save_and_die(monkeypatch, tmp_path, 20, target, number)
+    assert newest_checkpoint(tmp_path, Processes()).step == 10
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
 
 
 def test_state_json_lists_size_and_hash_of_every_file(tmp_path):

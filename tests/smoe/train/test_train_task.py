@@ -1,0 +1,135 @@
+"""The loop has room for tasks: one of a few lines trains, stops, goes on bit for bit and leaves a record."""
+
+import json
+import signal
+
+import pytest
+from runs import assert_one_line, assert_same_weights, lines, losses, result, weights
+from toy_task import POINTS, Toy, toy, toy_config
+
+from smoe import METHODS, set_top_k
+from smoe.errors import Stopped
+from smoe.report import check_result
+from smoe.train.checkpoint import list_steps
+from smoe.train.loop import train
+from smoe.train.processes import Processes
+from smoe.train.resume import load_checkpoint, read_metrics
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_trains_and_leaves_a_record(method, tmp_path):
+    config = toy_config(tmp_path, method, steps=30, eval_interval=10)
+    train(Toy, config, Processes())
+    record = result(tmp_path)
+    assert (record["task"], record["model"], record["method"]) == ("toy", "classifier", method)
+    assert record["dataset"] == {"name": "sectors", "sha256": "3"} and record["tokens_per_step"] == 20
+    keys = {"1", "4"} if METHODS[method].routed else {"dense"}
+    assert record["metric"] == "accuracy" and record["metrics"].keys() == {"accuracy", "cross_entropy"}
+    for metric in record["metrics"].values():
+        assert metric["n"] == {"valid": POINTS["valid"], "test": POINTS["test"]}
+        assert metric["valid"].keys() == metric["test"].keys() == record["flops"].keys() == keys
+    assert record["metrics"]["accuracy"]["direction"] == "higher"
+    assert all(
+        value * 70 == pytest.approx(round(value * 70)) for value in record["metrics"]["accuracy"]["test"].values()
+    )
+    assert losses(tmp_path)[30] < losses(tmp_path)[1]
+    assert check_result(record)
+
+
+def test_the_best_checkpoint_has_the_highest_accuracy_and_is_what_is_swept(tmp_path):
+    """A high learning rate and many evaluations: the best of them is not the last."""
+    config = toy_config(tmp_path, steps=40, eval_interval=1, learning_rate=0.5)
+    train(Toy, config, Processes())
+    found = {
+        line["step"]: line["valid"]["accuracy"] for line in read_metrics(tmp_path / "metrics.jsonl") if "valid" in line
+    }
+    best = max(found, key=lambda step: (found[step], -step))  # the first of the highest
+    assert found[best] > found[40] and best < 39, "nothing to choose"
+    record = result(tmp_path)
+    assert record["best"] == {"step": best, "metric": "accuracy", "value": found[best], "k": 4}
+    assert list_steps(tmp_path / "checkpoints") == [best, 39, 40]
+    # What was swept is the model of that step.
+    task, _ = toy(config)
+    task.model.load_state_dict(weights(tmp_path, best))
+    set_top_k(task.model.eval(), 1)
+    points, labels = task.data["test"]
+    right = (task.model(points, labels).logits.argmax(-1) == labels).double().mean().item()
+    assert record["metrics"]["accuracy"]["test"]["1"] == pytest.approx(right, abs=1e-12)
+    assert record["metrics"]["accuracy"]["valid"]["4"] == found[best]
+
+
+FLAGS = ("--method", "thor", "--scale", "smoke")
+
+
+def test_stopped_by_a_signal_it_goes_on_bit_for_bit(start, tmp_path):
+    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
+    assert start("toy_task", *FLAGS, "--run_dir", alone).wait() == 0
+    # The step that is running ends, and so does the run: in the middle of two evaluations and of two log lines.
+    flags = (*FLAGS, "--run_dir", stopped, "--log_interval", 3)
+    command = start("toy_task", *flags, env={"TOY_STOP_AT": "6"})
+    assert command.wait() == 75, command.err
+    assert command.err == "error: stopped by a signal after step 7; a checkpoint is written, --resume goes on from it\n"
+    assert list_steps(stopped / "checkpoints") == [4, 7] and not (stopped / "result.json").exists()
+    again = start("toy_task", *flags, "--resume")
+    assert again.wait() == 0 and "resumed after step 7" in again.out, again.err
+    assert_same_weights(alone, stopped)
+    last = [load_checkpoint(run / "checkpoints" / "step-00000012").tensors for run in (alone, stopped)]
+    assert last[0]["optimizer"].keys() == last[1]["optimizer"].keys()
+    assert all(value.equal(last[1]["optimizer"][name]) for name, value in last[0]["optimizer"].items())
+    assert losses(stopped)[9] == pytest.approx(sum(losses(alone)[step] for step in (7, 8, 9)) / 3, rel=1e-12)
+    for name in ("metrics", "best", "flops", "training_flops", "parameters"):
+        assert result(alone)[name] == result(stopped)[name]
+
+
+def test_a_second_run_needs_its_own_folder_and_a_finished_one_is_left_alone(tmp_path, capsys):
+    config = toy_config(tmp_path)
+    train(Toy, config, Processes())
+    before = (tmp_path / "result.json").read_bytes()
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(Toy, config, Processes())
+    train(Toy, toy_config(tmp_path, resume=True), Processes())
+    assert "is finished" in capsys.readouterr().out and (tmp_path / "result.json").read_bytes() == before
+
+
+def test_the_handlers_of_signals_are_given_back(tmp_path, monkeypatch):
+    def before(*_): ...
+
+    previous = signal.signal(signal.SIGTERM, before)
+    try:
+        monkeypatch.setenv("TOY_STOP_AT", "2")
+        with pytest.raises(Stopped, match="after step 3"):
+            train(Toy, toy_config(tmp_path), Processes())
+        assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def test_its_own_fields_are_flags_and_checked(start, tmp_path):
+    assert_one_line(
+        start("toy_task", *FLAGS, "--run_dir", tmp_path / "run", "--classes", 1), 2, "classes is 1", "at least 2"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("mode", "differ"), [("random", False), ("random_per_layer", True)])
+def test_the_k_of_every_layer_is_set_and_logged(mode, differ, tmp_path, monkeypatch):
+    config = toy_config(tmp_path, schedule=mode, k_min=1)
+    used, forward = [], Toy.forward
+    spied = lambda self, *args: used.append([mlp.top_k for mlp in self.model.layers]) or forward(self, *args)  # noqa: E731
+    monkeypatch.setattr(Toy, "forward", spied)
+    train(Toy, config, Processes())
+    assert used == [config.ks_at(step) for step in range(12)]
+    assert any(a != b for a, b in used) == differ and len({tuple(ks) for ks in used}) > 2
+    logged = [line["k"] for line in lines(tmp_path).values()]
+    assert logged == [a if a == b else [a, b] for a, b in used]
+
+
+@pytest.mark.distributed
+def test_two_processes_do_what_one_does(start_ranks, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = ("--method", "smoe_dropout", "--scale", "smoke")
+    for ranks, run, more in ((1, one, ()), (2, two, ("--expert_parallel", 2))):
+        for command in start_ranks(ranks, "toy_task", *flags, *more, "--run_dir", run):
+            assert command.wait() == 0, command.err
+    assert losses(one) == pytest.approx(losses(two), abs=1e-5)
+    assert json.dumps(result(one)["metrics"]["accuracy"]["n"]) == json.dumps(result(two)["metrics"]["accuracy"]["n"])
