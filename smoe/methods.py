@@ -9,31 +9,16 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from .activation import get_activation
 from .control import record_routing
 from .dense_dropout import ConcreteDropout, DropBlock
+from .dense_mlp import DenseMLP
 from .dropout import Dropout
 from .layer import SMoE
+from .losses import concrete_regularization, symmetric_kl
 from .router import RouterKind
 from .schedule import Mode
 
 MethodName = Literal["dense_dropout", "dense_concrete_dropout", "dense_dropblock", "thor", "smoe", "smoe_dropout"]
-
-
-class DenseMLP(nn.Module):
-    """The transformer's MLP: Linear, activation, a dropout of some kind, Linear. (..., d) -> (..., d)."""
-
-    def __init__(
-        self, d_model: int, d_hidden: int, *, activation: str | Callable[[Tensor], Tensor] = "relu", dropout: nn.Module
-    ) -> None:
-        super().__init__()
-        self.up = nn.Linear(d_model, d_hidden)
-        self.activation = get_activation(activation)
-        self.dropout = dropout
-        self.down = nn.Linear(d_hidden, d_model)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.dropout(self.activation(self.up(x))))
 
 
 class PassOutput(Protocol):
@@ -158,33 +143,6 @@ class Method:
             parts["concrete"] = concrete_regularization(model)
             total = total + parts["concrete"]
         return MethodLoss(total, task, parts, output)
-
-
-def symmetric_kl(logits_a: Tensor, logits_b: Tensor) -> Tensor:
-    """(KL(a || b) + KL(b || a)) / 2 of the two softmax distributions, averaged over all positions (THOR's consistency).
-
-    Shapes: both (..., classes) -> scalar. Both get gradients.
-    """
-    log_a = torch.log_softmax(logits_a.float(), dim=-1)
-    log_b = torch.log_softmax(logits_b.float(), dim=-1)
-    # KL(a||b) + KL(b||a) = sum (a - b) (log a - log b)
-    return ((log_a.exp() - log_b.exp()) * (log_a - log_b)).sum(-1).mean() / 2
-
-
-def concrete_regularization(model: nn.Module) -> Tensor:
-    """Sum of the Concrete Dropout penalties of all MLPs of ``model`` (Algorithm 1), a scalar.
-
-    Raises:
-        ValueError: the model has no :class:`DenseMLP` with :class:`ConcreteDropout`.
-    """
-    penalties = [
-        mlp.dropout.regularization(mlp.down, mlp.down.in_features)
-        for mlp in model.modules()
-        if isinstance(mlp, DenseMLP) and isinstance(mlp.dropout, ConcreteDropout)
-    ]
-    if not penalties:
-        raise ValueError(f"{type(model).__name__} has no DenseMLP with ConcreteDropout; there is no penalty to add")
-    return torch.stack(penalties).sum()
 
 
 _SMOE_DROPOUT = {"router": "random", "schedule": "linear", "k_min": lambda n: max(n // 2, 1), "k_max": lambda n: n}

@@ -20,8 +20,8 @@ from smoe.train.command import run_training
 from smoe.train.metrics import Metric
 from smoe.train.task import Task
 from transformer_xl.config import LanguageModelConfig
+from transformer_xl.cost import evaluation_flops, step_flops
 from transformer_xl.data import SegmentStream, dataset_record, evaluation_segments, load_split
-from transformer_xl.flops import evaluation_flops, step_flops
 from transformer_xl.model import TransformerXL, TransformerXLOutput
 
 

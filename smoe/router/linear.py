@@ -1,0 +1,90 @@
+"""Routers whose logits are a linear layer of the tokens, fixed or trained."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Router, Routing, Score, generator
+
+
+class LinearRouter(Router):
+    """Logits ``x @ weight.T + bias`` in float32, then the k largest; ``weight (N, d)`` and ``bias (N,)``.
+
+    Args:
+        d_model: d.
+        init_std: standard deviation of the weights (0.02 in the released code). The bias starts at 0.
+        seed: of the weights; None draws from PyTorch's global generator.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    trained: bool
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int,
+        score: Score = "softmax_after_topk",
+        *,
+        init_std: float = 0.02,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(num_experts, top_k, score)
+        for name, tensor in (("weight", torch.empty(num_experts, d_model)), ("bias", torch.empty(num_experts))):
+            if self.trained:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+        self.seed = seed
+        self.reset_parameters(init_std)
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Draws the weights N(0, std) and sets the bias to 0."""
+        # Drawn on the CPU whatever the device, so that a seed gives the same router everywhere.
+        draw = torch.randn(self.weight.shape, generator=generator(self.seed), device="cpu")
+        self.weight.copy_(draw * std)
+        self.bias.zero_()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(T, d) -> (T, N), always in float32: rounded logits would change which experts are chosen."""
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.float(), self.bias.float()
+            transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+            if x.dtype == torch.float32 or transformed:  # the transforms of torch.func need plain autograd
+                return F.linear(x.float(), weight, bias)
+            return _Logits.apply(x, weight, bias)
+
+    def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Routing:
+        logits = self.logits(x)
+        if self.top_k == self.num_experts:
+            indices = self._all_experts(x)
+        else:
+            indices = logits.topk(self.top_k, dim=-1).indices
+        return self._routing(logits, indices)
+
+    def _routing(self, logits: Tensor, indices: Tensor) -> Routing:
+        return Routing(indices, self._weights(logits, indices), None)
+
+
+class _Logits(torch.autograd.Function):
+    """``F.linear(x.float(), weight, bias)`` that computes the gradient of x in the dtype of x, which it has anyway.
+
+    Neither a float32 copy of x nor a float32 gradient of its size is kept (3 % of a training step of RoBERTa's layer).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.dtype = x.dtype
+        return F.linear(x.float(), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad_x = grad.to(ctx.dtype) @ weight.to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = grad.t() @ x.float() if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, grad.sum(0) if ctx.needs_input_grad[2] else None
