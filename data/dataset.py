@@ -1,7 +1,6 @@
 """A published data set that is the same bytes for everybody: fetched, checked, split, and recorded in meta.json."""
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -9,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.errors import DownloadError, SourceError, run
+from data.errors import DownloadError, SourceError, printable, run
 from data.fetch import LocalPath, Source, first_that_works
-from data.folder import RECORD, move_in, read_pieces, scratch, sha256_file
+from data.folder import RECORD, move_in, scratch, sha256_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,10 @@ class DataSet:
                 return False
             if any((out / part["file"]).stat().st_size != part["bytes"] for part in parts.values()):
                 return False
-            return not contents or all(sha256_file(out / part["file"]) == part["sha256"] for part in parts.values())
+            return not contents or (
+                all(sha256_of(out / part["file"]) == part["sha256"] for part in parts.values())
+                and self._sha256_in(out) == self.sha256
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
 
@@ -71,17 +73,20 @@ class DataSet:
     def _accept(self, fetched: Path, partial: Path) -> dict[str, dict[str, Any]]:
         """Write the files to `partial` and return what the record says of each. Raises SourceError for wrong bytes."""
         facts = self.read(fetched, partial)
-        whole, splits = hashlib.sha256(), {}
-        for split, file in self.files.items():
-            part, size = hashlib.sha256(), 0
-            for piece in read_pieces(partial / file):
-                part.update(piece)
-                whole.update(piece)
-                size += len(piece)
-            splits[split] = {"file": file, "bytes": size, "sha256": part.hexdigest(), **facts.get(split, {})}
-        if whole.hexdigest() != self.sha256:
-            raise SourceError(f"SHA-256 is {whole.hexdigest()}, expected {self.sha256}")
-        return splits
+        if (found := self._sha256_in(partial)) != self.sha256:
+            raise SourceError(f"SHA-256 is {found}, expected {self.sha256}")
+        return {
+            split: {
+                "file": file,
+                "bytes": (partial / file).stat().st_size,
+                "sha256": sha256_of(partial / file),
+                **facts.get(split, {}),
+            }
+            for split, file in self.files.items()
+        }
+
+    def _sha256_in(self, folder: Path) -> str:
+        return sha256_of(*(folder / file for file in self.files.values()))
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """The command line; returns the exit status, see `data.errors.run`: 2 is for a --source that won't do."""
@@ -89,16 +94,14 @@ class DataSet:
         parser.add_argument("--source", type=Path, help=f"a local copy instead of a download: {self.local}")
         parser.add_argument("--out", type=Path, default=self.folder, help="default: %(default)s")
         parser.add_argument("--force", action="store_true", help="prepare again even if it is all there")
-        parser.add_argument(
-            "--verify", action="store_true", help="check every byte of what is there, not the sizes only"
-        )
+        parser.add_argument("--verify", action="store_true", help="check every byte of what is there, not sizes alone")
         options = parser.parse_args(arguments)
         if not options.force and self.is_prepared(options.out, contents=options.verify):
             return 0
         return run(self.name, options.out, lambda: self._prepare_from(options.source, options.out))
 
     def _prepare_from(self, source: Path | None, out: Path) -> None:
-        print(f"{self.name}: {f'reading {source}' if source else 'downloading'}", file=sys.stderr)
+        print(f"{self.name}: {f'reading {printable(source)}' if source else 'downloading'}", file=sys.stderr)
         try:
             meta = self.prepare(out, [LocalPath(source)] if source else self.sources)
         except DownloadError as error:

@@ -47,5 +47,5 @@ def run(name: str, out: Path, work: Callable[[], object]) -> int:
 
 
 def _fail(name: str, message: str, status: int) -> int:
-    print(f"error: {name}: {message}", file=sys.stderr)
+    print(f"error: {name}: {printable(message, 4000)}", file=sys.stderr)
     return status

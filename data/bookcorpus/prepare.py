@@ -8,10 +8,10 @@ Writes train.bin, valid.bin and test.bin, tokenizer.json and meta.json to --out,
 
 Of a folder given with --source, every .txt, .xz and .gz file is a document, in subfolders too; hidden files and those
 about the text (README, LICENSE, SOURCE and the like) are left out and named. Without --source the text is BookCorpus
-from the hub; where that can't be had, prose stripped out of enwik8, and meta.json says so.
+from the hub or, where the hub can't be reached, prose stripped out of enwik8; meta.json says which.
 
-Whole documents are held out, one that comes twice is used once, and the vocabulary is learned from train alone. Does
-nothing when the same is already there.
+Whole documents are held out, duplicates are used once, and the vocabulary is learned from train alone. Does nothing
+when the same is already there.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from data.bookcorpus.corpus import Corpus, Store, from_enwik8, from_files, from_
 from data.bookcorpus.tokenizer import read_tokenizer, special_ids, train_tokenizer
 from data.enwik8.prepare import ENWIK8
 from data.errors import DownloadError, SourceError, run
-from data.folder import RECORD, move_in, read_pieces, scratch, sha256_file
+from data.folder import RECORD, move_in, read_pieces, scratch, sha256_of
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
@@ -86,12 +86,12 @@ def prepare(out: Path, corpus: Corpus, request: dict[str, Any], tokenizer_paths:
                 "file": path.name,
                 "blocks": blocks,
                 "bytes": path.stat().st_size,
-                "sha256": sha256_file(path),
+                "sha256": sha256_of(path),
                 "documents": len(parts[split]),
                 "text_bytes": sum(store.spans[i][1] for i in parts[split]),
                 "text_sha256": _digest(store.digests[i] for i in parts[split]),
             }
-        tokenizer_sha256 = sha256_file(partial / "tokenizer.json")
+        tokenizer_sha256 = sha256_of(partial / "tokenizer.json")
         meta = {
             "dataset": corpus.name,
             "note": corpus.note,
@@ -167,7 +167,7 @@ def default_corpus() -> Corpus:
         return from_hub()
     except SourceError as error:
         why = str(error)
-    print(f"bookcorpus: not to be had from the hub ({why}); using prose out of enwik8 instead", file=sys.stderr)
+    print(f"bookcorpus: can't be loaded from the hub ({why}); using prose out of enwik8 instead", file=sys.stderr)
     if not ENWIK8.is_prepared(ENWIK8.folder):
         ENWIK8.prepare(ENWIK8.folder, ENWIK8.sources)
 
@@ -179,7 +179,7 @@ def default_corpus() -> Corpus:
 
 
 def default_out(options: argparse.Namespace, scale: str) -> Path:
-    """data/bookcorpus/MODEL-SCALE; with anything of one's own a hash of it is added, so that nothing is mixed up."""
+    """data/bookcorpus/MODEL-SCALE, and a hash of the options that change what is prepared, if any is given."""
     own = {
         name: [str(path.resolve()) for path in value] if isinstance(value, list) else value
         for name in ("source", "tokenizer", "vocab_size", "max_bytes", "block_length", "name")
@@ -209,7 +209,7 @@ def _prepare_as_asked(out: Path, options: argparse.Namespace, size: dict[str, An
         "model": options.model,
         "source": corpus.origin if corpus else "hub, else enwik8",
         "name": options.name,
-        "tokenizer": [sha256_file(file) for path in options.tokenizer for file in _files(path)] or None,
+        "tokenizer": [sha256_of(file) for path in options.tokenizer for file in _files(path)] or None,
         "vocab_size": options.vocab_size or size["vocab_size"][options.model],
         "max_bytes": options.max_bytes or size["max_bytes"],
         "block_length": options.block_length or 512,
@@ -251,10 +251,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
 
 
 def _scale(scale: str) -> str:

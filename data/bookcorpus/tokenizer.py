@@ -41,14 +41,15 @@ def train_tokenizer(model: str, lines: Callable[[], Iterable[str]], vocab_size: 
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     _complete(tokenizer, model)
     # The library numbers the letters within words ("##a") in the order of a hash map, which differs from run to run and
-    # decides between equally frequent pairs. Given as special tokens they have their numbers beforehand.
+    # decides between equally frequent pairs. As special tokens they get their numbers beforehand.
     letters = _letters(tokenizer, lines(), most=min(1000, vocab_size // 8))
     special = [*_ORDER[model], *(f"##{letter}" for letter in letters)]
     trainer = trainers.WordPieceTrainer(
         special_tokens=special, initial_alphabet=letters, limit_alphabet=len(letters), **options
     )
     tokenizer.train_from_iterator(lines(), trainer)
-    learned = Tokenizer(models.WordPiece(tokenizer.get_vocab(), unk_token="[UNK]"))  # where they are special no more
+    # The same vocabulary, in which these letters are no special tokens.
+    learned = Tokenizer(models.WordPiece(tokenizer.get_vocab(), unk_token="[UNK]"))
     _complete(learned, model)
     return learned
 
@@ -65,7 +66,7 @@ def _letters(tokenizer: Tokenizer, lines: Iterable[str], most: int) -> list[str]
 def read_tokenizer(model: str, paths: Sequence[Path]) -> Tokenizer:
     """The vocabulary in a folder or files: tokenizer.json, or vocab.txt (BERT), or vocab.json and merges.txt (RoBERTa).
 
-    Raises ValueError, in one line, when they are not there, can't be read or lack one of the model's special tokens.
+    Raises ValueError, in one line, when they don't exist, can't be read or lack one of the model's special tokens.
     """
     from tokenizers import Tokenizer, models
 
@@ -104,7 +105,7 @@ def special_ids(tokenizer: Tokenizer, model: str) -> dict[str, int]:
 
 
 def _complete(tokenizer: Tokenizer, model: str) -> None:
-    """What surrounds the vocabulary: how text is normalised and cut into words, and which tokens are special."""
+    """Add what a vocabulary alone lacks: how text is normalised and cut into words, and which tokens are special."""
     from tokenizers import decoders, normalizers, pre_tokenizers
 
     if model == "bert":

@@ -1,6 +1,6 @@
 """Prose out of a Wikipedia dump: the articles of its XML with the wiki markup taken off.
 
-Not a parser of MediaWiki: what is no running text (templates, tables, lists, headings, formulas) is left out.
+Not a parser of MediaWiki: templates, tables, lists, headings and formulas are left out.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def strip_markup(text: str) -> str:
 
 
 def _until_same(pattern: re.Pattern, replacement, text: str, most: int = 8) -> str:
-    """Replace from the inside out, since what is nested matches only once its inside is gone."""
+    """Replace from the inside out: the outer one of nested markup matches only once the inner one is gone."""
     for _ in range(most):
         text, count = pattern.subn(replacement, text)
         if not count:

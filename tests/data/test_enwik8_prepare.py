@@ -169,6 +169,12 @@ def test_prepared_or_not(tmp_path):
     assert not SMALL.is_prepared(out)
     prepare(out, LocalPath(tmp_path / "good"))
     assert SMALL.is_prepared(out, contents=True)
+    # A record that agrees with files of another content.
+    meta = json.loads((out / "meta.json").read_text())
+    (out / "test.bin").write_bytes(bytes(240))
+    meta["splits"]["test"]["sha256"] = hashlib.sha256(bytes(240)).hexdigest()
+    (out / "meta.json").write_text(json.dumps(meta))
+    assert SMALL.is_prepared(out) and not SMALL.is_prepared(out, contents=True)
     for damaged in ("", "[]", '{"sha256": 1}', json.dumps({"sha256": SHA256, "splits": []})):
         (out / "meta.json").write_text(damaged)
         assert not SMALL.is_prepared(out)
@@ -281,6 +287,12 @@ def test_script_runs_from_anywhere_and_says_what_to_do(tmp_path):
     error = result.stderr.splitlines()[-1]
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert error.startswith("error: enwik8: source: none: no such file") and "it must be the 100 000 000" in error
+
+
+def test_a_name_with_escapes_is_told_printably(tmp_path, capsys):
+    assert run("--source", "no\x1b[2J\nfile", "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err.split("\n")[-2]
+    assert error.startswith("error: enwik8: source: no [2J file: no such file") and error.isprintable()
 
 
 def test_preparing_needs_nothing_installed(tmp_path):
