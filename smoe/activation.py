@@ -14,7 +14,7 @@ from torch import Tensor, nn
 class Activation:
     """An elementwise function and its derivative, which here comes from autograd."""
 
-    # What `backward` wants as `saved`: the output (ReLU needs nothing else) or the input.
+    # What `backward` wants as `saved`: the output (ReLU alone) or the input.
     saves_output = False
 
     def __init__(self, name: str, function: Callable[[Tensor], Tensor]) -> None:

@@ -81,6 +81,7 @@ class Method:
         *,
         num_experts: int = 16,
         dropout: float = 0.1,
+        expert_dropout: float = 0.0,
         activation: str | Callable[[Tensor], Tensor] = "relu",
         router: RouterKind | None = None,
         **layer_options: Any,
@@ -88,8 +89,8 @@ class Method:
         """The MLP of one transformer layer, (..., d) -> (..., d).
 
         Args:
-            dropout: the rate in the MLP of a dense method. SMoE layers ignore it, since leaving out experts is their
-                dropout.
+            dropout: the rate in the MLP of a dense method.
+            expert_dropout: the rate on the hidden units of experts, besides leaving out experts (0.1 in the release).
             router: replaces the method's own router (the ablations of Figure 5 (c)).
             layer_options: of :class:`SMoE`: top_k, score, output_scale, seed, vocab_size, ...
 
@@ -100,7 +101,8 @@ class Method:
         if self.router is not None:
             layer_options.setdefault("top_k", self.k_max(num_experts))
             router = router or self.router
-            return SMoE(d_model, d_hidden, num_experts, activation=activation, router=router, **layer_options)
+            layer_options |= {"activation": activation, "router": router, "dropout": expert_dropout}
+            return SMoE(d_model, d_hidden, num_experts, **layer_options)
         for option in (*layer_options, *(["router"] if router else [])):
             raise ValueError(f"{option} is an option of SMoE layers, but {self.name} has none; leave it out")
         if self.dropout == "concrete" and not dropout > 0:

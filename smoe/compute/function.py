@@ -28,8 +28,8 @@ def run(path: str, x: Tensor, weights: Tensor, indices: Tensor | None, experts: 
         return _run_uncompiled(path, x, weights, indices, experts)
     x, down_bias = x.to(product_dtype(x)), experts.down_bias
     if dropout:
-        # The routing weights are scaled up instead of the hidden units that are kept: there are fewer of them. The
-        # second bias, which they multiply too, is scaled down in return.
+        # Scales up the few routing weights instead of the many hidden units that are kept. They multiply the second
+        # bias too, so that is scaled down.
         weights = weights * kept_scale(dropout)
         down_bias = None if down_bias is None else down_bias / kept_scale(dropout)
     parameters = (experts.up, experts.up_bias, experts.gate, experts.gate_bias, experts.down, down_bias)

@@ -20,8 +20,8 @@ class Kept(NamedTuple):
     up: the output or the input of the activation, whichever its backward wants; with a gate the linear output of up.
         As a gradient: that of the linear output of up.
     gate: the same of gate, whose activation it then is; None without.
-    mask: 0 for dropped hidden units, else 1; None without dropout, and where the output of the activation is kept: that
-        is ReLU's, which is 0 for dropped units too, and so is the gradient then.
+    mask: 0 for dropped hidden units, else 1; None without dropout. ReLU needs none either: what is kept is its output,
+        which is 0 for dropped units, and so is its gradient then.
     """
 
     up: Tensor
@@ -67,23 +67,21 @@ def kept_units(x: Tensor, parameters: Parameters, inputs: Inputs, fuse: bool) ->
     """Of rows x (n, d) through ``parameters`` with up (m, d) and so on, after dropout. fuse: see ``may_fuse_relu``."""
     up, up_bias, gate, gate_bias, *_ = parameters
     if gate is None:
-        kept, mask = _activate(x, up, up_bias, inputs, fuse)
+        kept, mask = _first_layer(x, up, up_bias, inputs, fuse)
         return Kept(kept, mask=mask)
-    return Kept(linear(x, up, up_bias), *_activate(x, gate, gate_bias, inputs, fuse))
+    return Kept(linear(x, up, up_bias), *_first_layer(x, gate, gate_bias, inputs, fuse))
 
 
-def _activate(
+def _first_layer(
     x: Tensor, weight: Tensor, bias: Tensor | None, inputs: Inputs, fuse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    activation = inputs.activation
-    if activation is ACTIVATIONS["relu"]:
-        kept = linear(x, weight, bias, relu=True, fuse=fuse)
-    else:
-        kept = linear(x, weight, bias)
+    """What is kept of the activation, and the mask."""
+    relu = inputs.activation.saves_output  # no other activation does
+    kept = linear(x, weight, bias, relu, fuse)
     if not inputs.dropout:
         return kept, None
     mask = keep_mask(kept.shape, inputs.dropout, kept)
-    return (torch.mul(kept, mask, out=mask), None) if activation.saves_output else (kept, mask)
+    return (torch.mul(kept, mask, out=mask), None) if relu else (kept, mask)
 
 
 def activated(kept: Kept, activation: Activation, out: Tensor) -> Tensor:

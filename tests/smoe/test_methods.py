@@ -76,7 +76,8 @@ def test_routed_methods_build_smoe_layers(name, kind):
     assert isinstance(layer, SMoE) and type(layer.router) is kind
     assert layer.top_k == METHODS[name].k_max(4) and layer.num_experts == 4 and layer.d_hidden == H
     assert not any(isinstance(module, DROPOUTS) for module in layer.modules())
-    assert layer(torch.randn(3, 5, D)).shape == (3, 5, D)
+    assert layer(torch.randn(3, 5, D)).shape == (3, 5, D) and layer.experts.dropout == 0
+    assert METHODS[name].make_mlp(D, H, num_experts=4, dropout=0.3, expert_dropout=0.2).experts.dropout == 0.2
     changed = METHODS[name].make_mlp(D, H, num_experts=4, router="hash", vocab_size=9, top_k=1, score="sum")
     assert changed.needs_token_ids and changed.top_k == 1 and changed.router.score == "sum"
 
