@@ -128,7 +128,7 @@ class Router(nn.Module):
 
     def _equal_weights(self, indices: Tensor) -> Tensor:
         """The weights of a router without logits: those of equal logits."""
-        logits = torch.zeros(indices.shape[0], self.num_experts, device=indices.device)
+        logits = torch.zeros(indices.shape[0], self.num_experts, dtype=torch.float32, device=indices.device)
         return self._weights(logits, indices)
 
 
@@ -156,7 +156,9 @@ class _LinearRouter(Router):
         seed: int | None = None,
     ) -> None:
         super().__init__(num_experts, top_k, score)
-        for name, tensor in (("weight", torch.empty(num_experts, d_model)), ("bias", torch.empty(num_experts))):
+        dtype = None if self.trained else torch.float32  # fixed numbers don't follow torch.set_default_dtype
+        for name, shape in (("weight", (num_experts, d_model)), ("bias", (num_experts,))):
+            tensor = torch.empty(shape, dtype=dtype)
             if self.trained:
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
@@ -167,8 +169,8 @@ class _LinearRouter(Router):
     @torch.no_grad()
     def reset_parameters(self, std: float = 0.02) -> None:
         """Draws the weights N(0, std) and sets the bias to 0."""
-        # Drawn on the CPU whatever the device, so that a seed gives the same router everywhere.
-        draw = torch.randn(self.weight.shape, generator=_generator(self.seed), device="cpu")
+        # Drawn in float32 on the CPU whatever the device and dtype, so that a seed gives the same router everywhere.
+        draw = torch.randn(self.weight.shape, generator=_generator(self.seed), dtype=torch.float32, device="cpu")
         self.weight.copy_(draw * std)
         self.bias.zero_()
 
@@ -217,21 +219,53 @@ class RandomRouter(_LinearRouter):
     """SMoE-Dropout's router: a linear layer, randomly initialised, then fixed.
 
     Weight and bias are buffers, not parameters: saved and loaded with the model, never in an optimizer, never decayed.
-    They stay float32: ``model.bfloat16()`` does not round them into another router. Gradients still reach ``x`` through
-    the weights of the chosen experts. The bias is 0 unless a checkpoint says otherwise (the released code has one).
+    They stay the same float32 numbers whatever is done to the model: casts, ``torch.set_default_dtype``, the meta
+    device and ``to_empty``. A checkpoint that holds them rounded to another dtype loads as what they were before.
+    Gradients still reach ``x`` through the weights of the chosen experts. The bias is 0 unless a checkpoint says
+    otherwise (the released code has one).
     """
 
     trained = False
 
+    @torch.no_grad()
+    def reset_parameters(self, std: float = 0.02) -> None:
+        self._kept: dict[str, Tensor] = {}  # on the CPU, while the buffers are on the meta device
+        on_meta = self.weight.is_meta
+        if on_meta:
+            super().to_empty(device="cpu")
+        super().reset_parameters(std)
+        if on_meta:
+            self.to("meta")
+
+    @torch.no_grad()
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RandomRouter:
-        # .to(), .half(), .cuda() and the like all come through here: take the device from them, not the dtype.
-        before = {"weight": self.weight, "bias": self.bias}
+        # .to(), .half(), .cuda(), .to_empty() and the like come through here: take the device from them alone.
+        before = {name: (getattr(self, name), self._values(name)) for name in ("weight", "bias")}
         super()._apply(fn, recurse)
-        for name, old in before.items():
+        for name, (old, values) in before.items():
             new = getattr(self, name)
             if new.dtype != torch.float32:
-                setattr(self, name, old.to(new.device, torch.float32))
+                new = torch.empty(new.shape, dtype=torch.float32, device=new.device)
+            if new.is_meta and values is not None:
+                self._kept[name] = values.to("cpu", copy=True)
+            elif new is not old and values is not None:
+                new.copy_(values)
+            setattr(self, name, new)
         return self
+
+    def _values(self, name: str) -> Tensor | None:
+        """The numbers of a buffer, also while it is on the meta device, if they are known."""
+        buffer = getattr(self, name)
+        return self._kept.get(name) if buffer.is_meta else buffer
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name in ("weight", "bias"):
+            loaded, own = state_dict.get(prefix + name), self._values(name)
+            if isinstance(loaded, Tensor) and loaded.dtype != torch.float32:
+                own = None if own is None or own.shape != loaded.shape else own.to(loaded.device)
+                only_rounded = own is not None and torch.equal(own.to(loaded.dtype), loaded)
+                state_dict[prefix + name] = own.clone() if only_rounded else loaded.float()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class LearnedRouter(_LinearRouter):
@@ -268,7 +302,8 @@ class UniformRouter(Router):
         if self.top_k == self.num_experts:
             indices = self._all_experts(x)
         else:
-            indices = torch.rand(x.shape[0], self.num_experts, device=x.device).topk(self.top_k, dim=-1).indices
+            draw = torch.rand(x.shape[0], self.num_experts, dtype=torch.float32, device=x.device)
+            indices = draw.topk(self.top_k, dim=-1).indices
         return Routing(indices, self._equal_weights(indices), None)
 
 
@@ -297,8 +332,8 @@ class HashRouter(Router):
         super().__init__(num_experts, top_k, score)
         if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
             raise ValueError(f"vocab_size is {vocab_size!r}; a hash router needs the number of token ids (at least 1)")
-        order = torch.rand(vocab_size, num_experts, generator=_generator(seed), device="cpu").argsort(dim=-1)
-        self.register_buffer("table", torch.empty(order.shape, dtype=torch.int32).copy_(order))
+        draw = torch.rand(vocab_size, num_experts, generator=_generator(seed), dtype=torch.float32, device="cpu")
+        self.register_buffer("table", torch.empty(draw.shape, dtype=torch.int32).copy_(draw.argsort(dim=-1)))
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Routing:
         if token_ids is None:
