@@ -17,12 +17,13 @@ def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
         token, slot = (routing.indices == e).nonzero(as_tuple=True)
         # Experts without tokens stay in the graph, with gradients of 0: DDP finds no unused parameter.
         rows = x[token]
-        up = F.linear(rows, experts.up[e], None if experts.up_bias is None else experts.up_bias[e])
-        gate = None
-        if experts.gate is not None:
-            gate = F.linear(rows, experts.gate[e], None if experts.gate_bias is None else experts.gate_bias[e])
-        out = experts.hidden(up, gate) @ experts.down[e]
-        if experts.down_bias is not None:
-            out = out + experts.down_bias[e]
+        names = ("up", "up_bias", "gate", "gate_bias", "down", "down_bias")
+        # In the dtype of x, like the other paths: parameters may be of several.
+        own = {name: p[e].to(x.dtype) for name in names if (p := getattr(experts, name)) is not None}
+        up = F.linear(rows, own["up"], own.get("up_bias"))
+        gate = F.linear(rows, own["gate"], own.get("gate_bias")) if "gate" in own else None
+        out = experts.hidden(up, gate) @ own["down"]
+        if "down_bias" in own:
+            out = out + own["down_bias"]
         y = y.index_add(0, token, (out * routing.weights[token, slot].unsqueeze(1)).to(y.dtype))
     return y

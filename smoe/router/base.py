@@ -113,7 +113,7 @@ class Router(nn.Module):
 
     def _equal_weights(self, indices: Tensor) -> Tensor:
         """The weights of a router without logits: those of equal logits."""
-        logits = torch.zeros(indices.shape[0], self.num_experts, device=indices.device)
+        logits = torch.zeros(indices.shape[0], self.num_experts, dtype=torch.float32, device=indices.device)
         return self._weights(logits, indices)
 
 

@@ -33,8 +33,8 @@ class HashRouter(Router):
         super().__init__(num_experts, top_k, score)
         if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
             raise ValueError(f"vocab_size is {vocab_size!r}; a hash router needs the number of token ids (at least 1)")
-        order = torch.rand(vocab_size, num_experts, generator=generator(seed), device="cpu").argsort(dim=-1)
-        self.register_buffer("table", torch.empty(order.shape, dtype=torch.int32).copy_(order))
+        draw = torch.rand(vocab_size, num_experts, generator=generator(seed), dtype=torch.float32, device="cpu")
+        self.register_buffer("table", torch.empty(draw.shape, dtype=torch.int32).copy_(draw.argsort(dim=-1)))
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Routing:
         if token_ids is None:

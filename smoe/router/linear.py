@@ -33,7 +33,9 @@ class LinearRouter(Router):
         seed: int | None = None,
     ) -> None:
         super().__init__(num_experts, top_k, score)
-        for name, tensor in (("weight", torch.empty(num_experts, d_model)), ("bias", torch.empty(num_experts))):
+        dtype = None if self.trained else torch.float32  # fixed numbers don't follow torch.set_default_dtype
+        for name, shape in (("weight", (num_experts, d_model)), ("bias", (num_experts,))):
+            tensor = torch.empty(shape, dtype=dtype)
             if self.trained:
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
@@ -44,8 +46,8 @@ class LinearRouter(Router):
     @torch.no_grad()
     def reset_parameters(self, std: float = 0.02) -> None:
         """Draws the weights N(0, std) and sets the bias to 0."""
-        # Drawn on the CPU whatever the device, so that a seed gives the same router everywhere.
-        draw = torch.randn(self.weight.shape, generator=generator(self.seed), device="cpu")
+        # Drawn in float32 on the CPU whatever the device and dtype, so that a seed gives the same router everywhere.
+        draw = torch.randn(self.weight.shape, generator=generator(self.seed), dtype=torch.float32, device="cpu")
         self.weight.copy_(draw * std)
         self.bias.zero_()
 

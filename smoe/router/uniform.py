@@ -18,5 +18,6 @@ class UniformRouter(Router):
         if self.top_k == self.num_experts:
             indices = self._all_experts(x)
         else:
-            indices = torch.rand(x.shape[0], self.num_experts, device=x.device).topk(self.top_k, dim=-1).indices
+            draw = torch.rand(x.shape[0], self.num_experts, dtype=torch.float32, device=x.device)
+            indices = draw.topk(self.top_k, dim=-1).indices
         return Routing(indices, self._equal_weights(indices), None)

@@ -116,6 +116,36 @@ def test_bfloat16_and_mixed_dtypes_come_back():
     assert all(torch.equal(after[n], before[n]) and after[n].dtype == before[n].dtype for n in before)
 
 
+@pytest.mark.parametrize("name", ["T5", "T5 v1.1"])
+@pytest.mark.parametrize("compute", ["auto", "reference"])
+def test_a_large_output_does_not_overflow_in_float16(name, compute, tmp_path):
+    tiny(name).save_pretrained(tmp_path)
+    model = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float16)
+    mlp = model.encoder.block[0].layer[1].DenseReluDense.eval()
+    assert mlp.wo.weight.dtype == torch.float32  # the library's own precaution
+    x = torch.full((1, 3, 16), 4.0, dtype=torch.float16)
+    with torch.no_grad():
+        for linear in [m for m in mlp.children() if isinstance(m, torch.nn.Linear)]:
+            linear.weight.fill_(1.0)
+        mlp.wo.weight.fill_(100.0)
+        dense = mlp(x)
+        assert dense.dtype == torch.float32 and dense.max() > torch.finfo(torch.float16).max
+        smoe.modulize(model, 4, score="sum", compute=compute)
+        experts = mlp(x)
+    assert experts.dtype == torch.float32
+    torch.testing.assert_close(experts, dense, rtol=1e-3, atol=0)
+    loss = mlp.train()(x.requires_grad_()).sum()  # with dropout
+    loss.backward()
+    layer = smoe.smoe_layers(model)[0][1]
+    assert layer.experts.up.grad.dtype == torch.float16 and layer.experts.down.grad.dtype == torch.float32
+
+
+def test_a_cast_in_between_comes_back_with_it():
+    model = smoe.modulize(tiny("BERT"), 4).bfloat16()
+    assert {p.dtype for p in smoe.demodulize(model).parameters()} == {torch.bfloat16}
+    assert logits_of(model, **inputs_of(model)).dtype == torch.bfloat16
+
+
 def test_what_it_cannot_know_is_named_and_left_as_it_was():
     settings = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "intermediate_size": 32}
     model = build("MambaForCausalLM", settings)
