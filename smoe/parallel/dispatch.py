@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..router import PartialRouting, Routing
+from ..uncompiled import uncompiled
 from .agreement import raise_disagreement
 from .groups import ParallelGroups
 from .plan import DispatchPlan, make_plan
@@ -60,16 +61,9 @@ class Dispatch:
         self.watchers: list[list[Sent]] = []
         self.unsynced = False  # whether a backward pass has run since the last sync_expert_gradients
 
+    @uncompiled  # the number of received rows is only known at run time
     def __call__(self, x: Tensor, routing: Routing, local_experts: LocalExperts) -> Tensor:
         """x (T, d) and its routing over all N experts -> y (T, d). All ranks of the group call it together."""
-        # Asking first spares uncompiled models the import of the compiler, which takes seconds.
-        return (self._run_uncompiled if torch.compiler.is_compiling() else self._run)(x, routing, local_experts)
-
-    @torch._disable_dynamo  # the number of received rows is only known at run time
-    def _run_uncompiled(self, x: Tensor, routing: Routing, local_experts: LocalExperts) -> Tensor:
-        return self._run(x, routing, local_experts)
-
-    def _run(self, x: Tensor, routing: Routing, local_experts: LocalExperts) -> Tensor:
         # Under autocast the experts compute in its dtype anyway, and it halves the bytes to send.
         device = x.device.type
         x = x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
