@@ -46,8 +46,7 @@ class RunFolder:
 def open_run(config: TrainConfig, processes: Processes) -> RunFolder:
     """Starts the run in ``run_dir``; with ``resume`` it goes on with a run that is there.
 
-    Then every field of the configuration must be as recorded, except those in ``MAY_CHANGE``; the record is
-    updated.
+    Then every field of the configuration must be as recorded, except those in ``MAY_CHANGE``; the record is updated.
     The main process checks and writes for all.
 
     Raises ValueError when a run is there and ``resume`` is not set, when a field differs, or when the folder holds
@@ -80,5 +79,6 @@ def _start_or_check(folder: RunFolder, config: TrainConfig) -> None:
                 f"run_dir: {folder.path} has {part.name} but no config.yaml, so it cannot be continued; "
                 "choose another folder"
             )
-    folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    folder.path.mkdir(parents=True, exist_ok=True)
     write_atomic(folder.config_path, to_yaml(given))
+    folder.checkpoints.mkdir(exist_ok=True)  # after it: without config.yaml they could not be continued

@@ -2,88 +2,151 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import itertools
 import json
+import os
+import signal
+from pathlib import Path
 
 import pytest
+from toy_task import toy_config
 
 from smoe.files import write_atomic
-from smoe.run.folder import RunFolder, read_result
+from smoe.train.config import MAY_CHANGE, to_dict
+from smoe.train.folder import RunFolder, open_run
+from smoe.train.processes import Processes
 
-CONFIG = {"method": "smoe", "lr": 0.1 + 0.2, "ks": (1, 2), "seed": None, "resume": False, "steps": 5}
+
+class Other(Processes):
+    """One that is not the main process."""
+
+    rank = 1
+
+
+def open_with(run_dir: Path, processes: Processes | None = None, **fields) -> RunFolder:
+    return open_run(toy_config(run_dir, **fields), processes or Processes())
 
 
 def test_start_then_resume(tmp_path):
-    run = RunFolder.open(tmp_path / "a" / "run", CONFIG)
-    assert run.read_config() == {**CONFIG, "ks": [1, 2]}
+    config = toy_config(tmp_path / "a" / "run", learning_rate=0.1 + 0.2, layers=(1,))
+    run = open_run(config, Processes())
+    assert run.read_config() == to_dict(config)
+    assert run.read_config()["layers"] == [1] and run.read_config()["learning_rate"] == 0.1 + 0.2
     assert run.checkpoints.is_dir()
-    RunFolder.open(run.path, {**CONFIG, "resume": True}, resume=True)
-    assert run.read_config()["resume"] is True
+    open_run(dataclasses.replace(config, resume=True), Processes())
+    assert run.read_config() == {**to_dict(config), "resume": True}
 
 
 def test_resume_where_nothing_is_simply_starts(tmp_path):
-    assert RunFolder.open(tmp_path / "new", CONFIG, resume=True).config_path.exists()
+    assert open_with(tmp_path / "new", resume=True).config_path.exists()
 
 
 def test_a_run_is_not_overwritten(tmp_path):
-    RunFolder.open(tmp_path, CONFIG)
+    open_with(tmp_path)
     with pytest.raises(ValueError, match=f"{tmp_path} already holds a run; --resume continues it"):
-        RunFolder.open(tmp_path, CONFIG)
+        open_with(tmp_path)
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"lr": 0.3}, "lr: 0.3 differs from 0.30000000000000004"),
-        ({"ks": (1, 4)}, r"ks: \[1, 4\] differs from \[1, 2\]"),
-        ({"new": 1}, "new: 1 differs from '\\(absent\\)'"),
+        ({"learning_rate": 0.3}, "learning_rate: 0.3 differs from 0.02"),
+        ({"sweep": (1, 3)}, r"sweep: \[1, 3\] differs from \[1, 4\]"),
+        ({"k_max": 3}, "k_max: 3 differs from None"),
     ],
 )
 def test_resuming_with_another_configuration_names_the_field(tmp_path, change, words):
-    before = RunFolder.open(tmp_path, CONFIG).config_path.read_text()
+    before = open_with(tmp_path).config_path.read_text()
     with pytest.raises(ValueError, match=words):
-        RunFolder.open(tmp_path, {**CONFIG, **change}, resume=True)
+        open_with(tmp_path, **change, resume=True)
     assert (tmp_path / "config.yaml").read_text() == before
-    run = RunFolder.open(tmp_path, {**CONFIG, **change}, resume=True, may_change=change)
-    assert run.read_config() == json.loads(json.dumps({**CONFIG, **change}))
 
 
-@pytest.mark.parametrize("part", ["metrics.jsonl", "result.json"])
+def test_a_field_that_the_recorded_run_did_not_have_is_named(tmp_path):
+    run = open_with(tmp_path)
+    lines = run.config_path.read_text().splitlines(keepends=True)
+    run.config_path.write_text("".join(line for line in lines if not line.startswith("clip:")))
+    with pytest.raises(ValueError, match="clip: 0.25 differs from '\\(absent\\)'"):
+        open_with(tmp_path, resume=True)
+
+
+def test_what_changes_no_number_may_change_and_is_recorded(tmp_path):
+    open_with(tmp_path)
+    changes = {"save_interval": 3, "log_interval": 2, "progress": True, "process_timeout": 9.0, "expert_parallel": 2}
+    changes |= {"fsdp": True, "engine": "torch", "scale": "cpu", "scale_reason": "another"}
+    run = open_with(tmp_path, **changes, resume=True)
+    assert run.read_config().items() >= changes.items()
+    assert set(MAY_CHANGE) == {*changes, "resume", "run_dir", "data"}
+
+
+@pytest.mark.parametrize("part", ["metrics.jsonl", "result.json", "checkpoints"])
 def test_parts_without_a_configuration_are_not_mixed_with_a_new_run(tmp_path, part):
     (tmp_path / part).write_text("{}")
     with pytest.raises(ValueError, match=f"has {part} but no config.yaml"):
-        RunFolder.open(tmp_path, CONFIG, resume=True)
+        open_with(tmp_path, resume=True)
     (tmp_path / part).rename(tmp_path / "train.log")  # someone's log is no obstacle
-    RunFolder.open(tmp_path, CONFIG)
+    open_with(tmp_path)
+
+
+def killed_at(call: int, run: Path) -> bool:
+    """Starts a run in a child that dies before its n-th change of the folder; False if there are fewer."""
+    child = os.fork()
+    if child:
+        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    calls = itertools.count(1)
+
+    def deadly(change):
+        def changes(path, *args, **kwargs):
+            if str(path).startswith(str(run)) and next(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return change(path, *args, **kwargs)
+
+        return changes
+
+    try:
+        os.mkdir, os.replace = deadly(os.mkdir), deadly(os.replace)
+        open_with(run)
+    finally:
+        os._exit(0)
+
+
+def test_a_kill_while_it_starts_leaves_a_folder_in_which_it_can_start(tmp_path):
+    for call in range(1, 10):
+        run = tmp_path / f"run-{call}"
+        if not killed_at(call, run):
+            break
+        assert open_with(run, resume=True).checkpoints.is_dir(), call
+    assert 3 < call < 9
 
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "f").write_text("")
     with pytest.raises(ValueError, match="is a file"):
-        RunFolder.open(tmp_path / "f", CONFIG)
+        open_with(tmp_path / "f")
     with pytest.raises(ValueError, match="not a run folder"):
-        RunFolder.existing(tmp_path)
+        RunFolder(tmp_path).read_config()
 
 
 def test_other_processes_write_nothing(tmp_path):
-    run = RunFolder.open(tmp_path / "run", CONFIG, is_main=False)
-    run.write_result({"a": 1})
-    assert not run.path.exists()
+    with pytest.raises(ValueError, match=f"run_dir: {tmp_path / 'run'} must be a folder that all processes share"):
+        open_with(tmp_path / "run", Other())
+    assert not (tmp_path / "run").exists()
+    before = open_with(tmp_path / "run").config_path.read_bytes()
+    assert (
+        open_with(tmp_path / "run", Other(), seed=2).config_path.read_bytes() == before
+    )  # the main one checks for all
 
 
 def test_result_round_trip_and_refusals(tmp_path):
-    run = RunFolder.open(tmp_path, CONFIG)
-    with pytest.raises(ValueError, match="result.json does not exist"):
-        run.read_result()
+    run = open_with(tmp_path)
     run.write_result({"bpc": {"test": {"1": 0.1 + 0.2}}})
-    assert run.read_result() == read_result(run.result_path) == {"bpc": {"test": {"1": 0.1 + 0.2}}}
-    with pytest.raises(ValueError, match="finite"):
-        run.write_result({"bpc": float("nan")})
-    assert run.read_result()["bpc"]
-    for text, words in (("{", "is not JSON"), ("[1]", "holds a list")):
-        run.result_path.write_text(text)
-        with pytest.raises(ValueError, match=words):
-            run.read_result()
+    assert json.loads(run.result_path.read_text()) == {"bpc": {"test": {"1": 0.1 + 0.2}}}
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="result.json: .*every number must be finite"):
+            run.write_result({"bpc": bad})
+    assert json.loads(run.result_path.read_text())["bpc"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

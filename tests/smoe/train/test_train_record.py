@@ -1,16 +1,19 @@
-"""What a result says about where it came from and how large the model is."""
+"""What a result says of the model's size, of the work done, and of how the run departs from its method."""
 
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
+import statistics
 
+import pytest
 import torch
 from torch import nn
+from toy_task import toy, toy_config
 
 import smoe
-from smoe.run.record import active_per_k, environment_record, git_state, parameter_counts
+from smoe.report import check_result
+from smoe.train.evaluation import Measured, sweep
+from smoe.train.record import label, make_record, parameter_counts, training_flops
 
 
 def model() -> nn.Sequential:
@@ -27,6 +30,7 @@ def test_parameters_are_split_into_experts_and_the_rest():
         "trainable": experts + rest,
         "experts": experts,
         "rest": rest,
+        "active_per_k": {},
     }
     net[0].requires_grad_(False)
     assert parameter_counts(net)["trainable"] == experts
@@ -36,34 +40,107 @@ def test_parameters_are_split_into_experts_and_the_rest():
 
 def test_active_parameters_grow_by_one_expert_of_each_layer_until_it_has_no_more():
     net = model()
-    counts = parameter_counts(net)
+    counts = parameter_counts(net, [1, 2, 4])
     one = [sum(p.numel() for p in layer.experts.parameters()) // layer.num_experts for layer in net[1:]]
-    assert active_per_k(net, [1, 2, 4]) == {
+    assert counts["active_per_k"] == {
         "1": counts["rest"] + one[0] + one[1],
         "2": counts["rest"] + 2 * one[0] + 2 * one[1],
         "4": counts["total"],  # the second layer has only two
     }
-    assert active_per_k(nn.Linear(2, 3), [1, 8]) == {"1": 9, "8": 9}
+    assert parameter_counts(nn.Linear(2, 3), [1, 8])["active_per_k"] == {"1": 9, "8": 9}
 
 
-def test_the_environment_is_plain_data():
-    record = environment_record()
+SCHEDULES = [
+    {},  # linear from 2 to 4
+    {"schedule": "random", "k_min": 1},
+    {"schedule": "random_per_layer", "k_min": 1},
+    {"schedule": "linear", "k_min": 1, "layers": "later"},
+    {"schedule": "random_per_layer", "k_min": 1, "layers": (0, 2), "num_layers": 3},
+    {"method": "smoe", "schedule": "multistep", "k_min": 1, "k_max": 4},
+    {"method": "thor"},
+    {"method": "thor", "consistency_weight": 0.0},
+    {"num_experts": 1, "sweep": (1,)},
+    {"method": "dense_dropout"},
+]
+
+
+@pytest.mark.parametrize("fields", SCHEDULES)
+def test_training_flops_are_those_of_all_steps(fields, tmp_path):
+    config = toy_config(tmp_path, **fields)
+    task, _ = toy(config)
+    with torch.device("meta"):
+        meta = task.build_model()
+    each = [task.flops(meta, config.ks_at(step) or None)["training_step"] for step in range(config.steps)]
+    assert training_flops(task, meta) == sum(each) > 0
+    if config.schedule in ("random", "random_per_layer"):
+        assert statistics.pstdev(each) > 0
+
+
+def test_one_pass_of_thor_costs_half(tmp_path):
+    flops = []
+    for weight in (None, 2.0, 0.0):
+        task, _ = toy(toy_config(tmp_path, "thor", consistency_weight=weight))
+        flops.append(training_flops(task, task.build_model()))
+    assert flops[0] == flops[1] == 2 * flops[2]
+
+
+def test_a_layer_without_experts_counts_as_dense(tmp_path):
+    every, later = (toy(toy_config(tmp_path, layers=layers))[0] for layers in ("all", "later"))
+    assert [len(smoe.smoe_layers(task.model)) for task in (every, later)] == [2, 1]
+    assert later.config.smoe_layers() == [1]
+    # Of 20 points: an expert is 2 x 8 x 4 multiply-adds, a dense MLP 2 x 8 x 16; a router 8 x 4.
+    rest = 20 * (2 * 8 + 8 * 3)
+    for k in (1, 3):
+        expert_layer, dense_layer = 20 * (8 * 4 + k * 2 * 8 * 4), 20 * 2 * 8 * 16
+        assert every.flops(every.model, k)["paper"] == 2 * (rest + 2 * expert_layer)
+        assert later.flops(later.model, k)["paper"] == 2 * (rest + expert_layer + dense_layer)
+
+
+def test_a_record_has_every_metric_at_every_k_and_what_it_was_told(tmp_path):
+    config = toy_config(tmp_path, sweep=(1, 2, 16), layers=(1,))
+    task, processes = toy(config)
+    task.record = {"own": "field"}
+    swept = sweep(task, processes)
+    record = make_record(task, swept, best={"step": 4}, processes=1)
     assert json.loads(json.dumps(record)) == record
-    assert record["versions"]["torch"] == torch.__version__ and record["versions"]["smoe"] == smoe.__version__
-    assert record["versions"]["python"] == platform.python_version()
-    assert record["devices"] and record["cpu"]["model"] and record["cpu"]["cores"] >= 1
-    assert record["date"].endswith("+00:00")
+    assert (record["metric"], record["own"], record["best"], record["processes"]) == (
+        "accuracy",
+        "field",
+        {"step": 4},
+        1,
+    )
+    for metric in task.metrics:
+        found = record["metrics"][metric.key]
+        assert [found[name] for name in ("title", "unit", "direction")] == [metric.title, metric.unit, metric.direction]
+        assert found["n"] == {"valid": 50, "test": 70}
+        for split in ("valid", "test"):
+            assert found[split] == {k: swept[split][k].values[metric.key] for k in ("1", "2")}
+    assert record["parameters"]["active_per_k"].keys() == record["flops"].keys() == {"1", "2"}
+    assert record["parameters"]["total"] == sum(p.numel() for p in task.model.parameters())
+    assert not {"run_dir", "data", "resume", "progress"} & record["config"].keys(), "a record names no places"
+    assert record["config"]["layers"] == [1] and record["config"]["seed"] == record["seed"] == 1
+    assert record["label"] == "SMoE-Dropout, layers (1,)"
 
 
-def test_git_state_tells_clean_from_dirty_and_no_checkout(tmp_path):
-    assert git_state(tmp_path) is None
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    (tmp_path / "f").write_text("1")
-    for arguments in (["init", "-q"], ["add", "f"], ["commit", "-q", "-m", "x"]):
-        subprocess.run([*git, *arguments], check=True)
-    state = git_state(tmp_path)
-    assert len(state["commit"]) == 40 and state["dirty"] is False
-    (tmp_path / "untracked").write_text("")
-    assert git_state(tmp_path)["dirty"] is False
-    (tmp_path / "f").write_text("2")
-    assert git_state(tmp_path)["dirty"] is True
+def test_a_record_of_a_dense_run_is_read_by_the_report(tmp_path):
+    task, processes = toy(toy_config(tmp_path, "dense_dropblock"))
+    assert set(sweep(task, processes)["test"]) == {"dense"}
+    measured = {split: {"dense": Measured({"accuracy": 0.5, "cross_entropy": 1.0}, 10)} for split in ("valid", "test")}
+    record = make_record(task, measured, best={}, seconds={}, processes=1, environment={})
+    assert record["metrics"]["accuracy"]["test"] == {"dense": 0.5} and "label" not in record
+    assert record["parameters"]["active_per_k"] == {} and record["parameters"]["experts"] == 0
+    assert check_result(record)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({}, None),
+        ({"router": "hash"}, "SMoE-Dropout, router hash"),
+        ({"k_min": 1, "schedule": "cosine"}, "SMoE-Dropout, schedule cosine, k_min 1"),
+        ({"seed": 3, "steps": 5}, None),  # not another method
+        ({"method": "thor", "consistency_weight": 0.0}, "THOR, consistency_weight 0.0"),
+    ],
+)
+def test_a_run_that_departs_from_its_method_has_a_name(fields, name, tmp_path):
+    assert label(toy_config(tmp_path, **fields)) == ({} if name is None else {"label": name})
