@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from smoe.errors import run_main
+from smoe.metrics import BPC
 from smoe.train.command import run_training
-from smoe.train.metrics import Metric
 from smoe.train.task import Task
 from transformer_xl.config import LanguageModelConfig
 from transformer_xl.cost import evaluation_flops, step_flops
@@ -29,7 +29,7 @@ class LanguageModel(Task):
     """Predicts the next byte. A segment's memory is what the segments before it have left."""
 
     name = "language_model"
-    metrics = (Metric("bpc", "BPC", "bits per byte", "lower", nats=True),)
+    metrics = (BPC,)
     architecture = "transformer_xl"
     title = "Transformer-XL"
     config: LanguageModelConfig
@@ -75,7 +75,7 @@ class LanguageModel(Task):
 
     def values(self, sums: list[float]) -> dict[str, float]:
         nats, tokens = sums
-        return {"bpc": nats / tokens / math.log(2)}
+        return {BPC.key: nats / tokens / math.log(2)}
 
     def flops(self, model: nn.Module, k: int | None) -> dict[str, int]:
         c = self.config

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from smoe.files import write_atomic
-from smoe.train.config import MAY_CHANGE, TrainConfig, to_dict
+from smoe.train.config import TrainConfig, to_dict
 from smoe.train.processes import Processes
-from smoe.train.resume import check_same_config
-from smoe.yaml_files import from_yaml, load_yaml, to_yaml
+from smoe.train.resume import MAY_CHANGE, check_same_config
+from smoe.yaml_files import load_yaml, to_yaml
 
 
 class RunFolder:
@@ -73,7 +73,7 @@ def _start_or_check(folder: RunFolder, config: TrainConfig) -> None:
             raise ValueError(
                 f"run_dir: {folder.path} already holds a run; --resume continues it, or choose another folder"
             )
-        check_same_config(folder.read_config(), from_yaml(to_yaml(given)), MAY_CHANGE, folder.config_path)
+        check_same_config(folder.read_config(), given, MAY_CHANGE, folder.config_path)
     for part in (folder.checkpoints, folder.metrics_path, folder.result_path):
         if part.exists() and not folder.config_path.exists():
             raise ValueError(

@@ -13,7 +13,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from smoe.methods import MethodLoss
-from smoe.train.evaluation import Measured
 from smoe.train.folder import RunFolder
 from smoe.train.processes import Processes
 from smoe.train.resume import Checkpoint, drop_later_lines
@@ -73,11 +72,11 @@ class Log:
         self.nats.zero_()
         self.new_interval()
 
-    def evaluation(self, step: int, split: str, measured: Measured, k: int | None, seconds: float) -> None:
-        """One line about an evaluation."""
-        self._write(step, split, measured.values, seconds)
+    def evaluation(self, step: int, split: str, values: dict[str, float], k: int | None, seconds: float) -> None:
+        """One line about an evaluation; ``values``: by metric."""
+        self._write(step, split, values, seconds)
         if self.processes.is_main:
-            self._bar.write(f"step {step}: {split} {self.task.metrics[0].shown(measured.values)}{at_k(k)}")
+            self._bar.write(f"step {step}: {split} {self.task.metrics[0].shown(values)}{at_k(k)}")
 
     def _write(self, step: int, split: str, values: dict[str, Any], seconds: float) -> None:
         """A line of JSON, flushed, and TensorBoard tags ``split/name``. NaN and infinity become null."""

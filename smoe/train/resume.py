@@ -14,14 +14,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from smoe.errors import CheckpointError, one_line
 from smoe.files import write_atomic
 from smoe.train.checkpoint import FORMAT, checkpoint_path, fingerprint, hash_json, list_steps, remove_partial
 from smoe.train.processes import Processes
-from smoe.train.state import restore_optimizer, restore_rng
 from smoe.train.task import Task
+
+# What may differ when a run is resumed: where things are and how often they are said, nothing that changes numbers.
+MAY_CHANGE = ("data", "scale", "save_interval", "log_interval", "progress", "resume", "run_dir", "scale_reason")
+MAY_CHANGE += ("engine", "expert_parallel", "fsdp", "process_timeout")
 
 
 @dataclass
@@ -132,6 +135,33 @@ def restore(checkpoint: Checkpoint, task: Task, optimizer: torch.optim.Optimizer
 def load_weights(checkpoint: Checkpoint, task: Task, processes: Processes) -> None:
     """Loads a checkpoint's weights into the model, whose experts may be on several processes."""
     task.bare().load_state_dict(processes.shard_state(checkpoint.tensors["model"], task.bare()))
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Puts back what :func:`smoe.train.state.optimizer_tensors` took, bit for bit, in the dtypes it had.
+
+    Raises ValueError, before anything changes, when a parameter is only in the checkpoint or only in the model.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    kept: dict[str, dict[str, Tensor]] = {}
+    for path, value in tensors.items():
+        _, name, key = path.split("/")
+        kept.setdefault(name, {})[key] = value
+    if kept:  # nothing is kept before the first step
+        for name in sorted(kept.keys() ^ parameters.keys()):
+            where = "checkpoint" if name in kept else "model"
+            raise ValueError(f"optimizer: parameter {name!r} is only in the {where}")
+    for name, values in kept.items():
+        device = parameters[name].device
+        # A copy: the optimizer changes its own in place.
+        optimizer.state[parameters[name]] = {key: value.to(device, copy=True) for key, value in values.items()}
+
+
+def restore_rng(tensors: Mapping[str, Tensor]) -> None:
+    """Puts back what :func:`smoe.train.state.rng_tensors` returned, a CUDA state where there is a CUDA device."""
+    torch.set_rng_state(tensors["torch"].cpu())
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"].cpu())
 
 
 def check_same_config(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from smoe.methods import PassOutput
+from smoe.metrics import Metric
 from smoe.train.config import TrainConfig
-from smoe.train.metrics import Metric
 
 
 class Task:
