@@ -79,11 +79,9 @@ class LanguageModel(Task):
 
     def flops(self, model: nn.Module, k: int | None) -> dict[str, int]:
         c = self.config
-        evaluation = {"batch": c.eval_batch_size, "tgt_len": c.eval_tgt_len, "mem_len": c.eval_mem_len}
-        training = {"batch": c.batch_size, "tgt_len": c.tgt_len, "mem_len": c.mem_len}
+        counted = evaluation_flops(model, k, batch=c.eval_batch_size, tgt_len=c.eval_tgt_len, mem_len=c.eval_mem_len)
         weights = {"balance_weight": c.balance_weight, "consistency_weight": c.consistency_weight}
-        counted = evaluation_flops(model, k, **evaluation)
-        step = step_flops(model, c.method, k, **training, **weights)
+        step = step_flops(model, c.method, k, batch=c.batch_size, tgt_len=c.tgt_len, mem_len=c.mem_len, **weights)
         return {"paper": counted["paper"], "true": counted["true"], "training_step": step}
 
     def state(self) -> dict[str, Tensor]:
@@ -100,9 +98,8 @@ class LanguageModel(Task):
 
     def _segments(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         c = self.config
-        return evaluation_segments(
-            self.data[split], c.eval_batch_size, c.eval_tgt_len, self.rank, self.world_size, c.eval_tokens
-        )
+        share = (self.rank, self.world_size)
+        return evaluation_segments(self.data[split], c.eval_batch_size, c.eval_tgt_len, *share, c.eval_tokens)
 
 
 def main() -> None:

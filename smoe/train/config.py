@@ -145,10 +145,8 @@ class TrainConfig:
     def resolved(self) -> TrainConfig:
         """With precision and engine as what they come to on this machine; ValueError if fmoe can't run here."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        changes = {"precision": resolve_precision(self.precision, device)}
-        if self.get_method().routed:
-            changes["engine"] = resolve_engine(self.engine)
-        return dataclasses.replace(self, **changes)
+        engine = resolve_engine(self.engine) if self.get_method().routed else self.engine
+        return dataclasses.replace(self, precision=resolve_precision(self.precision, device), engine=engine)
 
     def get_method(self) -> Method:
         """The method's builder, losses and defaults."""

@@ -116,10 +116,10 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
             log.train(step, loss, ks, learning_rate, norm, progress.seconds)
         evaluated = step % config.eval_interval == 0 or last
         if evaluated:
-            measured = measure(task, "valid", config.eval_k(), processes).values
+            measured = measure(task, "valid", config.eval_k(), processes)
             log.evaluation(step, "valid", measured, config.eval_k(), progress.seconds)
-            if decides.better(measured[decides.key], progress.best_value):
-                progress.best_step, progress.best_value = step, measured[decides.key]
+            if decides.better(measured.values[decides.key], progress.best_value):
+                progress.best_step, progress.best_value = step, measured.values[decides.key]
         stopped = stop.requested(processes)
         if evaluated or stopped or step % (config.save_interval or config.eval_interval) == 0:
             save(task, optimizer, progress, log, processes)
@@ -142,9 +142,10 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
     swept = sweep(task, processes)
     if processes.is_main:
         best = {"step": progress.best_step, "metric": decides.key, "value": progress.best_value, "k": config.eval_k()}
-        seconds = {"training": progress.seconds, "sweep": time.perf_counter() - started}
-        run = {"processes": processes.world_size, "environment": environment}
-        folder.write_result(make_record(task, swept, best, seconds, **run))
+        sweep_seconds, per_step = time.perf_counter() - started, progress.seconds / config.steps
+        seconds = {"training": progress.seconds, "sweep": sweep_seconds, "per_step": per_step}
+        run = {"tokens_per_second": task.tokens_per_step / per_step, "processes": processes.world_size}
+        folder.write_result(make_record(task, swept, best=best, seconds=seconds, **run, environment=environment))
     processes.leave()
 
 

@@ -22,12 +22,10 @@ _VARIED = ("router", "score", "output_scale", "layers", "schedule", "k_min", "k_
 _VARIED += ("balance_weight", "consistency_weight")
 
 
-def make_record(
-    task: Task, swept: dict[str, dict[str, Measured]], best: dict[str, Any], seconds: dict[str, float], **run: Any
-) -> dict[str, Any]:
-    """The record of a finished run: what the task and its configuration say, and what the loop knows.
+def make_record(task: Task, swept: dict[str, dict[str, Measured]], **run: Any) -> dict[str, Any]:
+    """The record of a finished run: what the task and its configuration say, and ``run``: what the loop knows.
 
-    ``swept``: split -> k -> what was measured. ``seconds``: of the ``training`` and of the ``sweep``.
+    ``swept``: split -> k -> what was measured.
     """
     config = task.config
     with torch.device("meta"):
@@ -48,9 +46,6 @@ def make_record(
         "tokens_per_step": task.tokens_per_step,
         **{name: getattr(config, name) for name in ("expert_parallel", "fsdp", "precision")},
         "config": {field: value for field, value in to_dict(config).items() if field not in PLACES},
-        "best": best,
-        "seconds": {**seconds, "per_step": seconds["training"] / config.steps},
-        "tokens_per_second": task.tokens_per_step * config.steps / seconds["training"],
         **run,
     }
 

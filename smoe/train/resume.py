@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from smoe.errors import CheckpointError, one_line
-from smoe.files import write_atomic
-from smoe.train.checkpoint import FORMAT, checkpoint_path, fingerprint, hash_json, list_steps, remove_partial
+from smoe.files import fingerprint, hash_json, write_atomic
+from smoe.train.checkpoint import FORMAT, checkpoint_path, list_steps, remove_partial
 from smoe.train.processes import Processes
 from smoe.train.task import Task
 
