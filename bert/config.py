@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from smoe.train.config import TrainConfig, at_least, option, required
+from smoe.train.config import TrainConfig, option, required
 from smoe.train.learning_rate import Decay
 
 
@@ -28,7 +28,7 @@ class RunConfig(TrainConfig):
 
     steps: int = 100_000
     batch_size: int = 64
-    seq_len: int = option(512, "tokens of a sequence; must divide the blocks of the data")
+    seq_len: int = option(512, "tokens of a sequence; must divide the blocks of the data", at_least=8)
     learning_rate: float = 5e-5
     decay: Decay = "linear"
     clip: float = 1.0
@@ -40,7 +40,6 @@ class RunConfig(TrainConfig):
     def __post_init__(self) -> None:
         if self.d_hidden is None:
             object.__setattr__(self, "d_hidden", self.d_hidden_bert if self.model == "bert" else self.d_hidden_roberta)
-        at_least("seq_len", self.seq_len, 8)
         super().__post_init__()
         if self.d_model % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}; it must divide d_model = {self.d_model}")
@@ -53,13 +52,10 @@ class PretrainConfig(RunConfig):
     scales_file: ClassVar[Path] = Path(__file__).parent / "configs" / "masked_lm.yaml"
 
     data: str | None = option(None, "a folder of data/bookcorpus/prepare.py; null: data/bookcorpus/MODEL-SCALE")
-    mask_share: float = option(0.15, "share of the tokens to predict")
-    eval_sequences: int | None = option(None, "sequences of valid and of test to evaluate on; null: all of them")
+    mask_share: float = option(0.15, "share of the tokens to predict", above=0, below=1)
+    eval_sequences: int | None = option(None, "sequences of valid and of test to evaluate on; null: all", at_least=1)
 
     def __post_init__(self) -> None:
         if self.data is None:
             object.__setattr__(self, "data", f"data/bookcorpus/{self.model}-{self.scale}")
-        at_least("eval_sequences", self.eval_sequences, 1)
         super().__post_init__()
-        if not 0 < self.mask_share < 1:
-            raise ValueError(f"mask_share is {self.mask_share}; it must be above 0 and below 1")

@@ -24,8 +24,8 @@ from bert.data import Blocks, MaskedBatch, TrainingBatches, evaluation_batches
 from bert.model import MaskedLM, MaskedLMOutput, build_model
 from smoe.errors import run_main
 from smoe.flops import count, count_step
+from smoe.metrics import BITS_PER_MASKED_TOKEN
 from smoe.train.command import run_training
-from smoe.train.metrics import Metric
 from smoe.train.task import Task
 
 
@@ -33,7 +33,7 @@ class MaskedLanguageModel(Task):
     """Predicts the tokens that are masked (Devlin et al. 2019, 3.1)."""
 
     name = "masked_lm"
-    metrics = (Metric("bits_per_masked_token", "Bits per masked token", "bits per masked token", "lower", nats=True),)
+    metrics = (BITS_PER_MASKED_TOKEN,)
     config_class = PretrainConfig
     config: PretrainConfig
 
@@ -91,7 +91,7 @@ class MaskedLanguageModel(Task):
 
     def values(self, sums: list[float]) -> dict[str, float]:
         nats, tokens = sums
-        return {"bits_per_masked_token": nats / tokens / math.log(2)}
+        return {BITS_PER_MASKED_TOKEN.key: nats / tokens / math.log(2)}
 
     def flops(self, model: nn.Module, k: int | None) -> dict[str, int]:
         c = self.config

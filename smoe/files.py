@@ -1,9 +1,12 @@
-"""Files that a crash can't leave half-written."""
+"""Files that a crash can't leave half-written, and what shows that one has changed."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def fsync_path(path: Path) -> None:
@@ -28,3 +31,14 @@ def write_atomic(path: Path, content: str) -> None:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def fingerprint(file: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    with open(file, "rb") as stream:
+        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def hash_json(content: Any) -> str:
+    """The SHA-256 of plain data."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

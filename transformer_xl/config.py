@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from smoe.train.config import TrainConfig, at_least, option
+from smoe.train.config import TrainConfig, option
 from transformer_xl.model import TransformerXL, TransformerXLConfig
 
 
@@ -38,17 +38,13 @@ class LanguageModelConfig(RunConfig):
     scales_file: ClassVar[Path] = Path(__file__).parent / "configs" / "language_model.yaml"
 
     data: str = option("data/enwik8", "the folder with train.bin, valid.bin and test.bin")
-    tgt_len: int = option(512, "tokens of a training segment")
-    mem_len: int = option(512, "tokens of memory when training")
-    eval_tgt_len: int = option(128, "tokens of an evaluation segment")
-    eval_mem_len: int = option(896, "tokens of memory when evaluating")
+    tgt_len: int = option(512, "tokens of a training segment", at_least=1)
+    mem_len: int = option(512, "tokens of memory when training", at_least=0)
+    eval_tgt_len: int = option(128, "tokens of an evaluation segment", at_least=1)
+    eval_mem_len: int = option(896, "tokens of memory when evaluating", at_least=0)
     eval_tokens: int | None = option(None, "bytes of valid and of test to evaluate on; null: all of them")
 
     def __post_init__(self) -> None:
-        for name in ("tgt_len", "eval_tgt_len"):
-            at_least(name, getattr(self, name), 1)
-        for name in ("mem_len", "eval_mem_len"):
-            at_least(name, getattr(self, name), 0)
         super().__post_init__()
         if self.eval_tokens is not None and self.eval_tokens < self.eval_batch_size:
             raise ValueError(

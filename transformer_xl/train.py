@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from smoe.errors import run_main
+from smoe.metrics import BPC
 from smoe.train.command import run_training
-from smoe.train.metrics import Metric
 from smoe.train.task import Task
 from transformer_xl.config import LanguageModelConfig
 from transformer_xl.cost import evaluation_flops, step_flops
@@ -29,7 +29,7 @@ class LanguageModel(Task):
     """Predicts the next byte. A segment's memory is what the segments before it have left."""
 
     name = "language_model"
-    metrics = (Metric("bpc", "BPC", "bits per byte", "lower", nats=True),)
+    metrics = (BPC,)
     architecture = "transformer_xl"
     title = "Transformer-XL"
     config_class = LanguageModelConfig
@@ -76,15 +76,13 @@ class LanguageModel(Task):
 
     def values(self, sums: list[float]) -> dict[str, float]:
         nats, tokens = sums
-        return {"bpc": nats / tokens / math.log(2)}
+        return {BPC.key: nats / tokens / math.log(2)}
 
     def flops(self, model: nn.Module, k: int | None) -> dict[str, int]:
         c = self.config
-        evaluation = {"batch": c.eval_batch_size, "tgt_len": c.eval_tgt_len, "mem_len": c.eval_mem_len}
-        training = {"batch": c.batch_size, "tgt_len": c.tgt_len, "mem_len": c.mem_len}
+        counted = evaluation_flops(model, k, batch=c.eval_batch_size, tgt_len=c.eval_tgt_len, mem_len=c.eval_mem_len)
         weights = {"balance_weight": c.balance_weight, "consistency_weight": c.consistency_weight}
-        counted = evaluation_flops(model, k, **evaluation)
-        step = step_flops(model, c.method, k, **training, **weights)
+        step = step_flops(model, c.method, k, batch=c.batch_size, tgt_len=c.tgt_len, mem_len=c.mem_len, **weights)
         return {"paper": counted["paper"], "true": counted["true"], "training_step": step}
 
     def state(self) -> dict[str, Tensor]:
@@ -101,9 +99,8 @@ class LanguageModel(Task):
 
     def _segments(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         c = self.config
-        return evaluation_segments(
-            self.data[split], c.eval_batch_size, c.eval_tgt_len, self.rank, self.world_size, c.eval_tokens
-        )
+        share = (self.rank, self.world_size)
+        return evaluation_segments(self.data[split], c.eval_batch_size, c.eval_tgt_len, *share, c.eval_tokens)
 
 
 def main() -> None:

@@ -9,15 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from smoe.metrics import BITS_PER_MASKED_TOKEN, BPC
+
 Record = Mapping[str, Any]
 
 # Until metrics had names, every record held its values under "bpc", whatever the model was measured in.
-_BPC = {"title": "BPC", "unit": "bits per byte", "direction": "lower"}
-_MASKED = {"title": "Bits per masked token", "unit": "bits per masked token", "direction": "lower"}
 _METRIC_OF_OLD = {
-    "transformer_xl": ("language_model", "bpc", _BPC),
-    "bert": ("masked_lm", "bits_per_masked_token", _MASKED),
-    "roberta": ("masked_lm", "bits_per_masked_token", _MASKED),
+    "transformer_xl": ("language_model", BPC),
+    "bert": ("masked_lm", BITS_PER_MASKED_TOKEN),
+    "roberta": ("masked_lm", BITS_PER_MASKED_TOKEN),
 }
 
 
@@ -50,14 +50,15 @@ def in_todays_form(record: Record, name: str = "result") -> Record:
         )
     if not isinstance(bpc, Mapping):
         raise ValueError(f"{name}: bpc is {reprlib.repr(bpc)}; it must hold valid and test")
-    task, key, metric = _METRIC_OF_OLD[model]
+    task, metric = _METRIC_OF_OLD[model]
     splits = {split: bpc[split] for split in ("valid", "test") if split in bpc}
-    renamed: dict[str, Any] = {"task": task, "metric": key, "metrics": {key: {**metric, **splits}}}
+    renamed: dict[str, Any] = {"task": task, "metric": metric.key}
+    renamed["metrics"] = {metric.key: {**metric.shown_as, **splits}}
     if isinstance(best, Mapping) and "best_step" in best:
         value, valid = best.get("best_bpc"), bpc.get("valid")
         ks = [k for k, measured in valid.items() if measured == value] if isinstance(valid, Mapping) else []
         k = int(ks[-1]) if ks and ks[-1].isdecimal() else None
-        renamed["best"] = {"step": best["best_step"], "metric": key, "value": value, "k": k}
+        renamed["best"] = {"step": best["best_step"], "metric": metric.key, "value": value, "k": k}
     return {field: content for field, content in record.items() if field != "bpc"} | renamed
 
 

@@ -9,7 +9,6 @@ before.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -24,12 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smoe.errors import CheckpointError, RunError, one_line
-from smoe.files import fsync_path
+from smoe.files import fingerprint, fsync_path, hash_json
 from smoe.train.processes import Processes
 
 FORMAT = 1
 _PARTIAL = ".tmp-"
-_DENSE = torch.contiguous_format
 
 
 def save_checkpoint(
@@ -42,15 +40,10 @@ def save_checkpoint(
     keep: int = 2,
     protect: Collection[int] = (),
 ) -> Path:
-    """Writes one checkpoint, by all processes together, then drops old ones.
+    """Writes one checkpoint, by all processes together, then drops all but the newest ``keep`` and those of ``protect``.
 
-    Args:
-        folder: the run's ``checkpoints`` folder. step: the number of finished optimizer steps.
-        tensors: by group, a file each; every process gives the groups that it writes.
-        state: JSON data, the main process's.
-        keep, protect: the newest ``keep`` steps stay, and those in ``protect``.
-
-    Raises CheckpointError when the disk is full or fails; the checkpoints before are untouched then.
+    ``tensors``: by group, a file each; every process gives the groups that it writes. ``state``: JSON data, the main
+    process's. Raises CheckpointError when the disk is full or fails; the checkpoints before are untouched then.
     """
     processes = processes or Processes()
     path, partial = checkpoint_path(folder, step), folder / f"{_PARTIAL}{checkpoint_path(folder, step).name}"
@@ -62,9 +55,10 @@ def save_checkpoint(
         for group, members in tensors.items():
             file = partial / f"{group}.safetensors"
             # Copies: safetensors wants contiguous tensors on the CPU that share no memory.
-            save_file(
-                {name: tensor.detach().cpu().clone(memory_format=_DENSE) for name, tensor in members.items()}, file
-            )
+            copies = {
+                name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in members.items()
+            }
+            save_file(copies, file)
             fsync_path(file)
     with _one_clear_error(partial, "sealing"), processes.together():
         if processes.is_main:
@@ -87,7 +81,7 @@ def save_checkpoint(
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` is."""
+    """Where the checkpoint of ``step`` is: after as many finished optimizer steps."""
     return folder / f"step-{step:08d}"
 
 
@@ -101,17 +95,6 @@ def remove_partial(folder: Path) -> None:
     """Removes what an interrupted save left (main process)."""
     for path in folder.glob(f"{_PARTIAL}*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def fingerprint(file: Path) -> dict[str, Any]:
-    """Size and SHA-256."""
-    with open(file, "rb") as stream:
-        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def hash_json(content: Any) -> str:
-    """The SHA-256 of plain data."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

@@ -7,27 +7,24 @@ run < ``--config FILE`` < flags.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from smoe.train.config import PROCESS_TIMEOUT
+from smoe.train.config import TrainConfig, field_metadata
 from smoe.train.distributed import DistributedProcesses
 from smoe.train.loop import train
+from smoe.train.mistakes import describe_type, explain, no_such_field
 from smoe.train.processes import Processes
 from smoe.train.scale import resolve_scale
 from smoe.train.task import Task
 from smoe.yaml_files import load_yaml
 
 Config = TypeVar("Config")
-
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 
 
 def run_training(task_class: type[Task], prog: str) -> None:
@@ -37,7 +34,7 @@ def run_training(task_class: type[Task], prog: str) -> None:
         config = parse_config(task_class.config_class, prog=prog)
     except ValueError as caught:
         error = caught
-    processes = _join(PROCESS_TIMEOUT if config is None else config.process_timeout)
+    processes = _join((config or TrainConfig).process_timeout)
     with processes.together():
         if error is not None:
             raise error
@@ -48,10 +45,7 @@ def run_training(task_class: type[Task], prog: str) -> None:
 
 
 def _join(timeout: float) -> Processes:
-    """Joins the processes that torchrun started, or is the single one. ``timeout``: seconds that one waits for another.
-
-    Raises RunError when the others can't be reached.
-    """
+    """The processes that torchrun started, or the single one. ``timeout``: seconds that one waits for another."""
     if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return DistributedProcesses(timeout)
     return Processes()
@@ -63,22 +57,22 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, 
     Its field ``scale`` picks a section of ``config_class.scales_file``; ``--config FILE`` overlays a user's YAML.
     Raises ValueError, in one line, for anything wrong in ``argv`` or the YAML; ``--help`` prints and exits 0.
     """
+    notes, types = field_notes(config_class), get_type_hints(config_class)
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.name != "scale_reason"}
-    hints = {name: hint for name, hint in get_type_hints(config_class).items() if name in fields}
-    notes = field_notes(config_class)
+    hints = {name: types[name] for name in fields}
     parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="a YAML file of fields; flags win over it")
-    for name, field in fields.items():  # those without a default may come from a file: checked below
-        note, default = notes[name], field.default
-        if default is dataclasses.MISSING:
-            note, default = f"required: {note}", None
-        parser.add_argument(f"--{name}", type=hints[name], default=default, help=note)
+    needed = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+    for name, field in fields.items():
+        default, note = (None, "required: ") if name in needed else (field.default, "")  # a file may have it
+        parser.add_argument(f"--{name}", type=hints[name], default=default, help=note + notes[name])
 
     def checked(values: Mapping[str, Any], source: object) -> dict[str, Any]:
         """What a YAML file says, read by the same types as the flags."""
         values = {name: value for name, value in values.items() if name != "scale_reason"}
         for name, value in values.items():
-            _known(name, hints, f"{name} in {source}")
+            if name not in hints:
+                raise no_such_field(name, hints, f"{name} in {source}")
             try:
                 if value is None and type(None) not in get_args(hints[name]):
                     raise ArgumentError(None, "null")
@@ -88,38 +82,28 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, 
         return values
 
     argv = _normalise(sys.argv[1:] if argv is None else argv, hints)
-    for token in argv:
-        if token.startswith("--") and token != "--help":
-            _known(token[2:].split("=")[0], {"config": str, **hints}, token.split("=")[0])
+    for flag in (token.split("=")[0] for token in argv if token.startswith("--")):
+        if flag[2:] not in {"help", "config", *hints}:
+            raise no_such_field(flag[2:], {"config": str, **hints}, flag)
     try:
         flags = vars(parser.parse_args(argv, defaults=False))
     except ArgumentError as error:
-        raise ValueError(_explain(str(error), hints)) from None
+        raise ValueError(explain(str(error), hints)) from None
     file = flags.pop("config", None)
     given = {**({} if file is None else checked(load_yaml(Path(file)), file)), **flags}
     scales = load_yaml(config_class.scales_file)
     given["scale"], given["scale_reason"] = resolve_scale(given.get("scale", "auto"), scales)
     values = checked(scales[given["scale"]], f"{config_class.scales_file}, {given['scale']}")
     values |= config_class.inherited(given) | given
-    for name, field in fields.items():
-        if name not in values and field.default is dataclasses.MISSING:
+    for name in needed:
+        if name not in values:
             raise ValueError(f"{name}: missing; give --{name} with {describe_type(hints[name])}")
     return config_class(**values)
 
 
 def field_notes(config_class: type) -> dict[str, str]:
-    """The line of ``--help`` for each field; a subclass that changes a default need not repeat it."""
-    bases = (base for base in reversed(config_class.__mro__) if dataclasses.is_dataclass(base))
-    return {f.name: f.metadata["help"] for base in bases for f in dataclasses.fields(base) if "help" in f.metadata}
-
-
-def describe_type(hint: Any) -> str:
-    """A type annotation in a user's words, e.g. ``one of a, b`` for a Literal."""
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(get_args(hint))
-    if get_origin(hint) is tuple:
-        return f"a list like [x, y] of {describe_type(get_args(hint)[0])}"
-    return _WORDS.get(hint) or " or ".join(map(describe_type, get_args(hint))) or hint.__name__
+    """The line of ``--help`` for each field."""
+    return {name: known["help"] for name, known in field_metadata(config_class).items() if "help" in known}
 
 
 def _normalise(argv: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
@@ -147,19 +131,3 @@ def _list_type(hints: Mapping[str, Any], token: str) -> Any:
     """The list type that the flag in ``token`` takes, alone or beside words; None if it takes none."""
     hint = hints.get(token[2:].split("=")[0])
     return next((kind for kind in (hint, *get_args(hint)) if get_origin(kind) is tuple), None)
-
-
-def _known(name: str, hints: Mapping[str, Any], shown: str) -> None:
-    if name not in hints:
-        close = difflib.get_close_matches(str(name), hints, n=1)
-        advice = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(hints))}"
-        raise ValueError(f"{shown}: no such field; {advice}")
-
-
-def _explain(message: str, hints: Mapping[str, Any]) -> str:
-    """jsonargparse's message of many lines as ``field: value, expected ...``."""
-    found = re.search(r'(?:key "|argument --)(\w+)', message)
-    if found is None or found[1] not in hints:
-        return " ".join(message.split())
-    got = re.search(r"(?:Got|Given) value: (.*)", message)
-    return f"{found[1]}: {repr(got[1]) if got else 'no value'}, expected {describe_type(hints[found[1]])}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,27 +22,33 @@ from smoe.schedule import Mode, ks_at
 from smoe.train.learning_rate import Decay, learning_rate_at
 from smoe.train.precision import resolve_precision
 
-# What may differ when a run is resumed: where things are and how often they are said, nothing that changes numbers.
-MAY_CHANGE = ("data", "scale", "save_interval", "log_interval", "progress", "resume", "run_dir", "scale_reason")
-MAY_CHANGE += ("engine", "expert_parallel", "fsdp", "process_timeout")
-
-PROCESS_TIMEOUT = 600.0  # seconds
-
-_SIZES = ("num_layers", "d_model", "num_heads", "d_hidden")
-_INTERVALS = ("eval_interval", "save_interval", "log_interval")
-_LARGEST_SEED = 2**53  # the routers' seeds are a thousand times that, and must fit into 64 bits
+# What only experts have. It must not be asked of a model without any: the run would be named after it.
 _ONLY_EXPERTS = ("k_min", "k_max", "schedule", "router", "score", "output_scale", "balance_weight", "layers")
 _ONLY_EXPERTS += ("engine", "expert_parallel")
+_BOUNDS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
+_LARGEST_SEED = 2**53  # the routers' seeds are a thousand times that, and must fit into 64 bits
 
 
-def option(default: Any, note: str) -> Any:
-    """A field with its line of ``--help``."""
-    return dataclasses.field(default=default, metadata={"help": note})
+def option(default: Any, note: str, **bounds: float) -> Any:
+    """A field with its line of ``--help`` and the bounds of its value: ``at_least``, ``at_most``, ``above``, ``below``.
+
+    A field that can be null has no bound on null. A subclass that changes a default need not repeat the rest.
+    """
+    return dataclasses.field(default=default, metadata={"help": note, **bounds})
 
 
 def required(note: str, **kwargs: Any) -> Any:
     """A field without a default, with its line of ``--help``."""
     return dataclasses.field(metadata={"help": note}, **kwargs)
+
+
+def field_metadata(config_class: type) -> dict[str, dict[str, Any]]:
+    """What :func:`option` says of each field that it made, in ``config_class`` or a class that this one extends."""
+    found: dict[str, dict[str, Any]] = {}
+    for base in filter(dataclasses.is_dataclass, reversed(config_class.__mro__)):
+        for field in dataclasses.fields(base):
+            found[field.name] = {**found.get(field.name, {}), **field.metadata}
+    return found
 
 
 @dataclass(frozen=True)
@@ -55,18 +62,18 @@ class TrainConfig:
     run_dir: str = required("the folder the run lives in")
     scale: str = option("auto", "paper, cpu (two cores, minutes), smoke (seconds); auto: paper with CUDA, else cpu")
     scale_reason: str = ""
-    seed: int = option(1, "of weights, routers, data order, masks, dropout")
+    seed: int = option(1, "of weights, routers, data order, masks, dropout", at_least=0, at_most=_LARGEST_SEED)
     resume: bool = option(False, "continue the run in run_dir from its newest good checkpoint, if there is one")
     precision: Literal["auto", "bf16", "fp32"] = option("auto", "auto: bf16 where the device is fast at it")
 
-    num_layers: int = option(4, "transformer layers")
-    d_model: int = option(256, "model width")
-    num_heads: int = option(8, "attention heads")
-    d_hidden: int = option(8192, "width of the MLP, all experts together")
-    dropout: float = option(0.1, "after attention and MLP, on embeddings, and inside a dense MLP")
-    attention_dropout: float = option(0.0, "on attention weights")
+    num_layers: int = option(4, "transformer layers", at_least=1)
+    d_model: int = option(256, "model width", at_least=1)
+    num_heads: int = option(8, "attention heads", at_least=1)
+    d_hidden: int = option(8192, "width of the MLP, all experts together", at_least=1)
+    dropout: float = option(0.1, "after attention and MLP, on embeddings, and inside a dense MLP", at_least=0, below=1)
+    attention_dropout: float = option(0.0, "on attention weights", at_least=0, below=1)
 
-    num_experts: int = option(16, "N, the experts an MLP is cut into")
+    num_experts: int = option(16, "N, the experts an MLP is cut into", at_least=1)
     layers: LayerNames | tuple[int, ...] = option("all", "which have experts: names of halves, or indices from 0")
     k_min: int | None = option(None, "activated experts at the start; null: the method's own")
     k_max: int | None = option(None, "activated experts at the end; null: the method's own")
@@ -74,56 +81,48 @@ class TrainConfig:
     router: RouterKind | None = option(None, "where tokens go; null: the method's own")
     score: Score = option("softmax_after_topk", "how router logits become weights")
     output_scale: float | Literal["k", "num_experts"] = option(1, "a multiplier on an SMoE layer's output")
-    balance_weight: float | None = option(None, "coefficient of the load-balancing loss; null: the method's own")
-    consistency_weight: float | None = option(None, "coefficient of THOR's consistency loss; null: the method's own")
+    balance_weight: float | None = option(None, "of the load-balancing loss; null: the method's own", at_least=0)
+    consistency_weight: float | None = option(None, "of THOR's consistency loss; null: the method's own", at_least=0)
 
-    steps: int = option(400_000, "optimizer steps")
-    batch_size: int = option(22, "sequences per step, over all processes")
-    learning_rate: float = option(2.5e-4, "the largest one")
+    steps: int = option(400_000, "optimizer steps", at_least=1)
+    batch_size: int = option(22, "sequences per step, over all processes", at_least=1)
+    learning_rate: float = option(2.5e-4, "the largest one", above=0)
     decay: Decay = option("cosine", "how the learning rate falls to 0")
-    warmup_steps: int = option(0, "steps in which the learning rate rises to its full value")
-    weight_decay: float = option(0.0, "of AdamW; 0 is Adam")
-    clip: float = option(0.25, "largest norm of the gradient")
+    warmup_steps: int = option(0, "steps in which the learning rate rises to its full value", at_least=0)
+    weight_decay: float = option(0.0, "of AdamW; 0 is Adam", at_least=0)
+    clip: float = option(0.25, "largest norm of the gradient", above=0)
 
-    eval_interval: int = option(4000, "steps between evaluations on valid; each writes a checkpoint")
-    eval_batch_size: int = option(10, "sequences in an evaluation pass")
-    save_interval: int | None = option(None, "steps between checkpoints; null: eval_interval")
-    log_interval: int = option(200, "steps between lines in metrics.jsonl")
+    eval_interval: int = option(4000, "steps between evaluations on valid; each writes a checkpoint", at_least=1)
+    eval_batch_size: int = option(10, "sequences in an evaluation pass", at_least=1)
+    save_interval: int | None = option(None, "steps between checkpoints; null: eval_interval", at_least=1)
+    log_interval: int = option(200, "steps between lines in metrics.jsonl", at_least=1)
     sweep: tuple[int, ...] = option((1, 2, 4, 8, 12, 16), "the k of the final sweep, up to num_experts")
     progress: bool = option(True, "show a progress bar")
 
     engine: Engine = option("auto", "what computes the experts: torch, fastmoe (needs fmoe and CUDA), or auto")
-    expert_parallel: int = option(1, "processes that share the experts of a layer; 1: each has all of them")
+    expert_parallel: int = option(1, "processes that share the experts of a layer; 1: each has all of them", at_least=1)
     fsdp: bool = option(False, "shard parameters, gradients and optimizer state over the processes")
-    process_timeout: float = option(PROCESS_TIMEOUT, "seconds that a process waits for another before it gives up")
+    process_timeout: float = option(600.0, "seconds that a process waits for another before it gives up", above=0)
 
     def __post_init__(self) -> None:
         """ValueError in one line for a field that can't be used. Subclasses check their own fields, then call this."""
         method = get_method(self.method)
-        for name in (*_SIZES, "steps", "batch_size", "expert_parallel", "eval_batch_size", *_INTERVALS):
-            at_least(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "seed", "weight_decay", "balance_weight", "consistency_weight"):
-            at_least(name, getattr(self, name), 0)
-        if self.seed > _LARGEST_SEED:
-            raise ValueError(f"seed is {self.seed}; it must be at most {_LARGEST_SEED}")
-        for name in ("learning_rate", "clip", "process_timeout"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
-        if not self.sweep or any(k < 1 for k in self.sweep):
-            raise ValueError(f"sweep is {list(self.sweep)}; it must list at least one k, each at least 1")
+        for name, known in field_metadata(type(self)).items():
+            value = getattr(self, name)
+            for words in known if value is not None else ():
+                if words in _BOUNDS and not _BOUNDS[words](value, known[words]):
+                    raise ValueError(f"{name} is {value}; it must be {words.replace('_', ' ')} {known[words]}")
+        if not self.sweep or not 1 <= min(self.sweep) <= self.num_experts:
+            allowed = f"each at least 1 and one at most num_experts = {self.num_experts}"
+            raise ValueError(f"sweep is {list(self.sweep)}; it must list numbers, {allowed}")
         check_output_scale(self.output_scale)
         if method.routed:
             self._check_routed()
             return
-        # What only experts have must not be asked of a model without any: the run would be named after it.
         for name in _ONLY_EXPERTS:
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, but {self.method} has no experts; leave {name} out"
-                )
+                value = getattr(self, name)
+                raise ValueError(f"{name} is {value!r}, but {self.method} has no experts; leave {name} out")
         if method.dropout == "concrete" and self.dropout == 0:
             raise ValueError(f"dropout is 0.0; {self.method} learns its rate and must start above 0")
 
@@ -131,20 +130,12 @@ class TrainConfig:
         check_divisible(self.d_hidden, self.num_experts)
         chosen_layers(self.layers, self.num_layers)
         if self.num_experts % self.expert_parallel:
-            raise ValueError(
-                f"expert_parallel is {self.expert_parallel}; it must divide num_experts = {self.num_experts}"
-            )
-        for name in ("k_min", "k_max"):
-            k = getattr(self, name)
-            if k is not None and not 1 <= k <= self.num_experts:
-                raise ValueError(f"{name} is {k}; it must be from 1 to num_experts = {self.num_experts}")
+            allowed = f"a divisor of num_experts = {self.num_experts}"
+            raise ValueError(f"expert_parallel is {self.expert_parallel}; it must be {allowed}")
         k_min, k_max, _ = self.k_schedule()
-        if k_min > k_max:
-            raise ValueError(f"k_min is {k_min}, above k_max = {k_max}; it must be 1 <= k_min <= k_max")
-        if not self.sweep_ks():
-            raise ValueError(
-                f"sweep is {list(self.sweep)}; at least one k must be no larger than num_experts = {self.num_experts}"
-            )
+        if not 1 <= k_min <= k_max <= self.num_experts:
+            allowed = f"1 <= k_min <= k_max <= num_experts = {self.num_experts}"
+            raise ValueError(f"k_max is {k_max}, k_min is {k_min}; it must be {allowed}")
 
     @classmethod
     def inherited(cls, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,10 +149,8 @@ class TrainConfig:
     def resolved(self) -> TrainConfig:
         """With precision and engine as what they come to on this machine; ValueError if fmoe can't run here."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        changes = {"precision": resolve_precision(self.precision, device)}
-        if self.get_method().routed:
-            changes["engine"] = resolve_engine(self.engine)
-        return dataclasses.replace(self, **changes)
+        engine = resolve_engine(self.engine) if self.get_method().routed else self.engine
+        return dataclasses.replace(self, precision=resolve_precision(self.precision, device), engine=engine)
 
     def get_method(self) -> Method:
         """The method's builder, losses and defaults."""
@@ -216,9 +205,3 @@ class TrainConfig:
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """The configuration as plain data (numbers, text, lists), ready for YAML and JSON."""
     return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(config).items()}
-
-
-def at_least(name: str, value: float | None, least: float) -> None:
-    """ValueError unless ``value`` is at least ``least``, or None."""
-    if value is not None and not value >= least:
-        raise ValueError(f"{name} is {value}; it must be at least {least}")

@@ -10,8 +10,6 @@ from smoe.control import activated
 from smoe.train.processes import Processes
 from smoe.train.task import Task
 
-EVALUATION_SEED = 0  # of what a router draws at random when evaluating (THOR)
-
 
 class Measured(NamedTuple):
     """``values``: by metric. ``n``: the number of tokens or examples they are means of."""
@@ -29,17 +27,14 @@ def measure(task: Task, split: str, k: int | None, processes: Processes) -> Meas
     model, device = task.model, processes.device
     was_training = model.training
     model.eval()
-    devices = [device] if device.type == "cuda" else []
     try:
         with (
             activated(model, k),
-            torch.random.fork_rng(devices),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
             torch.autocast(device.type, torch.bfloat16, enabled=task.config.precision == "bf16"),
         ):
-            torch.manual_seed(EVALUATION_SEED + processes.rank)
-            sums: torch.Tensor | float = 0.0
-            for part in task.passes(model, split, device):
-                sums = sums + part
+            torch.manual_seed(processes.rank)  # of what a router draws at random (THOR)
+            sums = sum(task.passes(model, split, device))
     finally:
         model.train(was_training)
     assert isinstance(sums, torch.Tensor), f"{split}: no pass"
@@ -60,8 +55,6 @@ def sweep(task: Task, processes: Processes) -> dict[str, dict[str, Measured]]:
             measured[split][k_name(k)] = measure(task, split, k, processes)
         if processes.is_main:
             decides = task.metrics[0]
-            figures = ", ".join(
-                f"{split} {measured[split][k_name(k)].values[decides.key]:.4f}" for split in task.splits
-            )
-            print(f"{'dense' if k is None else f'k = {k:2}'}: {decides.title} {figures}", flush=True)
+            values = (f"{split} {by_k[k_name(k)].values[decides.key]:.4f}" for split, by_k in measured.items())
+            print(f"{'dense' if k is None else f'k = {k:2}'}: {decides.title} {', '.join(values)}", flush=True)
     return measured

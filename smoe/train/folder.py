@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from smoe.files import write_atomic
-from smoe.train.config import MAY_CHANGE, TrainConfig, to_dict
+from smoe.train.config import TrainConfig, to_dict
 from smoe.train.processes import Processes
-from smoe.train.resume import check_same_config
-from smoe.yaml_files import from_yaml, load_yaml, to_yaml
+from smoe.train.resume import MAY_CHANGE, check_same_config
+from smoe.yaml_files import load_yaml, to_yaml
 
 
 class RunFolder:
@@ -46,11 +46,8 @@ class RunFolder:
 def open_run(config: TrainConfig, processes: Processes) -> RunFolder:
     """Starts the run in ``run_dir``; with ``resume`` it goes on with a run that is there.
 
-    Then every field of the configuration must be as recorded, except those in ``MAY_CHANGE``; the record is updated.
-    The main process checks and writes for all.
-
-    Raises ValueError when a run is there and ``resume`` is not set, when a field differs, or when the folder holds
-    parts of a run without its config.yaml.
+    The main process checks and writes for all. Raises ValueError when a run is there and ``resume`` is not set, when a
+    field differs that may not (``MAY_CHANGE``), or when the folder holds parts of a run without its config.yaml.
     """
     folder = RunFolder(config.run_dir)
     with processes.together():
@@ -72,12 +69,11 @@ def _start_or_check(folder: RunFolder, config: TrainConfig) -> None:
             raise ValueError(
                 f"run_dir: {folder.path} already holds a run; --resume continues it, or choose another folder"
             )
-        check_same_config(folder.read_config(), from_yaml(to_yaml(given)), MAY_CHANGE, folder.config_path)
+        check_same_config(folder.read_config(), given, MAY_CHANGE, folder.config_path)
     for part in (folder.checkpoints, folder.metrics_path, folder.result_path):
         if part.exists() and not folder.config_path.exists():
             raise ValueError(
-                f"run_dir: {folder.path} has {part.name} but no config.yaml, so it cannot be continued; "
-                "choose another folder"
+                f"run_dir: {folder.path} has {part.name} but no config.yaml to continue from; choose another folder"
             )
     folder.path.mkdir(parents=True, exist_ok=True)
     write_atomic(folder.config_path, to_yaml(given))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -30,18 +31,19 @@ class Log:
         """``checkpoint``: where a resumed run goes on; lines of later steps are dropped, they will be written again."""
         self.task, self.folder, self.processes = task, folder, processes
         self.nats = torch.zeros(2, dtype=torch.float64)
-        self._file: Any = None
-        self._board: Any = None
+        self._file = self._board = None
+        config, done = task.config, 0 if checkpoint is None else checkpoint.step
         if processes.is_main:
             if checkpoint is not None:
-                drop_later_lines(folder.metrics_path, checkpoint.step)
+                drop_later_lines(folder.metrics_path, done)
                 self.nats = torch.tensor(checkpoint.state["nats"], dtype=torch.float64)
             self._file = open(folder.metrics_path, "w" if checkpoint is None else "a", encoding="utf-8")
-            self._board = _open_board(folder, 0 if checkpoint is None else checkpoint.step + 1)
-        config = task.config
-        self._bar = tqdm(total=config.steps, initial=0 if checkpoint is None else checkpoint.step, unit="step",
-                         desc=config.get_method().title, dynamic_ncols=True,
-                         disable=not (processes.is_main and config.progress),
+            with contextlib.suppress(ImportError):  # TensorBoard need not be installed
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(folder.tensorboard), purge_step=done + 1)
+        self._bar = tqdm(total=config.steps, initial=done, unit="step", desc=config.get_method().title,
+                         dynamic_ncols=True, disable=not (processes.is_main and config.progress),
                          mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
         self.new_interval()
 
@@ -84,11 +86,10 @@ class Log:
         if self._file is None:
             return
         values = json.loads(json.dumps(values), parse_constant=lambda _: None)
-        self._file.write(json.dumps({"step": step, split: values, "seconds": seconds}) + "\n")
-        self._file.flush()
+        print(json.dumps({"step": step, split: values, "seconds": seconds}), file=self._file, flush=True)
         if self._board is not None:
             tags = {f"{split}/{name}": value for name, value in values.items()} | {"seconds": seconds}
-            if _is_list(values.get("k")):
+            if isinstance(values.get("k"), list):
                 tags |= {f"{split}/k/{layer}": k for layer, k in enumerate(tags.pop(f"{split}/k"))}
             for tag, value in tags.items():
                 if value is not None:
@@ -113,11 +114,9 @@ def print_header(task: Task, processes: Processes, parameters: int) -> None:
     devices = f"{processes.world_size} x {processes.device.type}"
     devices += f" (experts over {config.expert_parallel})" if config.expert_parallel > 1 else ""
     devices += " (sharded)" if config.fsdp else ""
+    size = f"{parameters:,} parameters, {config.steps} steps of {task.step_shape}"
     print(f"{task.title}, {method.title}{k}, seed {config.seed}, run folder {config.run_dir}")
-    print(
-        f"scale {config.scale} ({config.scale_reason}): {parameters:,} parameters, {config.steps} steps of "
-        f"{task.step_shape}, {devices}, precision {config.precision}"
-    )
+    print(f"scale {config.scale} ({config.scale_reason}): {size}, {devices}, precision {config.precision}")
     for note in task.notes():
         print(note)
 
@@ -129,17 +128,4 @@ def one_or_all(ks: list[int]) -> int | list[int] | None:
 
 def at_k(k: int | list[int] | None) -> str:
     """`` at k = 8``, or nothing for a dense model."""
-    return "" if k is None else f" at k = {', '.join(map(str, k)) if _is_list(k) else k}"
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, list)
-
-
-def _open_board(folder: RunFolder, first_step: int) -> Any:
-    """TensorBoard's writer, where it is installed; steps from ``first_step`` on will be written again."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder.tensorboard), purge_step=first_step)
+    return "" if k is None else f" at k = {', '.join(map(str, k)) if isinstance(k, list) else k}"

@@ -32,10 +32,10 @@ from smoe.train.task import Task
 
 @dataclass
 class Progress:
-    """What a resumed run needs to know of itself: its finished steps, its seconds of training, its best evaluation."""
+    """How far a run has come; a resumed one goes on from it."""
 
-    step: int = 0
-    seconds: float = 0.0
+    step: int = 0  # finished ones
+    seconds: float = 0.0  # of training
     best_step: int | None = None
     best_value: float | None = None
 
@@ -48,8 +48,7 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
     # ---- before anything is written: configuration, data, model -----------------------------------------------------
     environment = environment_record()  # now: the checkout may move on while this runs
     with processes.together():
-        # "auto" is recorded as what it came to: a resume on another machine computes alike or says why it can't.
-        config = config.resolved()
+        config = config.resolved()  # so a resume on another machine computes alike or says why it can't
     processes.configure(config)
     with processes.together():
         task = task_class(config, processes.rank, processes.world_size)
@@ -135,21 +134,18 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
 
     # ---- the sweep over k, from the best checkpoint -----------------------------------------------------------------
     if progress.best_step is None:
-        raise NonFiniteError(
-            f"no evaluation on valid gave a finite {decides.title}; there is no best checkpoint to sweep"
-        )
+        raise NonFiniteError(f"no evaluation on valid gave a finite {decides.title}: there is no best checkpoint")
     if progress.best_step != progress.step:
         best = load_checkpoint(checkpoint_path(folder.checkpoints, progress.best_step), groups=["model"])
         load_weights(best, task, processes)
     started = time.perf_counter()
     swept = sweep(task, processes)
-    sweep_seconds = time.perf_counter() - started
     if processes.is_main:
         best = {"step": progress.best_step, "metric": decides.key, "value": progress.best_value, "k": config.eval_k()}
-        seconds = {"training": progress.seconds, "sweep": sweep_seconds, "per_step": progress.seconds / config.steps}
-        speed = task.tokens_per_step * config.steps / progress.seconds
-        run = {"best": best, "seconds": seconds, "tokens_per_second": speed, "processes": processes.world_size}
-        folder.write_result(make_record(task, swept, **run, environment=environment))
+        sweep_seconds, per_step = time.perf_counter() - started, progress.seconds / config.steps
+        seconds = {"training": progress.seconds, "sweep": sweep_seconds, "per_step": per_step}
+        run = {"tokens_per_second": task.tokens_per_step / per_step, "processes": processes.world_size}
+        folder.write_result(make_record(task, swept, best=best, seconds=seconds, **run, environment=environment))
     processes.leave()
 
 
@@ -158,7 +154,7 @@ def refuse_non_finite(loss: Tensor, norm: Tensor, step: int, ks: list[int], task
     values = processes.gather(torch.stack([loss.detach().float(), norm.detach().float()]).view(1, 2))
     if values.isfinite().all():
         return
-    what = "the loss" if not values[:, 0].isfinite().all() else "the norm of the gradient"
+    what = "the norm of the gradient" if values[:, 0].isfinite().all() else "the loss"
     raise NonFiniteError(
         f"{what} is not finite at step {step + 1}{at_k(one_or_all(ks))} ({task.where(step)}); stopped before the "
         f"optimizer step; checkpoints up to the last good one are in {task.config.run_dir}/checkpoints"
@@ -176,13 +172,8 @@ def save(task: Task, optimizer: torch.optim.Optimizer, progress: Progress, log: 
         "optimizer": processes.gather_state(optimizer_tensors(optimizer, bare), bare),
         "task": {name: processes.gather(rows.contiguous()) for name, rows in task.state().items()},
     }
-    nats = processes.sum(log.nats).tolist()
-    folder = log.folder.checkpoints
-    save_checkpoint(
-        folder,
-        progress.step,
-        (groups if processes.is_main else {}) | {f"rng-rank{processes.rank}": rng_tensors()},
-        {"progress": vars(progress), "nats": nats, "world_size": processes.world_size, "facts": task.facts},
-        processes=processes,
-        protect=[] if progress.best_step is None else [progress.best_step],
-    )
+    tensors = (groups if processes.is_main else {}) | {f"rng-rank{processes.rank}": rng_tensors()}
+    state = {"progress": vars(progress), "nats": processes.sum(log.nats).tolist()}
+    state |= {"world_size": processes.world_size, "facts": task.facts}
+    best = [] if progress.best_step is None else [progress.best_step]
+    save_checkpoint(log.folder.checkpoints, progress.step, tensors, state, processes=processes, protect=best)

@@ -15,14 +15,10 @@ from smoe.train.config import TrainConfig
 
 
 class Processes:
-    """The single process of a run. What several have to do together is a method; alone, most do nothing.
+    """The single process of a run. What several have to do together is a method; alone, most do nothing."""
 
-    Attributes:
-        rank, world_size: this process, and how many there are.
-        device: where it computes; known after :meth:`configure`.
-    """
-
-    rank, world_size = 0, 1
+    rank, world_size = 0, 1  # this process, and how many there are
+    device: torch.device  # where it computes; known after configure()
     restarted = False  # whether torchrun started the run again after a process died
 
     @property
@@ -33,14 +29,9 @@ class Processes:
     def configure(self, config: TrainConfig) -> None:
         """Checks that all processes have ``config``, and that it fits their number; picks the device."""
         if config.fsdp:
-            raise ValueError(
-                "fsdp shards over processes, and this run has 1; start several with torchrun, or leave it out"
-            )
+            raise ValueError("fsdp shards over processes; this run has 1: start several with torchrun, or leave it out")
         if config.expert_parallel > 1:
-            raise ValueError(
-                f"expert_parallel is {config.expert_parallel}, which does not divide the 1 process of this run; "
-                "possible are 1"
-            )
+            raise ValueError(f"expert_parallel is {config.expert_parallel}; it must be 1, this run has 1 process")
         self._make_accelerator(config)
 
     def _make_accelerator(self, config: TrainConfig) -> None:
@@ -51,13 +42,12 @@ class Processes:
             # change them in place between THOR's two passes.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        self.device: torch.device = self.accelerator.device
+        self.device = self.accelerator.device
 
     def together(self) -> AbstractContextManager[None]:
-        """What is in the block works on every process or fails on every process; nobody leaves it before all do.
+        """The block works on every process or fails on every process, with an error that names the one where it failed.
 
-        The block must not wait for other processes itself. The process where it fails raises its own error, the others
-        raise one of the same kind that names it.
+        Nobody leaves it before all do, and it must not wait for other processes itself.
         """
         return nullcontext()
 
@@ -68,9 +58,9 @@ class Processes:
         """Notes for later restarts that this job has opened its run folder."""
 
     def prepare(self, model: nn.Module, blocks: Iterable[nn.Module], fsdp: bool) -> nn.Module:
-        """Puts ``model``, whole and equal everywhere, on the device in place; returns what to call for a forward pass.
+        """Puts ``model``, equal everywhere, on the device; with ``fsdp`` shards it, ``blocks`` (the layers) one by one.
 
-        Experts go to their ranks, and with ``fsdp`` everything is sharded, ``blocks`` (the layers) one by one.
+        Returns what to call for a forward pass.
         """
         return self.accelerator.prepare_model(model.to(self.device))
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from smoe.control import smoe_layers
+from smoe.flops import parameter_counts
+from smoe.metrics import Metric
 from smoe.train.config import TrainConfig, to_dict
 from smoe.train.evaluation import Measured, k_name
-from smoe.train.metrics import Metric
 from smoe.train.task import Task
 
 # Where things were and how they were shown: a record is for others too, and goes without.
@@ -55,7 +54,7 @@ def make_record(task: Task, swept: dict[str, dict[str, Measured]], **run: Any) -
 def _of_metric(metric: Metric, swept: dict[str, dict[str, Measured]]) -> dict[str, Any]:
     n = {split: next(iter(by_k.values())).n for split, by_k in swept.items()}
     values = {split: {k: m.values[metric.key] for k, m in by_k.items()} for split, by_k in swept.items()}
-    return {"title": metric.title, "unit": metric.unit, "direction": metric.direction, "n": n, **values}
+    return {**metric.shown_as, "n": n, **values}
 
 
 def label(config: TrainConfig) -> dict[str, str]:
@@ -63,22 +62,6 @@ def label(config: TrainConfig) -> dict[str, str]:
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     changed = [f"{name} {getattr(config, name)}" for name in _VARIED if getattr(config, name) != defaults[name]]
     return {"label": ", ".join([config.get_method().title, *changed])} if changed else {}
-
-
-def parameter_counts(model: nn.Module, ks: Iterable[int] = ()) -> dict[str, Any]:
-    """Number of parameters, each one once: ``total``, ``trainable``, ``experts`` (of SMoE layers), ``rest``.
-
-    ``active_per_k``: those that one token passes through with k activated experts.
-    """
-    sizes = [(sum(p.numel() for p in layer.experts.parameters()), layer.num_experts) for _, layer in smoe_layers(model)]
-    total, experts = sum(p.numel() for p in model.parameters()), sum(size for size, _ in sizes)
-    return {
-        "total": total,
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "experts": experts,
-        "rest": total - experts,
-        "active_per_k": {str(k): total - experts + sum(size // n * min(k, n) for size, n in sizes) for k in ks},
-    }
 
 
 def training_flops(task: Task, model: nn.Module) -> int:

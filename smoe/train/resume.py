@@ -14,14 +14,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from smoe.errors import CheckpointError, one_line
-from smoe.files import write_atomic
-from smoe.train.checkpoint import FORMAT, checkpoint_path, fingerprint, hash_json, list_steps, remove_partial
+from smoe.files import fingerprint, hash_json, write_atomic
+from smoe.train.checkpoint import FORMAT, checkpoint_path, list_steps, remove_partial
 from smoe.train.processes import Processes
-from smoe.train.state import restore_optimizer, restore_rng
 from smoe.train.task import Task
+
+# What may differ when a run is resumed: where things are and how often they are said, nothing that changes numbers.
+MAY_CHANGE = ("data", "scale", "save_interval", "log_interval", "progress", "resume", "run_dir", "scale_reason")
+MAY_CHANGE += ("engine", "expert_parallel", "fsdp", "process_timeout")
 
 
 @dataclass
@@ -132,6 +135,32 @@ def restore(checkpoint: Checkpoint, task: Task, optimizer: torch.optim.Optimizer
 def load_weights(checkpoint: Checkpoint, task: Task, processes: Processes) -> None:
     """Loads a checkpoint's weights into the model, whose experts may be on several processes."""
     task.bare().load_state_dict(processes.shard_state(checkpoint.tensors["model"], task.bare()))
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Puts back what :func:`smoe.train.state.optimizer_tensors` took, bit for bit, in the dtypes it had.
+
+    For a parameter that has never had a gradient there is nothing to put back. Raises ValueError, before anything
+    changes, when the checkpoint has a parameter that the model lacks.
+    """
+    parameters = dict(model.named_parameters())
+    kept: dict[str, dict[str, Tensor]] = {}
+    for path, value in tensors.items():
+        _, name, key = path.split("/")
+        kept.setdefault(name, {})[key] = value
+    for name in sorted(kept.keys() - parameters.keys()):
+        raise ValueError(f"optimizer: parameter {name!r} is only in the checkpoint")
+    for name, values in kept.items():
+        device = parameters[name].device
+        # A copy: the optimizer changes its own in place.
+        optimizer.state[parameters[name]] = {key: value.to(device, copy=True) for key, value in values.items()}
+
+
+def restore_rng(tensors: Mapping[str, Tensor]) -> None:
+    """Puts back what :func:`smoe.train.state.rng_tensors` returned, a CUDA state where there is a CUDA device."""
+    torch.set_rng_state(tensors["torch"].cpu())
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"].cpu())
 
 
 def check_same_config(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from smoe.methods import PassOutput
+from smoe.metrics import Metric
 from smoe.train.config import TrainConfig
-from smoe.train.metrics import Metric
 
 
 class Task:
@@ -19,43 +19,30 @@ class Task:
 
     A subclass sets the attributes and writes the methods that raise NotImplementedError; the others are for tasks that
     need them. ``transformer_xl/train.py`` is the first one, ``docs/extend.md`` has the steps.
-
-    Attributes:
-        name: of the task in records, e.g. ``language_model``.
-        metrics: what a split is measured by; the first one decides which checkpoint is best.
-        splits: those of the final sweep.
-        config_class, config: what a run can be told, and what this run is told.
-        model: the whole model, on the CPU until the loop places it.
-        architecture: of the model in tables, e.g. ``transformer_xl``. title: in the first line of the output.
-        blocks: the layers, which FSDP shards one by one.
-        dataset: what a record says of the data: at least ``name`` and ``sha256``.
-        tokens_per_step, step_shape: of all processes, as a number and in words.
-        facts: JSON that a checkpoint keeps to rebuild the model without the data, e.g. the vocabulary.
-        record: further fields of result.json.
     """
 
-    name: ClassVar[str]
-    metrics: ClassVar[tuple[Metric, ...]]
-    splits: ClassVar[tuple[str, ...]] = ("valid", "test")
-    config_class: ClassVar[type[TrainConfig]]
-
+    name: ClassVar[str]  # in records, e.g. language_model
+    metrics: ClassVar[tuple[Metric, ...]]  # of a split; the first one decides which checkpoint is best
+    splits: ClassVar[tuple[str, ...]] = ("valid", "test")  # of the final sweep
+    config_class: ClassVar[type[TrainConfig]]  # what a run can be told
     config: TrainConfig
-    model: nn.Module
-    architecture: str
-    title: str
-    blocks: Iterable[nn.Module]
-    dataset: dict[str, Any]
-    tokens_per_step: int
-    step_shape: str
+    model: nn.Module  # all of it, on the CPU until the loop places it
+    architecture: str  # in tables, e.g. transformer_xl
+    title: str  # in the first line of the output
+    blocks: Iterable[nn.Module]  # the layers, which FSDP shards one by one
+    dataset: dict[str, Any]  # what a record says of the data: at least its name and sha256
+    tokens_per_step: int  # of all processes
+    step_shape: str  # the same in words
 
     def __init__(self, config: TrainConfig, rank: int, world_size: int) -> None:
-        """Reads and checks the data, then builds the model: what is wrong is said before anything is written.
+        """Reads and checks the data, then builds the model, right after ``torch.manual_seed(config.seed)``.
 
-        ``torch.manual_seed(config.seed)`` comes right before the model. Raises ValueError for a user's mistake.
+        Raises ValueError for a user's mistake: nothing is written yet.
         """
         self.config, self.rank, self.world_size = config, rank, world_size
+        # JSON that a checkpoint keeps to rebuild the model without the data, e.g. the vocabulary.
         self.facts: dict[str, Any] = {}
-        self.record: dict[str, Any] = {}
+        self.record: dict[str, Any] = {}  # further fields of result.json
 
     # ---- every task -------------------------------------------------------------------------------------------------
     def build_model(self) -> nn.Module:

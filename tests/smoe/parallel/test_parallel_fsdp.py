@@ -12,7 +12,8 @@ from torch import nn
 
 from smoe import set_top_k
 from smoe.parallel import ParallelGroups, clip_grad_norm_, fully_shard_model, gather_state, parallelize, shard_state
-from smoe.train.state import optimizer_tensors, restore_optimizer
+from smoe.train.resume import restore_optimizer
+from smoe.train.state import optimizer_tensors
 
 pytestmark = pytest.mark.distributed
 

@@ -11,7 +11,8 @@ from test_parallel_training import ADAM, Tiny, make_model, share
 
 from smoe import set_top_k
 from smoe.parallel import ParallelGroups, clip_grad_norm_, gather_state, parallelize, shard_state
-from smoe.train.state import optimizer_tensors, restore_optimizer
+from smoe.train.resume import restore_optimizer
+from smoe.train.state import optimizer_tensors
 
 
 def step(model, optimizer, rank: int, world_size: int, number: int, groups) -> float:

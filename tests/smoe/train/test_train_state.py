@@ -8,8 +8,8 @@ from torch import nn
 
 from smoe.train.checkpoint import save_checkpoint
 from smoe.train.optimizer import make_optimizer
-from smoe.train.resume import load_latest
-from smoe.train.state import optimizer_tensors, restore_optimizer, restore_rng, rng_tensors
+from smoe.train.resume import load_latest, restore_optimizer, restore_rng
+from smoe.train.state import optimizer_tensors, rng_tensors
 
 OPTIMIZERS = {
     "adam": lambda groups: torch.optim.Adam(groups, lr=1e-3),
