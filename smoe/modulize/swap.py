@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..experts import merge, split
+from ..experts import Experts, merge, split
 from ..layer import SMoE
+from ..wrappers import unwrap
 from .find import FoundMLP
 from .linear import set_weight, weight_of
 
@@ -77,7 +78,7 @@ class Outlet(nn.Module):
     @property
     def weight(self) -> Tensor:
         """For models that read the dtype of their last linear layer (T5)."""
-        return self.mlp.experts.down
+        return unwrap(self.mlp.experts, Experts)[0].down
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.mlp(self._channel.take().to(hidden.dtype))
