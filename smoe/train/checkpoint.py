@@ -40,7 +40,7 @@ def save_checkpoint(
     keep: int = 2,
     protect: Collection[int] = (),
 ) -> Path:
-    """Writes one checkpoint, by all processes together, then drops all but the newest ``keep`` and those of ``protect``.
+    """Writes one checkpoint, by all processes together, then drops all but the newest ``keep`` and ``protect``.
 
     ``tensors``: by group, a file each; every process gives the groups that it writes. ``state``: JSON data, the main
     process's. Raises CheckpointError when the disk is full or fails; the checkpoints before are untouched then.
