@@ -4,16 +4,20 @@ import json
 import random
 import signal
 import time
+from functools import partial
 
+import ablations
 import pytest
 import torch
 from runs import assert_one_line, assert_same_weights, lines, losses, result, wait_for_step, weights
 
 from bert.config import PretrainConfig
+from bert.pretrain import MaskedLanguageModel
 from smoe import METHODS
 from smoe.report import check_result, slimming_table
 from smoe.train.checkpoint import list_steps
 from smoe.train.command import parse_config
+from smoe.train.evaluate import read_run
 
 
 @pytest.mark.parametrize(
@@ -61,6 +65,24 @@ def test_k_and_learning_rate_follow_the_step_and_the_router_stays_fixed(pretrain
     assert all(torch.equal(early[name], late[name]) for name in routers)
     experts = [name for name in early if ".experts." in name]
     assert experts and not any(torch.equal(early[name], late[name]) for name in experts)
+
+
+def task_of(run):
+    return MaskedLanguageModel(read_run(run, PretrainConfig, "a BERT or RoBERTa", "last")[0], 0, 1)
+
+
+@pytest.mark.parametrize("mode", ["random", "random_per_layer"])
+def test_a_random_schedule_is_logged_for_every_layer(mode, pretrain, tmp_path):
+    ablations.check_random_schedule(partial(pretrain, "bert"), task_of, tmp_path, mode)
+
+
+@pytest.mark.parametrize("model", ["bert", "roberta"])
+def test_only_some_layers_may_have_experts(model, pretrain, tmp_path):
+    ablations.check_only_later_layers(partial(pretrain, model), task_of, tmp_path, tokens=16 * 32)
+
+
+def test_thor_without_its_consistency_loss_makes_one_pass(pretrain, tmp_path):
+    ablations.check_thor_with_one_pass(partial(pretrain, "roberta"), tmp_path)
 
 
 def test_a_run_killed_three_times_ends_with_the_same_bits(pretrain, tmp_path):

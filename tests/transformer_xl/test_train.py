@@ -8,14 +8,18 @@ import shutil
 import signal
 import time
 
+import ablations
 import pytest
 import torch
 from runs import assert_one_line, assert_same_weights, lines, losses, result, wait_for_step, weights
 
 from smoe import METHODS
 from smoe.train.checkpoint import list_steps, save_checkpoint
+from smoe.train.evaluate import read_run
 from smoe.train.learning_rate import learning_rate_at
 from smoe.train.resume import load_checkpoint, load_latest
+from transformer_xl.config import LanguageModelConfig
+from transformer_xl.train import LanguageModel
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -61,6 +65,23 @@ def test_learning_rate_is_half_a_cosine_after_its_warm_up():
     assert learning_rate_at(0, **config) == pytest.approx(0.2)
     assert learning_rate_at(500, **config) == pytest.approx(1.0)
     assert learning_rate_at(999, **config) == pytest.approx(2 * math.cos(math.pi * 999 / 2000) ** 2)
+
+
+def task_of(run):
+    return LanguageModel(read_run(run, LanguageModelConfig, "a Transformer-XL", "last")[0], 0, 1)
+
+
+@pytest.mark.parametrize("mode", ["random", "random_per_layer"])
+def test_a_random_schedule_is_logged_for_every_layer(mode, train, tmp_path):
+    ablations.check_random_schedule(train, task_of, tmp_path, mode)
+
+
+def test_only_some_layers_may_have_experts(train, tmp_path):
+    ablations.check_only_later_layers(train, task_of, tmp_path, tokens=4 * 32)
+
+
+def test_thor_without_its_consistency_loss_makes_one_pass(train, tmp_path):
+    ablations.check_thor_with_one_pass(train, tmp_path)
 
 
 # Checkpoints fall between the lines of metrics, whose means must not notice.
