@@ -40,7 +40,7 @@ def save_checkpoint(
     keep: int = 2,
     protect: Collection[int] = (),
 ) -> Path:
-    """Writes one checkpoint, by all processes together, then drops all but the newest ``keep`` and those of ``protect``.
+    """Writes one checkpoint, by all processes together, and keeps the newest ``keep`` and those in ``protect``.
 
     ``tensors``: by group, a file each; every process gives the groups that it writes. ``state``: JSON data, the main
     process's. Raises CheckpointError when the disk is full or fails; the checkpoints before are untouched then.
@@ -55,10 +55,8 @@ def save_checkpoint(
         for group, members in tensors.items():
             file = partial / f"{group}.safetensors"
             # Copies: safetensors wants contiguous tensors on the CPU that share no memory.
-            copies = {
-                name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in members.items()
-            }
-            save_file(copies, file)
+            dense = {"memory_format": torch.contiguous_format}
+            save_file({name: tensor.detach().cpu().clone(**dense) for name, tensor in members.items()}, file)
             fsync_path(file)
     with processes.together(), _one_clear_error(partial, "sealing"):
         if processes.is_main:
