@@ -1,14 +1,14 @@
 """One training, in the order in which things happen. ``loop.py`` is the page to read first.
 
-command.py        flags and YAML, a scale (scale.py) -> a configuration -> the loop
+command.py        flags and YAML, a scale (scale.py) -> a configuration -> the loop; mistakes.py: errors in flags
 config.py         what every training can be told: method, k, steps, learning rate, where it runs; precision.py
 processes.py      this process among those of the run; distributed.py is for several
-task.py           what differs between trainings: model, batches, loss; metrics.py: what a split is measured by
+task.py           what differs between trainings: model, batches, loss, metrics
 folder.py         the run folder: who may write to it, whether it is finished
 loop.py           the loop: learning rate and k, batch, loss, backward, clip, step, log, evaluate, save, stop
   learning_rate.py  optimizer.py  log.py  evaluation.py  stop.py
-  resume.py         a run -> a checkpoint and back, at any number of processes
   checkpoint.py     checkpoints that a crash can't spoil; state.py: optimizer and generators as tensors
+  resume.py         from a checkpoint back to the run, at any number of processes
 record.py         result.json
 evaluate.py       the command that measures a finished run at any k
 

@@ -55,10 +55,8 @@ def save_checkpoint(
         for group, members in tensors.items():
             file = partial / f"{group}.safetensors"
             # Copies: safetensors wants contiguous tensors on the CPU that share no memory.
-            copies = {
-                name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in members.items()
-            }
-            save_file(copies, file)
+            dense = {"memory_format": torch.contiguous_format}
+            save_file({name: tensor.detach().cpu().clone(**dense) for name, tensor in members.items()}, file)
             fsync_path(file)
     with _one_clear_error(partial, "sealing"), processes.together():
         if processes.is_main:
