@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from smoe.train.config import TrainConfig, option, required
+from smoe.options import option, required
+from smoe.train.config import TrainConfig
 from smoe.train.learning_rate import Decay
 
 

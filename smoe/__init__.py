@@ -1,8 +1,9 @@
 """Sparse mixtures of experts as a training technique: SMoE-Dropout on torch alone."""
 
 from .control import activated, get_top_k, record_routing, set_top_k, smoe_layers
+from .cut import merge, split
 from .dense_dropout import ConcreteDropout, DropBlock
-from .experts import Experts, merge, split
+from .experts import Experts
 from .layer import SMoE
 from .methods import METHODS, DenseMLP, Method, get_method
 from .modulize import demodulize, modulize

@@ -10,7 +10,7 @@ from torch import nn
 from .experts import Experts
 from .layer import SMoE
 from .router import Router, Routing, check_top_k
-from .wrappers import is_offloaded, unwrap
+from .wrappers import is_offloaded
 
 
 def smoe_layers(model: nn.Module) -> list[tuple[str, SMoE]]:
@@ -39,12 +39,12 @@ def check_whole(model: nn.Module, doing: str) -> None:
                 "gather_state into a model that is not spread"
             )
         for part, module, kind in (("router", layer.router, Router), ("experts", layer.experts, Experts)):
-            if unwrap(module, kind) != [module]:
+            if not isinstance(module, kind):
                 raise ValueError(
                     f"{doing}: {type(module).__name__} wraps the {part} {where}; do it before get_peft_model, or merge "
                     "the adapter first (model = model.merge_and_unload())"
                 )
-            if is_offloaded(module):
+            if hasattr(module, "_hf_hook") and is_offloaded(module):
                 raise ValueError(
                     f"{doing}: accelerate has offloaded the {part} {where}; call "
                     "accelerate.hooks.remove_hook_from_submodules(model) first"

@@ -103,7 +103,7 @@ class SMoE(nn.Module):
     @property
     def routers(self) -> list[Router]:
         """The router; if PEFT has wrapped it, the original and its trained copies, one of which chooses the experts."""
-        return unwrap(self.router, Router)
+        return [self.router] if isinstance(self.router, Router) else unwrap(self.router, Router)
 
     @property
     def top_k(self) -> int:
@@ -132,7 +132,7 @@ class SMoE(nn.Module):
         """
         if self.dispatch is not None:
             raise ValueError("the experts are spread over ranks; call reset_parameters before parallelize")
-        for experts in unwrap(self.experts, Experts):
+        for experts in [self.experts] if isinstance(self.experts, Experts) else unwrap(self.experts, Experts):
             experts.reset_parameters(std)
         for router in self.routers:
             if any(True for _ in router.parameters()):

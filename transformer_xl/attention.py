@@ -64,24 +64,15 @@ class RelativeAttention(nn.Module):
         self.output = nn.Linear(inner, d_model, bias=False)
 
     def forward(
-        self,
-        x: Tensor,
-        context: Tensor,
-        positions: Tensor,
-        content_bias: Tensor,
-        position_bias: Tensor,
+        self, x: Tensor, context: Tensor, positions: Tensor, content_bias: Tensor, position_bias: Tensor
     ) -> Tensor:
         """Attend from `x (B, T, d)` to `context (B, S, d)`, whose last T rows are x.
 
         `positions (S + 1, d)` encodes `relative_distances(T, S)`; `content_bias` and `position_bias` (H, D) are
         u and v of the paper. Returns `(B, T, d)`.
         """
-        (batch, t, _), s, heads, d_head = (
-            x.shape,
-            context.shape[1],
-            self.num_heads,
-            self.d_head,
-        )
+        (batch, t, _), s = x.shape, context.shape[1]
+        heads, d_head = self.num_heads, self.d_head
 
         q = self.query(x).view(batch, t, heads, d_head).permute(2, 0, 1, 3)  # H B T D
         kv = self.key_value(context).view(batch, s, 2, heads, d_head).permute(2, 3, 0, 1, 4)  # 2 H B S D
@@ -94,11 +85,8 @@ class RelativeAttention(nn.Module):
         q_position = torch.add((position_bias * scale).view(bias_shape).to(q.dtype), q, alpha=scale)
 
         by_distance = torch.bmm(q_position.reshape(heads, batch * t, d_head), r).view(heads * batch, t, s + 1)
-        scores = torch.baddbmm(
-            relative_shift(by_distance, t, s),
-            q_content.reshape(heads * batch, t, d_head),
-            k.transpose(1, 2),
-        )
+        q_content = q_content.reshape(heads * batch, t, d_head)
+        scores = torch.baddbmm(relative_shift(by_distance, t, s), q_content, k.transpose(1, 2))
         # Added rather than filled in: softmax already gives masked scores no gradient, so backward has nothing to do.
         scores += causal_mask(t, s, scores.dtype, scores.device)
         weights = F.dropout(scores.softmax(-1), self.dropout, self.training)

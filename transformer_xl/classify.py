@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from smoe.errors import run_main
 from smoe.flops import count, count_step
+from smoe.options import option
 from smoe.schedule import Mode
 from smoe.train.command import run_training
-from smoe.train.config import at_least, option
 from smoe.train.evaluate import read_run
 from smoe.train.folder import RunFolder
 from smoe.train.metrics import Metric
@@ -48,12 +48,8 @@ class ClassifyConfig(RunConfig):
 
     run: str | None = option(None, "the pretrained run to start from; null: from scratch")
     data: str = option("data/sst2", "a folder of data/sst2/prepare.py")
-    seq_len: int = option(256, "of a longer sentence the last so many bytes")
+    seq_len: int = option(256, "of a longer sentence the last so many bytes", at_least=1)
     schedule: Mode | None = "constant"
-
-    def __post_init__(self) -> None:
-        at_least("seq_len", self.seq_len, 1)
-        super().__post_init__()
 
     @classmethod
     def inherited(cls, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from smoe.train.config import TrainConfig, option
+from smoe.options import option
+from smoe.train.config import TrainConfig
 from transformer_xl.model import TransformerXL, TransformerXLConfig
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoe.dropout import Dropout
+from smoe.options import check_bounds, option
 from transformer_xl.attention import RelativeAttention, relative_distances, sinusoids
 
 
@@ -22,40 +23,20 @@ class TransformerXLConfig:
     Raises ValueError, naming the field, for a value that can't be used.
     """
 
-    vocab_size: int = 256
-    num_layers: int = 4
-    d_model: int = 256
-    num_heads: int = 8
-    d_head: int = 64
-    d_hidden: int = 8192
-    dropout: float = 0.1
-    attention_dropout: float = 0.0
-    init_std: float = 0.02
+    vocab_size: int = option(256, "token ids", at_least=1)
+    num_layers: int = option(4, "transformer layers", at_least=1)
+    d_model: int = option(256, "model width, even", at_least=1)
+    num_heads: int = option(8, "attention heads", at_least=1)
+    d_head: int = option(64, "width of a head", at_least=1)
+    d_hidden: int = option(8192, "width of the MLP", at_least=1)
+    dropout: float = option(0.1, "after attention and MLP, and on embeddings", at_least=0, below=1)
+    attention_dropout: float = option(0.0, "on attention weights", at_least=0, below=1)
+    init_std: float = option(0.02, "of the initial weights", above=0, below=math.inf)
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "num_layers",
-            "d_model",
-            "num_heads",
-            "d_head",
-            "d_hidden",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}, but must be a whole number of at least 1")
+        check_bounds(self)
         if self.d_model % 2:
             raise ValueError(f"d_model is {self.d_model}, but must be even: positions are pairs of sine and cosine")
-        for name in ("dropout", "attention_dropout"):
-            value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value < 1:
-                raise ValueError(f"{name} is {value!r}, but must be at least 0 and below 1")
-        if not _is_number(self.init_std) or not 0 < self.init_std < math.inf:
-            raise ValueError(f"init_std is {self.init_std!r}, but must be above 0")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class TransformerXLOutput(NamedTuple):
@@ -72,10 +53,7 @@ class TransformerXLLayer(nn.Module):
     def __init__(self, config: TransformerXLConfig, mlp: nn.Module) -> None:
         super().__init__()
         self.attention = RelativeAttention(
-            config.d_model,
-            config.num_heads,
-            config.d_head,
-            dropout=config.attention_dropout,
+            config.d_model, config.num_heads, config.d_head, dropout=config.attention_dropout
         )
         self.attention_norm = nn.LayerNorm(config.d_model)
         self.mlp = mlp
@@ -106,11 +84,7 @@ class TransformerXL(nn.Module):
     `token_ids=input_ids (B, T)` as well.
     """
 
-    def __init__(
-        self,
-        config: TransformerXLConfig,
-        make_mlp: Callable[[int], nn.Module] | None = None,
-    ) -> None:
+    def __init__(self, config: TransformerXLConfig, make_mlp: Callable[[int], nn.Module] | None = None) -> None:
         super().__init__()
         self.config = config
         if make_mlp is None:
@@ -194,11 +168,7 @@ class TransformerXL(nn.Module):
             raise ValueError(f"memory_length is {memory_length}, but must be at least 0")
         if memory is not None:
             layers, batch, d = len(self.layers), input_ids.shape[0], self.config.d_model
-            if memory.dim() != 4 or (
-                memory.shape[0],
-                memory.shape[1],
-                memory.shape[3],
-            ) != (layers, batch, d):
+            if memory.dim() != 4 or (*memory.shape[:2], memory.shape[3]) != (layers, batch, d):
                 raise ValueError(f"memory has shape {tuple(memory.shape)}, but must be ({layers}, {batch}, any, {d})")
 
 

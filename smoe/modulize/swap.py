@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..experts import Experts, merge, split
+from ..cut import merge, split
+from ..experts import Experts
 from ..layer import SMoE
 from ..wrappers import unwrap
 from .find import FoundMLP

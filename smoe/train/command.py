@@ -15,7 +15,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from smoe.train.config import TrainConfig, field_metadata
+from smoe.options import field_metadata
+from smoe.train.config import TrainConfig
 from smoe.train.distributed import DistributedProcesses
 from smoe.train.loop import train
 from smoe.train.mistakes import describe_type, explain, no_such_field

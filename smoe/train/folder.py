@@ -66,15 +66,11 @@ def _start_or_check(folder: RunFolder, config: TrainConfig) -> None:
         raise ValueError(f"run_dir: {folder.path} is a file; name a folder")
     if folder.config_path.exists():
         if not config.resume:
-            raise ValueError(
-                f"run_dir: {folder.path} already holds a run; --resume continues it, or choose another folder"
-            )
+            raise ValueError(f"run_dir: {folder.path} already holds a run; --resume continues it, or choose another")
         check_same_config(folder.read_config(), given, MAY_CHANGE, folder.config_path)
     for part in (folder.checkpoints, folder.metrics_path, folder.result_path):
         if part.exists() and not folder.config_path.exists():
-            raise ValueError(
-                f"run_dir: {folder.path} has {part.name} but no config.yaml to continue from; choose another folder"
-            )
+            raise ValueError(f"run_dir: {folder.path} has {part.name} but no config.yaml; choose another folder")
     folder.path.mkdir(parents=True, exist_ok=True)
     write_atomic(folder.config_path, to_yaml(given))
     folder.checkpoints.mkdir(exist_ok=True)  # after it: without config.yaml they could not be continued

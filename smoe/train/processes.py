@@ -45,10 +45,7 @@ class Processes:
         self.device = self.accelerator.device
 
     def together(self) -> AbstractContextManager[None]:
-        """The block works on every process or fails on every process, with an error that names the one where it failed.
-
-        Nobody leaves it before all do, and it must not wait for other processes itself.
-        """
+        """The block, which waits for nobody itself, works or fails on all processes; nobody leaves it before all do."""
         return nullcontext()
 
     def agree(self, values: Mapping[str, Any]) -> None:
@@ -58,10 +55,7 @@ class Processes:
         """Notes for later restarts that this job has opened its run folder."""
 
     def prepare(self, model: nn.Module, blocks: Iterable[nn.Module], fsdp: bool) -> nn.Module:
-        """Puts ``model``, equal everywhere, on the device; with ``fsdp`` shards it, ``blocks`` (the layers) one by one.
-
-        Returns what to call for a forward pass.
-        """
+        """Puts ``model`` on the device; returns what to call for a pass. ``fsdp`` shards its ``blocks`` one by one."""
         return self.accelerator.prepare_model(model.to(self.device))
 
     def clip_grad_norm(self, model: nn.Module, max_norm: float) -> Tensor:

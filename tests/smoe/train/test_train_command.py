@@ -14,8 +14,9 @@ import pytest
 from toy_task import ToyConfig
 
 import smoe
+from smoe.options import option, required
 from smoe.train.command import describe_type, field_notes, parse_config
-from smoe.train.config import option, required, to_dict
+from smoe.train.config import to_dict
 from smoe.train.scale import resolve_scale
 from smoe.yaml_files import from_yaml, load_yaml, to_yaml
 
@@ -258,7 +259,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from smoe.errors import run_main
 from smoe.train.command import parse_config
-from smoe.train.config import option
+from smoe.options import option
 
 @dataclass(frozen=True)
 class C:

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoe.flops import count, count_step
+from smoe.options import option
 from smoe.train.command import run_training
-from smoe.train.config import TrainConfig, option
+from smoe.train.config import TrainConfig
 from smoe.train.metrics import Metric
 from smoe.train.processes import Processes
 from smoe.train.task import Task
