@@ -11,11 +11,11 @@ from smoe.train.config import TrainConfig
 from smoe.train.learning_rate import Decay
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(TrainConfig):
     """Any task with a BERT or RoBERTa."""
 
-    model: Literal["bert", "roberta"] = required("bert or roberta", kw_only=True)
+    model: Literal["bert", "roberta"] = required("bert or roberta")
 
     num_layers: int = 12
     d_model: int = 768
@@ -46,7 +46,7 @@ class RunConfig(TrainConfig):
             raise ValueError(f"num_heads is {self.num_heads}; it must divide d_model = {self.d_model}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
     """One pretraining run of a BERT or RoBERTa."""
 

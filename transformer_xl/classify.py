@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from smoe.errors import run_main
 from smoe.flops import count, count_step
+from smoe.metrics import Metric
 from smoe.options import option
 from smoe.schedule import Mode
 from smoe.train.command import run_training
 from smoe.train.evaluate import read_run
 from smoe.train.folder import RunFolder
-from smoe.train.metrics import Metric
 from smoe.train.task import Task
 from transformer_xl.config import LanguageModelConfig, RunConfig
 from transformer_xl.model import TransformerXL
@@ -40,7 +40,7 @@ _OF_THE_RUN = ("method", "num_layers", "d_model", "num_heads", "d_head", "d_hidd
 _OF_THE_RUN += ("router", "score", "output_scale")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClassifyConfig(RunConfig):
     """One run of a Transformer-XL as a classifier."""
 

@@ -11,7 +11,7 @@ from smoe.train.config import TrainConfig
 from transformer_xl.model import TransformerXL, TransformerXLConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(TrainConfig):
     """Any task with a Transformer-XL."""
 
@@ -32,7 +32,7 @@ class RunConfig(TrainConfig):
         return TransformerXL(sizes, lambda layer: self.make_mlp(layer, vocab_size=sizes.vocab_size))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LanguageModelConfig(RunConfig):
     """One training run of a Transformer-XL as a language model."""
 

@@ -14,9 +14,10 @@ import pytest
 from toy_task import toy_config
 
 from smoe.files import write_atomic
-from smoe.train.config import MAY_CHANGE, to_dict
+from smoe.train.config import to_dict
 from smoe.train.folder import RunFolder, open_run
 from smoe.train.processes import Processes
+from smoe.train.resume import MAY_CHANGE
 
 
 class Other(Processes):

@@ -12,10 +12,10 @@ import torch
 from toy_task import Toy, toy, toy_config
 
 from smoe.methods import MethodLoss
+from smoe.metrics import Metric
 from smoe.train.evaluation import Measured
 from smoe.train.folder import RunFolder
 from smoe.train.log import Log, at_k, one_or_all, print_header
-from smoe.train.metrics import Metric
 from smoe.train.processes import Processes
 from smoe.train.resume import Checkpoint, read_metrics
 

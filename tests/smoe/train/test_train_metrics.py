@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from smoe.train.metrics import Metric
+from smoe.metrics import Metric
 
 LOWER = Metric("bpc", "BPC", "bits per byte", "lower", nats=True)
 HIGHER = Metric("accuracy", "Accuracy", "share of n examples", "higher")

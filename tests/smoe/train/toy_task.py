@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoe.flops import count, count_step
+from smoe.metrics import Metric
 from smoe.options import option
 from smoe.train.command import run_training
 from smoe.train.config import TrainConfig
-from smoe.train.metrics import Metric
 from smoe.train.processes import Processes
 from smoe.train.task import Task
 
@@ -23,7 +23,7 @@ CROSS_ENTROPY = Metric("cross_entropy", "Cross-entropy", "nats", "lower")
 POINTS = {"train": 200, "valid": 50, "test": 70}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ToyConfig(TrainConfig):
     scales_file = Path(__file__).with_name("toy_task.yaml")
 
