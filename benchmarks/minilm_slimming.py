@@ -11,6 +11,7 @@ N / k), which keeps the size of the sum the way inverted dropout does.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from pathlib import Path
 
@@ -104,9 +105,9 @@ def sweep(path: Path, num_experts: int = 16, seeds: int = 3) -> list[dict]:
             measured = []
             for seed in range(seeds):
                 scale = num_experts / k if rescale else 1
-                smoe.modulize(model, num_experts, top_k=k, score="sum", output_scale=scale, seed=100 * seed)
-                measured.append(compare(dense, embed(model, batch)))
-                smoe.demodulize(model)
+                options = {"top_k": k, "score": "sum", "output_scale": scale, "seed": 100 * seed}
+                cut = smoe.modulize(copy.deepcopy(model), num_experts, **options)
+                measured.append(compare(dense, embed(cut, batch)))
             mean = {name: round(sum(m[name] for m in measured) / seeds, 6) for name in measured[0]}
             rows.append({"k": k, "weight_of_a_chosen_expert": "N/k" if rescale else "1", **mean})
     return rows

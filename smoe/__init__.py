@@ -7,9 +7,10 @@ from .experts import Experts
 from .layer import SMoE
 from .methods import METHODS, DenseMLP, Method, get_method
 from .modulize import demodulize, modulize
-from .modulize.find import register_mlp
 from .modulize.load import from_pretrained
+from .modulize.register import register_mlp
 from .modulize.save import save_pretrained
+from .modulize.summary import summary
 from .router import HashRouter, LearnedRouter, RandomRouter, Router, Routing, UniformRouter
 from .schedule import k_at, ks_at
 from .slim import slim, vote
@@ -46,5 +47,6 @@ __all__ = [
     "slim",
     "smoe_layers",
     "split",
+    "summary",
     "vote",
 ]

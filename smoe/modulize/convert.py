@@ -1,7 +1,8 @@
-"""Any model's MLPs -> SMoE layers, in place, and back."""
+"""``modulize`` and ``demodulize``: a model's MLPs become SMoE layers, in place, and back."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -27,8 +28,8 @@ def modulize(
     """Cuts the MLPs of ``model`` into ``num_experts`` experts each, in place, and returns the model.
 
     The weights are kept: with ``score="sum"`` the model computes the same at k = N. MLPs are recognised by what they
-    compute (see ``smoe.modulize.trial``), so it works for most transformers; ``smoe.register_mlp`` is for the rest.
-    Create the optimizer afterwards: the parameters are new.
+    compute (see ``smoe.modulize.trial``), so this works for most transformers; ``smoe.register_mlp`` is for the rest.
+    ``smoe.summary`` shows what was cut. Create the optimizer afterwards: the parameters are new.
 
     Args:
         num_experts: N; must divide the hidden width of every chosen MLP.
@@ -39,11 +40,17 @@ def modulize(
             its router from seed + i), ``compute``, ``engine``. Activation, biases, gate and dropout are the model's.
 
     Raises:
-        ValueError: no MLP is known, one is not understood, one can't be cut into N, an option is wrong, or the model
-            has SMoE layers already. Nothing is changed then.
+        ValueError: no MLP is recognised, one can't be read or is experts already, N does not divide a width, an option
+            is wrong, or the model has SMoE layers or a wrapper (DDP) already. Nothing is changed then.
     """
-    if smoe_layers(model):
-        raise ValueError(f"{type(model).__name__} has SMoE layers already; smoe.demodulize(model) comes first")
+    layers_there = smoe_layers(model)
+    if layers_there:
+        made = any(isinstance(module, Outlet) for module in model.modules())
+        first = "smoe.demodulize(model) comes first" if made else f"its own code builds them ({layers_there[0][0]})"
+        raise ValueError(f"{type(model).__name__} has SMoE layers already; {first}")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(f"{name or 'the model'} is DDP, which can't follow new parameters; modulize what it wraps")
     _check_options(layer_options)
     found = find_mlps(model)
     chosen = [found[i] for i in chosen_layers(layers, len(found))]
@@ -75,21 +82,40 @@ def place(model: nn.Module, plan: list[tuple[FoundMLP, Callable[[], SMoE]]]) -> 
 def demodulize(model: nn.Module) -> nn.Module:
     """The exact inverse of :func:`modulize`, in place: the model's own linear layers, with the experts' weights.
 
-    Keys, their order and classes are those from before; so are the numbers if nothing was trained in between. Slimmed
-    layers come back as narrower MLPs. The result is the sum of all experts, which is what the SMoE layers computed at
-    k = N with ``score="sum"``.
+    Keys, their order and classes are as before, and so are the numbers if nothing was trained in between. Slimmed
+    layers come back as narrower MLPs. The dense MLP is the sum of all N experts, as the SMoE layer computes at k = N
+    with ``score="sum"``; if a layer computes something else now, a warning says so.
 
     Raises:
-        ValueError: there is nothing here that ``modulize`` put in.
+        ValueError: the model has no SMoE layer that ``modulize`` made.
     """
-    outlets = [module for module in model.modules() if isinstance(module, Outlet)]
+    outlets = {name: module for name, module in model.named_modules() if isinstance(module, Outlet)}
     if not outlets:
-        raise ValueError(f"{type(model).__name__} has no SMoE layer that smoe.modulize made")
+        hint = "; adopt_layers of smoe.modulize.adopt puts its own into such a model" if smoe_layers(model) else ""
+        raise ValueError(f"{type(model).__name__} has no SMoE layer that smoe.modulize made{hint}")
     check_whole(model, "demodulize")
-    for outlet in outlets:
+    differing = {name: why for name, outlet in outlets.items() if (why := _unlike_dense(outlet.mlp))}
+    if differing:
+        name, why = next(iter(differing.items()))
+        warnings.warn(
+            f"the dense model will compute something else: {name} {why} ({len(differing)} of {len(outlets)} layers "
+            "differ), but a dense MLP sums all its experts with weight 1; smoe.slim(model, votes, keep=k) makes k of "
+            "them all there are",
+            stacklevel=2,
+        )
+    for outlet in outlets.values():
         restore(slots_of(model), outlet)
     silence_fast_path(model)
     return model
+
+
+def _unlike_dense(layer: SMoE) -> str | None:
+    """What ``layer`` does that the sum of its experts does not."""
+    if layer.top_k < layer.num_experts:
+        return f"activates {layer.top_k} of {layer.num_experts} experts"
+    if layer.router.score != "sum":
+        return f"weighs its experts by score={layer.router.score!r}"
+    return None if layer.scale == 1 else f"multiplies its output by {layer.scale}"
 
 
 _OPTIONS = ("top_k", "router", "score", "output_scale", "seed", "compute", "engine")

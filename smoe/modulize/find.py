@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..activation import ACTIVATIONS, Activation, get_activation
-from .linear import is_linear, widths
-from .trial import Match, activations_of, as_activation, trial
+from ..layer import SMoE
+from .linear import is_like_linear, is_linear, widths
+from .register import form_of, is_registered, match_of
+from .trial import Match, activations_of, trial
 
 DEPTH = 3  # how far below their common module the two linear layers of an MLP may be
 
@@ -18,7 +20,7 @@ DEPTH = 3  # how far below their common module the two linear layers of an MLP m
 class FoundMLP:
     """One MLP of a model. Its linear layers take ``(..., d_model)`` to d_hidden units and back.
 
-    name: of ``down`` in the model. The rest is :class:`smoe.modulize.trial.Match`.
+    name: of ``down`` in the model. match: how it computes.
     """
 
     name: str
@@ -33,102 +35,173 @@ class FoundMLP:
         return widths(self.match.down)[0]
 
 
-@dataclass(frozen=True)
-class _Registered:
-    up: str
-    down: str
-    gate: str | None
-    fused: str | None
-    activation: str | Callable[[Tensor], Tensor]
-    dropout: str | float
+@dataclass
+class Survey:
+    """What there is in a model.
 
-
-_registered: dict[type[nn.Module], _Registered | None] = {}
-
-
-def register_mlp(
-    module_type: type[nn.Module],
-    *,
-    up: str | None = None,
-    down: str | None = None,
-    activation: str | Callable[[Tensor], Tensor] = "relu",
-    gate: str | None = None,
-    fused: str | None = None,
-    dropout: str | float = 0.0,
-    skip: bool = False,
-) -> None:
-    """Says where the MLP in modules of ``module_type`` is, for those that ``modulize`` can't make out by itself.
-
-    The module must compute ``down(dropout(activation(up(x))))``, with a gate
-    ``down(dropout(activation(gate(x)) * up(x)))``; what surrounds this (norms, residuals, attention) doesn't matter.
-
-    Args:
-        up, down, gate: the names of its linear layers, from the module on (``"mlp.fc1"``).
-        fused: where ``up`` holds gate and up in one layer: ``gate_first`` or ``gate_last``.
-        activation: a name of ``smoe``'s, an elementwise function, or the name of the attribute that holds one.
-        dropout: the rate between the activation and ``down``, or the name of the attribute that holds it.
-        skip: this is no MLP; ``modulize`` leaves it alone.
+    found: its MLPs, in the model's order. refused: (label, reason) of what looks like an MLP but can't be cut.
+    skipped: labels of what ``register_mlp`` says to skip. narrow: MLPs with fewer hidden units than the model is wide
+    (adapters, bottlenecks), which stay as they are. looked_at: labels of the modules that were tried out.
     """
-    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
-        raise ValueError(f"module_type is {module_type!r}; it must be a class of nn.Module")
-    if skip:
-        _registered[module_type] = None
-        return
-    if not up or not down:
-        raise ValueError(f"up is {up!r} and down is {down!r}; both must name a linear layer of {module_type.__name__}")
-    if fused not in (None, "gate_first", "gate_last"):
-        raise ValueError(f"fused is {fused!r}; it must be None, 'gate_first' or 'gate_last'")
-    _registered[module_type] = _Registered(up, down, gate, fused, activation, dropout)
+
+    found: list[FoundMLP] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    narrow: list[FoundMLP] = field(default_factory=list)
+    looked_at: list[str] = field(default_factory=list)
 
 
 def find_mlps(model: nn.Module) -> list[FoundMLP]:
     """The MLPs of ``model``, in the model's own order, each once.
 
     Raises:
-        ValueError: it has none, or has modules that look like MLPs but compute something else; they are named.
+        ValueError: it has none, or has modules that look like MLPs but compute something else or are experts already;
+            they are named.
     """
-    names = {module: name for name, module in reversed(list(model.named_modules()))}
-    order = {module: i for i, module in enumerate(model.modules())}
-    found: list[Match] = []
-    unknown: list[str] = []
-    looked_at: list[str] = []
-    taken: set[nn.Module] = set()
-    labels = {module: f"{name or 'the model itself'} ({type(module).__name__})" for module, name in names.items()}
-    for scope, label in labels.items():
-        known = next((t for t in type(scope).__mro__ if t in _registered), None)
-        if known is not None:
-            form = _registered[known]
-            found += [] if form is None else [_by_registration(scope, label, form)]
-            taken |= set(scope.modules()) if form is None else _linears_of(found[-1])
-    for scope in sorted(order, key=lambda module: (-names[module].count("."), order[module])):
-        label = labels[scope]
-        ups, downs = _candidates(scope, taken)
-        if not ups:
-            continue
-        looked_at.append(label)
-        matches, reason = trial(scope, ups, downs)
-        for match in matches:
-            if not taken & _linears_of(match):
-                found.append(match)
-                taken |= _linears_of(match)
-        above_others = bool(taken & set(scope.modules()))
-        if not matches and not above_others and _looks_like_an_mlp(scope, ups + downs):
-            unknown.append(f"{label}: {reason}")
-    unknown += _sharing_weights(model, found, names)
-    if unknown:
+    survey = survey_mlps(model)
+    if survey.refused:
         raise ValueError(
-            "these look like MLPs, but can't be cut into experts: " + _listed(unknown) + "; smoe.register_mlp(...) "
-            "says how to read such a module, or with skip=True that it is to be left alone; nothing was changed"
+            "these look like MLPs, but can't be cut into experts: "
+            + _listed(f"{label}: {reason}" for label, reason in survey.refused)
+            + "; smoe.register_mlp(...) says how to read such a module, or with skip=True that it is to be left alone; "
+            "nothing was changed"
         )
-    if not found:
-        looked = looked_at or [labels[m] for m in order if is_linear(m)]
+    if not survey.found:
+        looked = survey.looked_at or [_label(name, m) for name, m in model.named_modules() if is_linear(m)]
         what = _listed(looked) if looked else "no linear layer at all"
         raise ValueError(f"{type(model).__name__} has no MLP that smoe knows; looked at: {what}; see smoe.register_mlp")
-    found.sort(key=lambda match: order[match.up])
-    return [FoundMLP(names[match.down], match) for match in found]
+    return survey.found
 
 
-def _listed(items: list[str], most: int = 8) -> str:
+def survey_mlps(model: nn.Module, narrow: bool = False) -> Survey:
+    """Looks through ``model``, which may have SMoE layers already. Narrow MLPs are found only if asked for."""
+    return _Search(model).survey(narrow)
+
+
+class _Search:
+    """One look through a model.
+
+    taken: modules that are settled. homes: the MLPs found, and the module that each was found in by trying it out
+    (None: it was registered).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names = {module: name for name, module in reversed(list(model.named_modules()))}
+        self.order = {module: i for i, module in enumerate(model.modules())}
+        self.labels = {module: _label(name, module) for module, name in self.names.items()}
+        layers = [module for module in model.modules() if isinstance(module, SMoE)]
+        self.taken = {part for layer in layers for part in layer.modules()}
+        self.homes: dict[Match, nn.Module | None] = {}
+        self.result = Survey()
+
+    def survey(self, narrow: bool) -> Survey:
+        for scope, label in self.labels.items():
+            if is_registered(scope):
+                self._take_registered(scope, label)
+        for scope in self.order:
+            experts = 0 if scope in self.taken else _stacked_experts(scope)
+            if experts:
+                self._refuse(scope, f"it holds {experts} experts already")
+                self.taken |= set(scope.modules())
+        deepest_first = sorted(self.order, key=lambda module: (-self.names[module].count("."), self.order[module]))
+        for scope in deepest_first:
+            self._look_at(scope)
+        for scope in deepest_first:  # afterwards, since attention is full of linear layers d -> d
+            self._try_quietly(scope, "equal")
+        self._refuse_lists_of_experts()
+        self._refuse_shared_weights()
+        self.result.found = self._in_order(self.homes)
+        if narrow:
+            wide, self.homes = self.homes, {}
+            for scope in deepest_first:
+                self._try_quietly(scope, "narrow")
+            self.result.narrow, self.homes = self._in_order(self.homes), wide
+        return self.result
+
+    def _take_registered(self, scope: nn.Module, label: str) -> None:
+        form = form_of(scope)
+        if form is None:
+            self.result.skipped.append(label)
+            self.taken |= set(scope.modules())
+            return
+        match = match_of(scope, label, form)
+        self.homes[match] = None
+        self.taken |= _linears_of(match)
+
+    def _look_at(self, scope: nn.Module) -> None:
+        """Takes the MLPs that ``scope`` computes; refuses it if it looks like one and is none."""
+        pairs = _pairs(scope, self.taken, "wide")
+        if not pairs:
+            return
+        self.result.looked_at.append(self.labels[scope])
+        plain = [pair for pair in pairs if all(map(is_linear, pair))]
+        matches, reason = self._try(scope, plain) if plain else ([], None)
+        if not plain:
+            odd = next(linear for pair in pairs for linear in pair if not is_linear(linear))
+            kind = f"{type(odd).__module__}.{type(odd).__qualname__}"
+            reason = f"{self.names[odd]} is a {kind}, which is no plain linear layer (merge adapters first)"
+        above_others = bool(self.taken & set(scope.modules()))
+        looks = reason is not None and _looks_like_an_mlp(scope, [linear for pair in pairs for linear in pair])
+        if not matches and not above_others and looks:
+            self._refuse(scope, reason)
+            self.taken |= set(scope.modules())
+
+    def _try_quietly(self, scope: nn.Module, kind: str) -> None:
+        """Takes the MLPs that ``scope`` computes with hidden layers of this kind, without a word if there are none."""
+        plain = [pair for pair in _pairs(scope, self.taken, kind) if all(map(is_linear, pair))]
+        if plain:
+            self._try(scope, plain)
+
+    def _try(self, scope: nn.Module, pairs: list[tuple[nn.Module, nn.Module]]) -> tuple[list[Match], str | None]:
+        ups, downs = dict.fromkeys(up for up, _ in pairs), dict.fromkeys(down for _, down in pairs)
+        matches, reason = trial(scope, list(ups), list(downs))
+        for match in matches:
+            if not self.taken & _linears_of(match):
+                self.homes[match] = scope
+                self.taken |= _linears_of(match)
+        return matches, reason
+
+    def _refuse_lists_of_experts(self) -> None:
+        """Refuses MLPs that lie in one list beside a router, a linear layer with one output per MLP of the list."""
+        homes = {home: match for match, home in self.homes.items() if home is not None}
+        for parent in self.order:
+            for experts in parent.children():
+                members = list(experts.children())
+                if not isinstance(experts, (nn.ModuleList, nn.ModuleDict)) or len(members) < 2:
+                    continue
+                if all(m in homes for m in members) and _has_router(parent, experts, homes[members[0]], len(members)):
+                    plain = type(experts) in (nn.ModuleList, nn.ModuleDict)  # a class that nobody can register
+                    self._refuse(parent if plain else experts, f"it holds {len(members)} experts already")
+                    for member in members:
+                        self.homes.pop(homes[member], None)
+
+    def _refuse_shared_weights(self) -> None:
+        """Refuses MLPs whose parameters another module holds too: cut into experts they would part from it."""
+        holders: dict[int, list[nn.Module]] = {}
+        for module in self.model.modules():
+            for parameter in module.parameters(recurse=False):
+                holders.setdefault(id(parameter), []).append(module)
+        for match in self.homes:
+            for linear in (match.up, match.gate, match.down):
+                held = [] if linear is None else [h for p in linear.parameters() for h in holders[id(p)]]
+                for other in {self.names[holder] for holder in held if holder is not linear}:
+                    self._refuse(linear, f"{other} shares its weight")
+
+    def _refuse(self, module: nn.Module, reason: str) -> None:
+        self.result.refused.append((self.labels[module], reason))
+
+    def _in_order(self, matches: Iterable[Match]) -> list[FoundMLP]:
+        ordered = sorted(matches, key=lambda match: self.order[match.up])
+        return [FoundMLP(self.names[match.down], match) for match in ordered]
+
+
+def _label(name: str, module: nn.Module) -> str:
+    return f"{name or 'the model itself'} ({type(module).__name__})"
+
+
+def _listed(items: Iterable[str], most: int = 8) -> str:
+    items = list(items)
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
@@ -136,87 +209,79 @@ def _linears_of(match: Match) -> set[nn.Module]:
     return {m for m in (match.up, match.down, match.gate) if m is not None}
 
 
-def _candidates(scope: nn.Module, taken: set[nn.Module]) -> tuple[list[nn.Module], list[nn.Module]]:
-    """(widening, narrowing) linear layers below ``scope`` that could make an MLP with ``scope`` as its smallest home.
+def _pairs(scope: nn.Module, taken: set[nn.Module], kind: str) -> list[tuple[nn.Module, nn.Module]]:
+    """(first, second) linear layers below ``scope`` that could make an MLP with ``scope`` as its smallest home.
 
-    An MLP's first layer is d -> H (or 2H), its second H -> d, H > d, and they hang from different children.
+    The first is d -> H (or 2H), the second H -> d, and they hang from different children.
+
+    Args:
+        kind: of hidden layer: ``wide``, H > d; ``equal``, H = d; ``narrow``, H < d.
     """
-    if isinstance(scope, (nn.ModuleList, nn.ModuleDict)):
-        return [], []  # can't be called; its parent can
-    placed: list[tuple[nn.Module, nn.Module]] = []  # (child of scope it hangs from, linear)
+    if isinstance(scope, (nn.ModuleList, nn.ModuleDict)) or is_like_linear(scope):
+        return []  # a list can't be called, its parent can; what is in an adapter is none of the model's
+    placed: list[tuple[nn.Module, nn.Module]] = []  # (child of scope that it hangs from, linear layer)
     for child in scope.children():
         branches = child.children() if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else [child]
         for branch in branches:
             placed += [(branch, m) for m in _linears_below(branch, DEPTH - 1) if m not in taken]
-    ups, downs = {}, {}
+    pairs = []
     for up_branch, up in placed:
         for down_branch, down in placed:
             (d, wide), (hidden, back) = widths(up), widths(down)
-            fits = d == back and d < hidden and wide in (hidden, 2 * hidden)
+            fits = d == back and wide in (hidden, 2 * hidden)
+            of_kind = {"wide": d < hidden, "equal": d == hidden, "narrow": d > hidden}[kind]
             # Two blocks of one kind side by side are a stack of layers, not the halves of an MLP.
             stacked = up_branch is not up and type(up_branch) is type(down_branch)
-            if fits and up_branch is not down_branch and not stacked:
-                ups[up] = downs[down] = True
-    return list(ups), list(downs)
+            if fits and of_kind and up_branch is not down_branch and not stacked:
+                pairs.append((up, down))
+    return pairs
 
 
 def _linears_below(module: nn.Module, depth: int) -> list[nn.Module]:
-    if is_linear(module):
+    """Linear layers and what stands in their places, whose own parts (an adapter's) are none of the model's."""
+    if is_linear(module) or is_like_linear(module):
         return [module]
     return [m for child in module.children() for m in _linears_below(child, depth - 1)] if depth > 0 else []
 
 
 def _looks_like_an_mlp(scope: nn.Module, linears: list[nn.Module]) -> bool:
-    """Whether to name it to the user: an activation is near, or it is no attention, whose q, k and v read its input."""
+    """Whether to name it to the user.
+
+    Not a low-rank pair read backwards, whose larger width is the model's: more linear layers read it. Else if an
+    activation is near, or it is no attention, whose q, k and v all read its input.
+    """
     near = [scope, *(m for m in scope.modules() if any(child in linears for child in m.children()))]
-    d_model = widths(linears[0])[0]
-    readers = [m for m in scope.modules() if is_linear(m) and widths(m)[0] == d_model]
-    return bool(activations_of(near)) or len(readers) < 3
+    d_model, d_hidden = widths(linears[0])[0], widths(linears[1])[0]
+    inputs = [widths(linear)[0] for linear in _linears_below(scope, sys.maxsize)]
+    if inputs.count(d_hidden) > inputs.count(d_model):
+        return False
+    return bool(activations_of(near)) or inputs.count(d_model) < 3
 
 
-def _by_registration(scope: nn.Module, label: str, form: _Registered) -> Match:
-    def linear(field: str, path: str) -> nn.Module:
-        try:
-            module = scope.get_submodule(path)
-        except AttributeError as error:
-            raise ValueError(f"{label}: register_mlp was given {field}={path!r}, but there is no such layer") from error
-        if not is_linear(module):
-            raise ValueError(f"{label}: {field}={path!r} is a {type(module).__name__}; it must be a linear layer")
-        return module
+def _stacked_experts(module: nn.Module) -> int:
+    """The number of experts that a module's own 3-D parameters hold, 0 if they are something else.
 
-    up, down = linear("up", form.up), linear("down", form.down)
-    gate = None if form.gate is None else linear("gate", form.gate)
-    (d, wide), (hidden, back) = widths(up), widths(down)
-    if d != back or wide != (2 * hidden if form.fused else hidden) or (gate is not None and widths(gate) != (d, wide)):
-        raise ValueError(f"{label}: up is {d} -> {wide} and down {hidden} -> {back}; they don't make an MLP")
-    return Match(up, down, gate, form.fused, _registered_activation(scope, label, form), _registered_rate(scope, form))
-
-
-def _registered_activation(scope: nn.Module, label: str, form: _Registered) -> Activation:
-    function = form.activation
-    if isinstance(function, str) and function not in ACTIVATIONS and hasattr(scope, function):
-        function = getattr(scope, function)
-    activation = get_activation(function) if isinstance(function, str) else as_activation(function)
-    if activation is None:
-        raise ValueError(f"{label}: activation={form.activation!r} is not an elementwise function")
-    return activation
+    Experts are (N, d, H) as the second linear layers and (N, H, d) as the first, (N, H, d) twice or (N, 2H, d) with a
+    gate; or each of these transposed.
+    """
+    shapes = [tuple(p.shape) for p in module.parameters(recurse=False) if p.ndim == 3]
+    if len(shapes) not in (2, 3) or len({shape[0] for shape in shapes}) > 1 or shapes[0][0] < 2:
+        return 0
+    for down in set(shapes):
+        firsts = list(shapes)
+        firsts.remove(down)
+        num_experts, rows, columns = down
+        fitting = {(columns, rows)}
+        if len(firsts) == 1:  # gate and up may be one
+            fitting |= {(2 * columns, rows), (columns, 2 * rows)}
+        if {first[1:] for first in firsts} <= fitting and set(shapes) != {down}:
+            return num_experts
+    return 0
 
 
-def _registered_rate(scope: nn.Module, form: _Registered) -> float:
-    rate = getattr(scope, form.dropout) if isinstance(form.dropout, str) else form.dropout
-    return float(getattr(rate, "p", rate))
-
-
-def _sharing_weights(model: nn.Module, found: list[Match], names: dict[nn.Module, str]) -> list[str]:
-    """MLPs whose parameters another module holds too: cut into experts they would part from it."""
-    holders: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            holders.setdefault(id(parameter), []).append(module)
-    return [
-        f"{names[linear]} ({type(linear).__name__}): {other} shares its weight"
-        for match in found
-        for linear in (match.up, match.gate, match.down)
-        if linear is not None
-        for other in {names[h] for p in linear.parameters() for h in holders[id(p)] if h is not linear}
-    ]
+def _has_router(parent: nn.Module, experts: nn.Module, match: Match, count: int) -> bool:
+    """Whether beside ``experts`` there is a matrix from the model's width to ``count`` outputs."""
+    inside, d_model = set(experts.modules()), widths(match.down)[1]
+    beside = [module for module in parent.modules() if module not in inside]
+    shapes = {tuple(p.shape) for module in beside for p in module.parameters(recurse=False)}
+    return bool(shapes & {(count, d_model), (d_model, count)})

@@ -28,6 +28,15 @@ def is_linear(module: nn.Module) -> bool:
             return False
 
 
+def is_like_linear(module: nn.Module) -> bool:
+    """Whether it stands where a linear layer could, but is none of PyTorch's or computes something else.
+
+    So do quantised and parametrised layers, and linear layers under an adapter (LoRA).
+    """
+    sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
+    return all(isinstance(size, int) for size in sizes) and not is_linear(module)
+
+
 def is_transposed(linear: nn.Module) -> bool:
     """Whether the weight is ``(in, out)``, as in ``Conv1D``, instead of ``nn.Linear``'s ``(out, in)``."""
     # By name: the library is not imported for a look.
@@ -36,8 +45,9 @@ def is_transposed(linear: nn.Module) -> bool:
 
 def widths(linear: nn.Module) -> tuple[int, int]:
     """(in_features, out_features)."""
-    shape = linear.weight.shape
-    return tuple(shape if is_transposed(linear) else shape[::-1])
+    if is_transposed(linear):
+        return tuple(linear.weight.shape)
+    return tuple(linear.weight.shape[::-1]) if is_linear(linear) else (linear.in_features, linear.out_features)
 
 
 def weight_of(linear: nn.Module) -> Tensor:

@@ -1,15 +1,15 @@
-"""What a piece of a model computes between two linear layers, found by trying it out.
+"""What a module computes between two linear layers, found by trying it out.
 
-The linear layers of a module are swapped for stand-ins: those that widen answer with random numbers of our choosing,
-those that narrow note what reaches them. If that is ``act(numbers)``, or ``act(numbers) * other numbers``, for a known
-elementwise ``act``, the module's own code has said what its MLP is: attention, mixers and norms in between fail the
+The linear layers are swapped for stand-ins: the first ones of possible MLPs answer with random numbers of our choosing,
+the second ones note what reaches them. If that is ``act(numbers)``, or ``act(numbers) * other numbers``, for a known
+elementwise ``act``, the module's own code has said what its MLP is. Attention, mixers and norms in between fail the
 comparison, whatever the modules and their attributes are called.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -22,8 +22,22 @@ from .linear import is_linear, widths
 
 TOKENS = 8  # enough numbers to tell activations and dropout rates apart even in a tiny MLP
 
+
+def relu2(x: Tensor) -> Tensor:
+    """Squared ReLU (Primer; So et al. 2021)."""
+    return F.relu(x).square()
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """GELU by a sigmoid, as CLIP has it."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 # Activations that models write into their forward instead of keeping them as an attribute.
-WRITTEN_OUT = (torch.tanh, torch.sigmoid, F.elu, F.leaky_relu, F.mish, F.softplus, F.hardswish, F.relu6)
+WRITTEN_OUT = (
+    *(relu2, quick_gelu, torch.tanh, torch.sigmoid, torch.sin, F.elu, F.selu, F.leaky_relu, F.mish, F.softplus),
+    *(F.softsign, F.hardswish, F.hardtanh, F.hardsigmoid, F.relu6),
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +56,11 @@ class Match:
 
 
 class _Contradiction(Exception):
-    """The trial did run, and shows that these are no MLPs; the message says why."""
+    """The trial did run and shows that there is no MLP. ``reason`` says why one could think so; None: nobody could."""
+
+    def __init__(self, reason: str | None) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 def as_activation(function: Callable[[Tensor], Tensor]) -> Activation | None:
@@ -79,18 +97,20 @@ def activations_of(modules: list[nn.Module]) -> list[Activation]:
     return list(found.values())
 
 
-def trial(scope: nn.Module, ups: list[nn.Module], downs: list[nn.Module]) -> tuple[list[Match], str]:
-    """The MLPs that ``scope`` computes with these linear layers, and, if there are none, why.
+def trial(scope: nn.Module, ups: list[nn.Module], downs: list[nn.Module]) -> tuple[list[Match], str | None]:
+    """The MLPs that ``scope`` computes with these linear layers, and, if there are none, why not.
 
-    Nothing of ``scope`` changes: modes, buffers and the random state are put back.
+    The reason is None where what ``scope`` computes is plainly something else: attention and other mixing of tokens, or
+    linear layers that are called in another order (low-rank projections). Nothing of ``scope`` changes: modes, buffers
+    and the random state are put back.
     """
-    reason = ""
+    reason = None
     with _undisturbed(scope):
         for run in _ways_to_call(scope, ups, downs):
             try:
-                return _try(scope, run, ups, downs), ""
+                return _try(scope, run, ups, downs), None
             except _Contradiction as contradiction:
-                return [], str(contradiction)
+                return [], contradiction.reason
             except Exception as error:  # this way of calling it does not fit; the next one may
                 reason = reason or f"it can't be tried out alone ({type(error).__name__})"
     return [], reason
@@ -110,7 +130,7 @@ def _try(scope: nn.Module, run: Callable[[], object], ups: list[nn.Module], down
         if found is not None:
             matches.append((found, down))
     if not matches:
-        raise _Contradiction("what reaches its second linear layer is no activation of what left its first")
+        raise _Contradiction(_why_not(scope, run, ups, downs, seen))
     scope.train()
     seen = _observe(run, ups, downs)
     result = []
@@ -124,34 +144,109 @@ def _try(scope: nn.Module, run: Callable[[], object], ups: list[nn.Module], down
 
 
 Given = dict[nn.Module, tuple[Tensor, Tensor]]  # linear layer -> (its input, the numbers it answered with)
+Seen = dict[nn.Module, tuple[Tensor, Given]]  # linear layer -> (its input, what those before it had answered)
 
 
-def _observe(run, ups, downs) -> dict[nn.Module, tuple[Tensor, Given]]:
-    """down -> (what reached it, what the layers before it had answered), of one run."""
+def _observe(
+    run: Callable[[], object],
+    ups: list[nn.Module],
+    downs: list[nn.Module],
+    answers: Mapping[nn.Module, Tensor] | None = None,
+) -> Seen:
+    """One run: what reached ``downs``. ``ups`` answer with ``answers`` or, without, with random numbers."""
     given: Given = {}
-    seen: dict[nn.Module, tuple[Tensor, Given]] = {}
+    seen: Seen = {}
 
-    def answer(up: nn.Module) -> Callable[[Tensor], Tensor]:
+    def stand_in(linear: nn.Module) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
-            numbers = 3 * torch.randn(*x.shape[:-1], widths(up)[1], device=x.device)
-            given[up] = (x, numbers)
+            if linear in downs:
+                seen[linear] = (x.clone(), dict(given))
+            shape = (*x.shape[:-1], widths(linear)[1])
+            if linear not in ups:
+                return torch.zeros(shape, dtype=linear.weight.dtype, device=x.device)
+            numbers = (answers or {}).get(linear)
+            if numbers is None or numbers.shape != shape:
+                numbers = 3 * torch.randn(shape, dtype=torch.float32, device=x.device)
+            given[linear] = (x, numbers)
             return numbers.clone()  # the model may activate in place
 
         return forward
 
-    def note(down: nn.Module) -> Callable[[Tensor], Tensor]:
-        def forward(hidden: Tensor) -> Tensor:
-            seen[down] = (hidden.clone(), dict(given))
-            return torch.zeros(*hidden.shape[:-1], widths(down)[1], dtype=down.weight.dtype, device=hidden.device)
-
-        return forward
-
     with ExitStack() as stack:
-        for linear, stand_in in [(up, answer(up)) for up in ups] + [(down, note(down)) for down in downs]:
-            linear.forward = stand_in
+        for linear in dict.fromkeys([*ups, *downs]):
+            linear.forward = stand_in(linear)
             stack.callback(vars(linear).pop, "forward")
         run()
     return seen
+
+
+def _why_not(
+    scope: nn.Module, run: Callable[[], object], ups: list[nn.Module], downs: list[nn.Module], seen: Seen
+) -> str | None:
+    """Why what reached the second linear layers is no MLP's hidden units; None if nobody could take it for them."""
+    for down, (hidden, given) in seen.items():
+        feeding = {up: numbers for up, (_, numbers) in given.items() if _feeds(numbers, hidden)}
+
+        def rerun(change: Callable[[Tensor], Tensor], down: nn.Module = down, given: Given = given) -> Tensor:
+            answers = {up: change(numbers.clone()) for up, (_, numbers) in given.items()}
+            return _observe(run, ups, downs, answers)[down][0]
+
+        in_a_row = any(_close(numbers, hidden) for numbers in feeding.values())  # two linear layers, nothing between
+        # Called before any first layer, as the second half of something else; or attention, or another mixer of tokens.
+        if not feeding or in_a_row or _mixes_tokens(hidden, rerun):
+            continue
+        if not _is_elementwise(hidden, rerun):
+            return "what reaches its second linear layer is no activation of what left its first"
+        names = {module: name for name, module in scope.named_modules()}
+        fields = dict(zip(("up", "gate"), feeding, strict=False)) | {"down": down}
+        call = ", ".join(f"{field}={names[linear]!r}" for field, linear in fields.items())
+        return (
+            "its activation is elementwise, but none that smoe knows; smoe.register_mlp("
+            f"{type(scope).__name__}, {call}, activation=...) takes the function"
+        )
+    return None
+
+
+Rerun = Callable[
+    [Callable[[Tensor], Tensor]], Tensor
+]  # how to change the answers -> what then reaches the second layer
+
+
+def _mixes_tokens(hidden: Tensor, rerun: Rerun) -> bool:
+    """Whether the last token's hidden units depend on other tokens."""
+
+    def redraw_all_but_the_last(numbers: Tensor) -> Tensor:
+        rows = numbers.flatten(0, -2)
+        rows[:-1] = torch.randn_like(rows[:-1])
+        return rows.view_as(numbers)
+
+    last, other = (h.flatten(0, -2)[-1] for h in (hidden, rerun(redraw_all_but_the_last)))
+    return not _close(last, other)
+
+
+def _is_elementwise(hidden: Tensor, rerun: Rerun) -> bool:
+    """Whether each hidden unit is one and the same function of its own unit in the answers."""
+    width = hidden.shape[-1]
+
+    def by_unit(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        # Gate and up in one layer have every unit twice.
+        return lambda n: n if n.shape[-1] % width else change(n.unflatten(-1, (-1, width))).flatten(-2)
+
+    def redraw_first_half(numbers: Tensor) -> Tensor:
+        numbers[..., : width // 2] = torch.randn_like(numbers[..., : width // 2])
+        return numbers
+
+    kept, flipped = rerun(by_unit(redraw_first_half)), rerun(by_unit(lambda numbers: numbers.flip(-1)))
+    return _close(kept[..., width // 2 :], hidden[..., width // 2 :]) and _close(flipped, hidden.flip(-1))
+
+
+def _feeds(numbers: Tensor, hidden: Tensor) -> bool:
+    """Whether an answer of this shape could become the hidden units."""
+    return hidden.shape[-1] > 0 and numbers.numel() in (hidden.numel(), 2 * hidden.numel())
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-3)
 
 
 def _value(given: Given, up: nn.Module, gate: nn.Module | None, fused: str | None, activation: Activation) -> Tensor:

@@ -13,6 +13,7 @@ from smoe.methods import DenseMLP
 from smoe.modulize.adopt import adopt_layers
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore:the dense model will compute something else")
 
 
 def trained(kind, **options):

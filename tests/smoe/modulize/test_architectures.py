@@ -11,6 +11,7 @@ import smoe
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
+pytestmark = pytest.mark.filterwarnings("ignore:the dense model will compute something else")
 
 DOCS = Path(__file__).parents[3] / "docs" / "modulize.md"
 

@@ -11,6 +11,7 @@ import smoe
 from smoe.modulize import find
 
 D, H = 16, 64
+pytestmark = pytest.mark.filterwarnings("ignore:the dense model will compute something else")
 
 
 def sequential(dropout=0.0):
@@ -335,3 +336,42 @@ def test_a_copy_is_independent_and_the_trial_leaves_no_trace():
     with torch.no_grad():
         smoe.smoe_layers(twin)[0][1].experts.down.zero_()
     assert not torch.equal(twin(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: smoe.set_top_k(model, 3), "3.mlp|3 activates 3 of 4 experts"),
+        (
+            lambda model: setattr(model[3].mlp.router, "score", "softmax_after_topk"),
+            "weighs its experts by score='soft",
+        ),
+        (lambda model: setattr(model[3].mlp, "output_scale", 2.0), "multiplies its output by 2.0"),
+    ],
+)
+def test_back_from_what_a_dense_mlp_does_not_compute_is_said(change, message):
+    model = smoe.modulize(sequential(), 4, score="sum")
+    change(model)
+    with pytest.warns(UserWarning, match=message) as caught:
+        smoe.demodulize(model)
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+
+
+def test_back_from_the_sum_of_all_experts_says_nothing(recwarn):
+    model = smoe.modulize(sequential(), 4, score="sum", top_k=2, seed=0)
+    x = torch.randn(5, D)
+    smoe.slim(model, smoe.vote(model, [x]), keep=2)  # k of N is all there is
+    y = model.eval()(x)
+    smoe.demodulize(model)
+    torch.testing.assert_close(model(x), y)
+    assert not recwarn.list
+
+
+def test_ddp_comes_afterwards():
+    class Wrapped(nn.parallel.DistributedDataParallel):
+        def __init__(self, module):  # without a process group
+            nn.Module.__init__(self)
+            self.module = module
+
+    with pytest.raises(ValueError, match="the model is DDP, which can't follow new parameters; modulize what it wraps"):
+        smoe.modulize(Wrapped(sequential()), 4)

@@ -11,6 +11,7 @@ import smoe
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+pytestmark = pytest.mark.filterwarnings("ignore:the dense model will compute something else")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import smoe
-from smoe.modulize import find
+from smoe.modulize import register
 
 D, H = 16, 64
 
@@ -23,10 +23,10 @@ class Odd(nn.Module):
 
 @pytest.fixture
 def registry():
-    before = dict(find._registered)
+    before = dict(register._registered)
     yield
-    find._registered.clear()
-    find._registered.update(before)
+    register._registered.clear()
+    register._registered.update(before)
 
 
 def test_register_mlp(registry):

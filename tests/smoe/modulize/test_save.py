@@ -13,6 +13,7 @@ import smoe
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+pytestmark = pytest.mark.filterwarnings("ignore:the dense model will compute something else")
 
 
 def _assert_same(a, b, inputs):
