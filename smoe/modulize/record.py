@@ -11,9 +11,10 @@ from torch import nn
 
 from ..compute import check_compute
 from ..control import smoe_layers
-from ..experts import check_divisible
+from ..experts import Experts, check_divisible
 from ..layer import SMoE, check_output_scale
-from ..router import SCORES, HashRouter, LearnedRouter, RandomRouter, UniformRouter, check_top_k
+from ..router import SCORES, HashRouter, LearnedRouter, RandomRouter, Router, UniformRouter, check_top_k
+from ..wrappers import unwrap
 from .swap import Outlet
 
 VERSION = 2
@@ -64,16 +65,16 @@ def options_of(layer: SMoE) -> dict[str, Any]:
         "d_hidden": layer.d_hidden,
         "top_k": layer.top_k,
         "router": router_kind(layer),
-        "score": layer.router.score,
+        "score": unwrap(layer.router, Router)[0].score,
         "output_scale": layer.output_scale,
-        "dropout": layer.experts.dropout,
+        "dropout": unwrap(layer.experts, Experts)[0].dropout,
         "compute": layer.compute,
     }
 
 
 def router_kind(layer: SMoE) -> str:
     """``random``, ``learned``, ``uniform`` or ``hash``; the name of the class for a router of your own."""
-    kind = type(layer.router)
+    kind = type(unwrap(layer.router, Router)[0])
     return _ROUTERS.get(kind, kind.__name__)
 
 

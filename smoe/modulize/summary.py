@@ -8,7 +8,7 @@ from torch import nn
 
 from ..control import smoe_layers
 from .find import FoundMLP, survey_mlps
-from .record import router_kind
+from .record import options_of
 
 
 def summary(model: nn.Module, file: TextIO | None = None) -> None:
@@ -24,10 +24,11 @@ def summary(model: nn.Module, file: TextIO | None = None) -> None:
     print(f"{type(model).__name__}: {total:,} parameters, of which a token uses {active:,}", file=file)
     print(f"SMoE layers: {len(layers)}", file=file)
     for name, layer in layers:
+        options = options_of(layer)
         print(
             f"  {name or '(the model itself)'}: {layer.top_k} of {layer.num_experts} experts, "
-            f"{layer.d_model} -> {layer.d_hidden} -> {layer.d_model}, router {router_kind(layer)}, "
-            f"score {layer.router.score}, output_scale {layer.output_scale}",
+            f"{layer.d_model} -> {layer.d_hidden} -> {layer.d_model}, router {options['router']}, "
+            f"score {options['score']}, output_scale {layer.output_scale}",
             file=file,
         )
     survey = survey_mlps(model, narrow=True)

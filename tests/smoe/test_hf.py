@@ -109,3 +109,38 @@ def test_callback_options():
         TopKCallback(mode="square")
     with pytest.raises(ValueError, match=r"smoe.modulize\(model\) first"):
         TopKCallback().on_train_begin(None, state, None, model=nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k_max": 9}, "k_max is 9; it must be at most 8, the experts of bert.encoder.layer.0.output.dense.mlp"),
+        ({"k_min": 9}, "k_min is 9; it must be at most 8, the experts of"),
+        ({"k_min": 3, "k_max": 16}, "k_max is 16; it must be at most 8"),
+    ],
+)
+def test_a_k_that_the_model_lacks_is_refused_before_the_first_step(options, message, tmp_path):
+    from smoe.hf import TopKCallback
+
+    model = smoe.modulize(tiny("BERT"), 8)
+    args = transformers.TrainingArguments(str(tmp_path), max_steps=9, report_to=[], use_cpu=True)
+    trainer = transformers.Trainer(model, args, train_dataset=_Rows(), callbacks=[TopKCallback(**options)])
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k_max": 0}, "k_max is 0; it must be a whole number of at least 1"),
+        ({"k_min": True}, "k_min is True"),
+        ({"k_min": 2.5}, "k_min is 2.5"),
+        ({"k_min": 5, "k_max": 4}, "k_min is 5 and k_max is 4; k_min must be at most k_max"),
+    ],
+)
+def test_a_k_that_no_model_has_is_refused_at_once(options, message):
+    from smoe.hf import TopKCallback
+
+    with pytest.raises(ValueError, match=message):
+        TopKCallback(**options)
