@@ -11,6 +11,7 @@ from .modulize.load import from_pretrained
 from .modulize.register import register_mlp
 from .modulize.save import save_pretrained
 from .modulize.summary import summary
+from .parameters import parameter_groups
 from .router import HashRouter, LearnedRouter, RandomRouter, Router, Routing, UniformRouter
 from .schedule import k_at, ks_at
 from .slim import slim, vote
@@ -40,6 +41,7 @@ __all__ = [
     "ks_at",
     "merge",
     "modulize",
+    "parameter_groups",
     "record_routing",
     "register_mlp",
     "save_pretrained",
