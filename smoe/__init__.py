@@ -12,7 +12,7 @@ from .modulize.register import register_mlp
 from .modulize.save import save_pretrained
 from .modulize.summary import summary
 from .parameters import parameter_groups
-from .router import HashRouter, LearnedRouter, RandomRouter, Router, Routing, UniformRouter
+from .router import HashRouter, LearnedRouter, RandomRouter, Router, Routing, UniformRouter, balance_loss
 from .schedule import k_at, ks_at
 from .slim import slim, vote
 
@@ -33,6 +33,7 @@ __all__ = [
     "SMoE",
     "UniformRouter",
     "activated",
+    "balance_loss",
     "demodulize",
     "from_pretrained",
     "get_method",

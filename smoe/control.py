@@ -97,10 +97,11 @@ def get_top_k(model: nn.Module) -> int | list[int]:
 def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
     """Within the block, every forward pass appends one :class:`Routing` per layer to the list that is yielded.
 
-    Balance losses, votes and load plots come from it: ``sum(r.balance_loss for r in routings)``. The model may be
-    wrapped (DDP) or compiled, may run several passes, and blocks may be nested. Under activation checkpointing run
-    ``backward`` after the block, because a pass that is recomputed within it is recorded again. With
-    ``torch.nn.DataParallel`` the routings of the GPUs come in any order, each on its own GPU.
+    Balance losses, votes and load plots come from it: ``sum(r.balance_loss for r in routings)``, or, where padding must
+    not count, ``sum(smoe.balance_loss(r, mask) for r in routings)``. The model may be wrapped (DDP) or compiled, may
+    run several passes, and blocks may be nested. Under activation checkpointing run ``backward`` after the block,
+    because a pass that is recomputed within it is recorded again. With ``torch.nn.DataParallel`` the routings of the
+    GPUs come in any order, each on its own GPU.
     """
     routings: list[Routing] = []
     # Each once: layers that share a router call it once per layer and pass.

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, get_args
 
+from .balance import balance_loss
 from .base import SCORES, PartialRouting, Router, Routing, Score, check_top_k
 from .hash import HashRouter
 from .learned import LearnedRouter
@@ -27,7 +28,7 @@ ROUTERS: tuple[str, ...] = get_args(RouterKind)
 
 __all__ = [
     "ROUTERS", "SCORES", "HashRouter", "LearnedRouter", "PartialRouting", "RandomRouter", "Router", "RouterKind",
-    "Routing", "Score", "UniformRouter", "check_top_k", "make_router",
+    "Routing", "Score", "UniformRouter", "balance_loss", "check_top_k", "make_router",
 ]  # fmt: skip
 
 

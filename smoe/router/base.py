@@ -25,6 +25,7 @@ class Routing(NamedTuple):
     weights: Tensor
     balance_loss: Tensor | None
     absent = False  # whether slots may be empty: only in a PartialRouting
+    probabilities = None  # only a LearnedRouting has them
 
 
 class PartialRouting(Routing):
@@ -35,6 +36,15 @@ class PartialRouting(Routing):
 
     __slots__ = ()
     absent = True
+
+
+class LearnedRouting(Routing):
+    """A learned router's, with the softmax over all experts, (T, N) float32, as ``probabilities``.
+
+    An attribute, because a routing is a tuple of three. ``smoe.balance_loss(routing, mask)`` needs it.
+    """
+
+    probabilities: Tensor | None
 
 
 def check_top_k(top_k: int, num_experts: int) -> int:
