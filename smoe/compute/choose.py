@@ -28,9 +28,12 @@ TINY_EXPERT = 1 << 14
 def choose(name: str, x: Tensor, experts: Experts, routing: Routing) -> ComputePath:
     """The path called ``name``; for ``auto`` the fastest one known for this input.
 
-    Under the transforms of ``torch.func`` and under ``torch.jit.trace`` always ``reference``: it is plain autograd, and
-    its trace holds for other inputs.
+    Under the transforms of ``torch.func``, under ``torch.jit.trace`` and in ``torch.export`` (and so in
+    ``torch.onnx.export``) always ``reference``: it is plain autograd without operators of smoe's own, and its trace
+    holds for other inputs.
     """
+    if torch.compiler.is_exporting():
+        return PATHS["reference"]
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():
             _refuse_vmap()
