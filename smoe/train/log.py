@@ -115,10 +115,10 @@ def print_header(task: Task, processes: Processes, parameters: int) -> None:
     devices += f" (experts over {config.expert_parallel})" if config.expert_parallel > 1 else ""
     devices += " (sharded)" if config.fsdp else ""
     size = f"{parameters:,} parameters, {config.steps} steps of {task.step_shape}"
-    print(f"{task.title}, {method.title}{k}, seed {config.seed}, run folder {config.run_dir}")
-    print(f"scale {config.scale} ({config.scale_reason}): {size}, {devices}, precision {config.precision}")
+    print(f"{task.title}, {method.title}{k}, seed {config.seed}, run folder {config.run_dir}", flush=True)
+    print(f"scale {config.scale} ({config.scale_reason}): {size}, {devices}, precision {config.precision}", flush=True)
     for note in task.notes():
-        print(note)
+        print(note, flush=True)
 
 
 def one_or_all(ks: list[int]) -> int | list[int] | None:

@@ -237,7 +237,7 @@ def test_command_counts_the_configuration_of_a_run(capsys, tmp_path):
     "argv, message",
     [
         (["--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
-        (["--method", "moe"], "method is 'moe'"),
+        (["--method", "moe"], "method: 'moe', expected one of dense_dropout"),
         (["--k", "17"], "top_k is 17"),
         (["--method", "dense_dropout", "--k", "2"], "dense_dropout has no experts"),
         (["--num_experts", "5"], "num_experts = 5 does not divide"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import sys
@@ -193,3 +194,13 @@ def test_the_first_lines_say_what_is_about_to_run(tmp_path, capsys):
     task.config = toy_config(tmp_path, "dense_dropout")
     print_header(task, processes, 1234)
     assert "classifier, Dense w. Dropout, seed 1" in capsys.readouterr().out
+
+
+def test_the_first_lines_are_there_at_once_in_a_pipe_too(tmp_path, monkeypatch):
+    task, processes = toy(toy_config(tmp_path))
+    task.notes = lambda: ["the last one"]
+    pipe = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe))
+    print_header(task, processes, 1234)
+    assert pipe.getvalue().endswith(b"the last one\n")
+    monkeypatch.undo()

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from toy_task import toy, toy_config
+from toy_task import Toy, toy_config
 from transformers import BertConfig, BertForMaskedLM
 
 import smoe
+from smoe.train.loop import train
 from smoe.train.optimizer import make_optimizer
+from smoe.train.processes import Processes
 
 
 def decays(model: nn.Module) -> dict[str, bool]:
@@ -72,14 +74,17 @@ def test_without_decay_it_is_adam():
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
-def test_the_configurations_decay_is_the_optimizers(decay, tmp_path, monkeypatch):
-    from smoe.train import loop
-    from smoe.train.processes import Processes
+def test_every_step_has_the_configurations_decay_and_learning_rate(decay, tmp_path, monkeypatch):
+    used = []
 
-    made = []
-    real = loop.make_optimizer
-    monkeypatch.setattr(loop, "make_optimizer", lambda *args: made.append(real(*args)) or made[0])
-    config = toy_config(tmp_path, steps=1, weight_decay=decay)
-    loop.train(type(toy(config)[0]), config, Processes())
-    assert [group["weight_decay"] for group in made[0].param_groups] == [decay, 0.0]
-    assert [group["lr"] for group in made[0].param_groups] == [config.learning_rate_at(0)] * 2
+    def watched(*args):
+        optimizer = make_optimizer(*args)
+        groups = optimizer.param_groups
+        optimizer.register_step_pre_hook(lambda *_: used.append([(g["weight_decay"], g["lr"]) for g in groups]))
+        return optimizer
+
+    monkeypatch.setattr("smoe.train.loop.make_optimizer", watched)
+    config = toy_config(tmp_path, steps=6, weight_decay=decay, warmup_steps=3)
+    train(Toy, config, Processes())
+    rates = [config.learning_rate_at(step) for step in range(6)]
+    assert used == [[(decay, rate), (0.0, rate)] for rate in rates] and len(set(rates)) == 6

@@ -177,5 +177,6 @@ def test_a_cuda_generator_is_passed_over_where_there_is_no_cuda(monkeypatch):
     state = {**rng_tensors(), "cuda": torch.zeros(16, dtype=torch.uint8)}
     expected = draw()
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.set_rng_state", lambda _: pytest.fail("there is no CUDA device"))
     restore_rng(state)
     assert draw() == expected
