@@ -72,7 +72,8 @@ def from_pretrained(
         if record.placed:
             raise ValueError(
                 f"{str(path)!r} has SMoE layers that are no part of {architecture_of(settings)}, such as "
-                f"{brief(next(iter(record.placed)))}; pass the model, as it was built: model=..."
+                f"{brief(next(iter(record.placed)))}; pass the model, as it was built: model=... (or save what "
+                "smoe.modulize.adopt.adopt_layers makes of it)"
             )
         if not record.layers and not record.widths:
             return load_dense(path, settings, len(saved), dtype).to(device).eval()
