@@ -69,17 +69,20 @@ def build(path: Path, settings: Mapping[str, Any], saved: Mapping[str, Header], 
 
 def load_dense(path: Path, settings: Mapping[str, Any], num_tensors: int, dtype: torch.dtype | None) -> nn.Module:
     """The model of a folder without SMoE layers, with ``num_tensors`` weights, as Transformers itself loads it."""
+    import transformers
+
     model_class = _class_of(settings)
     _check_counts(settings, num_tensors)
+    name = "dtype" if hasattr(transformers.PretrainedConfig(), "dtype") else "torch_dtype"  # before 4.56
     tried = []
     for options in _constructor_options(model_class):
         with _OneLine(f"{str(path)!r} holds no model that Transformers can load"):
             model, report = model_class.from_pretrained(
                 path,
-                torch_dtype="auto" if dtype is None else dtype,
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
+                **{name: "auto" if dtype is None else dtype},
                 **options,
             )
         odd = {kind: sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}

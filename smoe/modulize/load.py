@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..control import check_whole, set_top_k
 from ..layer import SMoE
-from ..router import HashRouter, RandomRouter, check_top_k
+from ..router import FixedBuffers, check_top_k
 from .build import architecture_of, base_of, build, float32_names, load_dense
 from .convert import place
 from .find import FoundMLP
@@ -139,7 +139,7 @@ def _take_dtypes(model: nn.Module, saved: Mapping[str, Header]) -> None:
 
 def _castable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of what is saved and may be cast: a fixed router is float32 for good."""
-    fixed = {id(b) for m in model.modules() if isinstance(m, (RandomRouter, HashRouter)) for b in m.buffers()}
+    fixed = {id(b) for m in model.modules() if isinstance(m, FixedBuffers) for b in m.buffers(recurse=False)}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and id(tensor) not in fixed:
             yield name, tensor

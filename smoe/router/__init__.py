@@ -18,6 +18,7 @@ from typing import Literal, get_args
 
 from .balance import balance_loss
 from .base import SCORES, PartialRouting, Router, Routing, Score, check_top_k
+from .fixed import FixedBuffers
 from .hash import HashRouter
 from .learned import LearnedRouter
 from .random import RandomRouter
@@ -27,8 +28,8 @@ RouterKind = Literal["random", "learned", "uniform", "hash"]
 ROUTERS: tuple[str, ...] = get_args(RouterKind)
 
 __all__ = [
-    "ROUTERS", "SCORES", "HashRouter", "LearnedRouter", "PartialRouting", "RandomRouter", "Router", "RouterKind",
-    "Routing", "Score", "UniformRouter", "balance_loss", "check_top_k", "make_router",
+    "ROUTERS", "SCORES", "FixedBuffers", "HashRouter", "LearnedRouter", "PartialRouting", "RandomRouter", "Router",
+    "RouterKind", "Routing", "Score", "UniformRouter", "balance_loss", "check_top_k", "make_router",
 ]  # fmt: skip
 
 

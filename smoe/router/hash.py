@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .base import Router, Routing, Score, generator
+from .fixed import FixedBuffers
 
 
-class HashRouter(Router):
+class HashRouter(FixedBuffers, Router):
     """A fixed random table from *token id* to experts (Roller et al. 2021).
 
     The table holds a random order of all N experts per token id, of which the first k are used: the choice at k is part
@@ -20,6 +21,7 @@ class HashRouter(Router):
     """
 
     needs_token_ids = True
+    fixed = {"table": torch.int32}
 
     def __init__(
         self,
@@ -34,7 +36,8 @@ class HashRouter(Router):
         if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
             raise ValueError(f"vocab_size is {vocab_size!r}; a hash router needs the number of token ids (at least 1)")
         draw = torch.rand(vocab_size, num_experts, generator=generator(seed), dtype=torch.float32, device="cpu")
-        self.register_buffer("table", torch.empty(draw.shape, dtype=torch.int32).copy_(draw.argsort(dim=-1)))
+        self.register_buffer("table", draw.argsort(dim=-1).to(torch.int32))
+        self.to(torch.empty(0).device)  # the default device, which may be meta
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Routing:
         if token_ids is None:

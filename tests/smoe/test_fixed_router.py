@@ -123,3 +123,26 @@ def test_shared_memory_stays_shared():
     assert fixed.to("cpu").weight.data_ptr() == pointer
     assert fixed.share_memory().weight.is_shared()
     assert_whole(fixed)
+
+
+def table(seed=0):
+    """The draw of a hash router, written out."""
+    draw = torch.rand(50, N, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    return draw.argsort(-1).to(torch.int32)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_the_table_of_a_hash_router(dtype, assign):
+    def assert_same(hashed):
+        assert hashed.table.dtype == torch.int32 and torch.equal(hashed.table, table())
+
+    assert_same(smoe.HashRouter(50, N, K, seed=0).to(dtype))
+    with torch.device("meta"):
+        hashed = smoe.HashRouter(50, N, K, seed=0)
+    assert hashed.table.is_meta
+    assert_same(copy.deepcopy(hashed).to_empty(device="cpu"))
+    assert_same(smoe.HashRouter(50, N, K, seed=0).to("meta").to_empty(device="cpu"))
+    other = smoe.HashRouter(50, N, K, seed=1)
+    other.load_state_dict({"table": table().to(dtype)}, assign=assign)  # up to 256 experts, no dtype rounds them
+    assert_same(other)
+    assert other(torch.randn(3, D), torch.tensor([0, 7, 49])).indices.tolist() == table()[[0, 7, 49], :K].tolist()
