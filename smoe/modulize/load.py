@@ -7,7 +7,7 @@ line, and the model that was passed stays as it was.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def from_pretrained(
     path: str | Path,
     *,
     model: nn.Module | None = None,
-    top_k: int | None = None,
+    top_k: int | Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
@@ -46,7 +46,7 @@ def from_pretrained(
             None builds the Transformers model that the folder's config describes. A Transformers model of another
             class than the saved one (a classifier for a pretrained masked language model, an encoder-decoder whose
             halves are that model) gets every part that both have; a warning names what stays as ``model`` has it.
-        top_k: k of every SMoE layer; None leaves the k it was saved with.
+        top_k: k of every SMoE layer, or one k per layer; None leaves the k that was saved.
         dtype: of the weights, save those that a model keeps in float32 itself (T5). None leaves each weight as it was
             saved; in a model of another class, as ``model`` has it.
         device: of the model.
@@ -85,7 +85,7 @@ def from_pretrained(
     else:
         fit = fit_whole(target, record, saved)
     fit.check(saved, f"the weights in {str(path)!r}")
-    for num_experts in [] if top_k is None else fit.num_experts():
+    for num_experts in fit.num_experts() if isinstance(top_k, int) else []:
         check_top_k(top_k, num_experts)
     target.to(device)
     if dtype is not None:

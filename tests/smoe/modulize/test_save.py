@@ -141,6 +141,7 @@ def test_their_save_pretrained_writes_k_as_it_is_now(tmp_path):
     smoe.set_top_k(model, [3, 1])
     model.save_pretrained(tmp_path)
     assert smoe.get_top_k(smoe.from_pretrained(tmp_path)) == [3, 1]
+    assert smoe.get_top_k(smoe.from_pretrained(tmp_path, top_k=[2, 4])) == [2, 4]
     assert not hasattr(model.config, "smoe")
 
 
