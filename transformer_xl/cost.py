@@ -39,20 +39,16 @@ def step_flops(
     batch: int,
     tgt_len: int,
     mem_len: int,
-    consistency_weight: float | None = None,
-    balance_weight: float | None = None,
+    **weights: float | None,
 ) -> int:
     """True FLOPs of a training step, forward and backward (``smoe.flops.count_step``).
 
     Args:
         method: whose loss is minimised.
-        consistency_weight, balance_weight: replace the method's own; without consistency loss there is one forward
-            pass.
+        weights: ``consistency_weight`` and ``balance_weight``, which replace the method's own.
         model, k, batch, tgt_len, mem_len: as in :func:`evaluation_flops`.
     """
-    inputs = _inputs(model, batch, tgt_len, mem_len)
-    weights = {"consistency_weight": consistency_weight, "balance_weight": balance_weight}
-    return count_step(model, method, inputs, k, **weights)
+    return count_step(model, method, _inputs(model, batch, tgt_len, mem_len), k, **weights)
 
 
 def _inputs(model: TransformerXL, batch: int, tgt_len: int, mem_len: int) -> dict[str, Any]:

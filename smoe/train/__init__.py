@@ -6,7 +6,7 @@ processes.py      this process among those of the run; distributed.py is for sev
 task.py           what differs between trainings: model, batches, loss, metrics
 folder.py         the run folder: who may write to it, whether it is finished
 loop.py           the loop: learning rate and k, batch, loss, backward, clip, step, log, evaluate, save, stop
-  learning_rate.py  optimizer.py  log.py  evaluation.py  stop.py
+  learning_rate.py  log.py  evaluation.py  stop.py
   checkpoint.py     checkpoints that a crash can't spoil; state.py: optimizer and generators as tensors
   resume.py         from a checkpoint back to the run, at any number of processes
 record.py         result.json

@@ -16,12 +16,12 @@ from torch import Tensor
 from smoe.control import set_top_k
 from smoe.environment import environment_record
 from smoe.errors import NonFiniteError, Stopped
+from smoe.parameters import parameter_groups
 from smoe.train.checkpoint import checkpoint_path, save_checkpoint
 from smoe.train.config import TrainConfig
 from smoe.train.evaluation import measure, sweep
 from smoe.train.folder import open_run
 from smoe.train.log import Log, at_k, one_or_all, print_header
-from smoe.train.optimizer import make_optimizer
 from smoe.train.processes import Processes
 from smoe.train.record import make_record
 from smoe.train.resume import load_checkpoint, load_weights, newest_checkpoint, restore
@@ -63,14 +63,16 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
 
     # ---- where it starts --------------------------------------------------------------------------------------------
     method, decides, device = config.get_method(), task.metrics[0], processes.device
-    parameters = sum(p.numel() for p in task.model.parameters())
+    size = sum(p.numel() for p in task.model.parameters())
     model = processes.prepare(task.model, task.blocks, config.fsdp)
-    optimizer = make_optimizer(task.model, config.learning_rate, config.weight_decay)
+    decay = config.weight_decay  # without it AdamW is Adam
+    trained = parameter_groups(task.model, decay) if decay else task.model.parameters()
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=decay, fused=True)
     torch.manual_seed(config.seed + 1000 * processes.rank)  # equal weights everywhere, different dropout
     progress = Progress()
     checkpoint = newest_checkpoint(folder.checkpoints, processes) if config.resume else None
     if processes.is_main:
-        print_header(task, processes, parameters)
+        print_header(task, processes, size)
     if checkpoint is not None:
         progress = Progress(**checkpoint.state["progress"])
         restore(checkpoint, task, optimizer, processes)
