@@ -18,7 +18,7 @@ from .schedule import Mode, ks_at
 
 # What only experts have. It must not be asked of a model without any: the run would be named after it.
 _ONLY_EXPERTS = ("k_min", "k_max", "schedule", "router", "score", "output_scale", "balance_weight", "layers")
-_ONLY_EXPERTS += ("engine", "expert_parallel")
+_ONLY_EXPERTS += ("expert_dropout", "engine", "expert_parallel")
 _LARGEST_SEED = 2**53  # the routers' seeds are a thousand times that, and must fit into 64 bits
 
 
@@ -35,6 +35,7 @@ class MethodConfig:
     d_model: int = option(256, "model width", at_least=1)
     d_hidden: int = option(8192, "width of the MLP, all experts together", at_least=1)
     dropout: float = option(0.1, "after attention and MLP, on embeddings, and inside a dense MLP", at_least=0, below=1)
+    expert_dropout: float = option(0.0, "on the hidden units of every expert", at_least=0, below=1)
 
     num_experts: int = option(16, "N, the experts an MLP is cut into", at_least=1)
     layers: LayerNames | tuple[int, ...] = option("all", "which have experts: names of halves, or indices from 0")
@@ -108,4 +109,5 @@ class MethodConfig:
             return method.make_mlp(**sizes, **options)
         options |= {name: getattr(self, name) for name in ("num_experts", "score", "output_scale", "router", "engine")}
         options |= {"top_k": self.k_schedule()[0], "seed": 1000 * self.seed + layer}
+        options["expert_dropout"] = self.expert_dropout
         return self.get_method().make_mlp(**sizes, **options)

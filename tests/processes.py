@@ -16,7 +16,20 @@ from runs import assert_close_runs, assert_one_line, assert_same_weights, losses
 
 # Every layer at every k from 1 to 16, gradients above the clip, an evaluation that no number of processes divides; no
 # dropout, which differs from process to process.
-GROWING = ("--dropout", 0, "--k_min", 1, "--log_interval", 1, "--sweep", 16, "--eval_batch_size", 3)
+GROWING = (
+    "--dropout",
+    0,
+    "--expert_dropout",
+    0,
+    "--k_min",
+    1,
+    "--log_interval",
+    1,
+    "--sweep",
+    16,
+    "--eval_batch_size",
+    3,
+)
 
 
 def finish(commands) -> None:

@@ -15,6 +15,7 @@ from transformer_xl.model import TransformerXL, TransformerXLConfig
 class RunConfig(TrainConfig):
     """Any task with a Transformer-XL."""
 
+    expert_dropout: float = 0.1  # as released: in every expert, after ReLU
     d_head: int = option(64, "width of a head")
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from smoe.train.task import Task
 PLACES = ("run_dir", "run", "data", "resume", "progress", "process_timeout")
 
 # Fields that make an ablation of a method.
-_VARIED = ("router", "score", "output_scale", "layers", "schedule", "k_min", "k_max")
+_VARIED = ("router", "score", "output_scale", "expert_dropout", "layers", "schedule", "k_min", "k_max")
 _VARIED += ("balance_weight", "consistency_weight")
 
 

@@ -134,7 +134,18 @@ def test_a_stopped_run_goes_on_with_the_same_bits(classify, tmp_path):
 
 @pytest.mark.distributed
 def test_two_processes_are_one(start_ranks, classify_argv, tmp_path):
-    flags = ["--method", "smoe_dropout", "--dropout", 0, "--log_interval", 1, "--eval_batch_size", 4]
+    flags = [
+        "--method",
+        "smoe_dropout",
+        "--dropout",
+        0,
+        "--expert_dropout",
+        0,
+        "--log_interval",
+        1,
+        "--eval_batch_size",
+        4,
+    ]
     for ranks in (1, 2):
         argv = [*classify_argv, *flags, "--run_dir", tmp_path / str(ranks), "--expert_parallel", ranks]
         processes.finish(start_ranks(ranks, "transformer_xl.classify", *argv))

@@ -24,6 +24,8 @@ def test_yaml_builds_the_model_it_says(scale, method):
     layers = smoe_layers(model)
     assert len(layers) == (config.num_layers if METHODS[method].routed else 0)
     assert all(layer.d_hidden == config.d_hidden and layer.num_experts == 16 for _, layer in layers)
+    # The release drops hidden units inside every expert, after ReLU, at every scale.
+    assert [layer.experts.dropout for _, layer in layers] == [0.1] * len(layers)
 
 
 def test_scales():
