@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..control import smoe_layers
 from ..layer import SMoE
+from ..router import CLASSES, ROUTERS
 from .find import FoundMLP, find_mlps
 from .folder import Header, brief
 from .hook import is_transformers_model
@@ -110,7 +111,7 @@ def fit_whole(model: nn.Module, record: Record, saved: Mapping[str, Header]) -> 
             raise ValueError(f"{name} has {layer.num_experts} experts; it must have {options['num_experts']} or more")
         fit.placed.append((layer, options))
     for name, options in record.layers.items():
-        if options["router"] not in ("random", "learned", "uniform"):
+        if options["router"] not in ROUTERS or CLASSES[options["router"]].needs_token_ids:
             raise ValueError(f"the record has a router {options['router']!r} at {brief(name)}; modulize can't build it")
     fit.slots = _slots(fit)
     fit.sources = {name: name for name in fit.slots if name in saved}

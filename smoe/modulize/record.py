@@ -13,14 +13,14 @@ from ..compute import check_compute
 from ..control import smoe_layers
 from ..experts import Experts, check_divisible
 from ..layer import SMoE, check_output_scale
-from ..router import SCORES, HashRouter, LearnedRouter, RandomRouter, Router, UniformRouter, check_top_k
+from ..router import CLASSES, SCORES, Router, check_top_k
 from ..wrappers import unwrap
 from .swap import Outlet
 
 VERSION = 2
 _READABLE = (1, 2)  # 1 has no layers that were placed by hand
 
-_ROUTERS = {RandomRouter: "random", LearnedRouter: "learned", UniformRouter: "uniform", HashRouter: "hash"}
+_KINDS = {router: kind for kind, router in CLASSES.items()}
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ def options_of(layer: SMoE) -> dict[str, Any]:
 
 
 def router_kind(layer: SMoE) -> str:
-    """``random``, ``learned``, ``uniform`` or ``hash``; the name of the class for a router of your own."""
+    """Its name in ``smoe.router.ROUTERS``; the name of the class for a router of your own."""
     kind = type(unwrap(layer.router, Router)[0])
-    return _ROUTERS.get(kind, kind.__name__)
+    return _KINDS.get(kind, kind.__name__)
 
 
 def read_record(value: Any, where: str) -> Record | None:

@@ -26,6 +26,7 @@ from .uniform import UniformRouter
 
 RouterKind = Literal["random", "learned", "uniform", "hash"]
 ROUTERS: tuple[str, ...] = get_args(RouterKind)
+CLASSES = {"random": RandomRouter, "learned": LearnedRouter, "uniform": UniformRouter, "hash": HashRouter}
 
 __all__ = [
     "ROUTERS", "SCORES", "FixedBuffers", "HashRouter", "LearnedRouter", "PartialRouting", "RandomRouter", "Router",
