@@ -14,7 +14,8 @@ from data.errors import DownloadError
 from data.fetch import Folder, LocalPath, Url
 from data.sst2.prepare import SST2, convert
 
-GLUE = Path(os.environ.get("SST2_SOURCE", ""))  # a folder with the real train.tsv and dev.tsv
+# A folder with the real train.tsv and dev.tsv.
+GLUE = Path(os.environ.get("SST2_SOURCE", Path(__file__).parents[3] / "shared/data/sst2"))
 
 TRAIN = [("of saucy ", 1), ('a "quoted" cliché , \\n ', 0), ("it 's a \x85 charming journey . ", 1)]
 VALID = [("unflinchingly bleak ", 0), ("", 1)]
@@ -156,7 +157,7 @@ def test_small_tables_are_not_the_real_ones(glue, tmp_path, capsys):
     assert "train.tsv has 3 examples, expected 67349" in capsys.readouterr().err
 
 
-@pytest.mark.skipif("SST2_SOURCE" not in os.environ, reason="SST2_SOURCE names no folder with GLUE's tables")
+@pytest.mark.skipif(not GLUE.is_dir(), reason="no GLUE tables here; SST2_SOURCE=FOLDER names them")
 def test_the_real_tables(tmp_path):
     meta = SST2.prepare(tmp_path, [LocalPath(GLUE)])
     assert {split: part["examples"] for split, part in meta["splits"].items()} == {"train": 67_349, "valid": 872}
