@@ -27,7 +27,7 @@ from benchmarks.options import parse, timing_parser
 from benchmarks.transformer_xl_reference import build_reference, run_reference
 from smoe import set_top_k
 from smoe.flops import count_step
-from transformer_xl.config import TrainConfig
+from transformer_xl.config import LanguageModelConfig
 from transformer_xl.flops import step_flops
 
 MODELS = ("transformer_xl", "bert", "roberta")
@@ -60,7 +60,8 @@ def _step(model: nn.Module, loss_of: Callable[[], Tensor], optimizer: type, prec
 
 def transformer_xl(batch: int, length: int, method: str, dropout: float, device: str) -> tuple:
     """(model, its loss on one batch, optimizer, FLOPs of a step at k)."""
-    config = TrainConfig(method=method, run_dir="", dropout=dropout, batch_size=batch)
+    rates = {"dropout": dropout} | ({"expert_dropout": dropout} if method == "smoe_dropout" else {})
+    config = LanguageModelConfig(method=method, run_dir="", batch_size=batch, **rates)
     torch.manual_seed(0)
     model = config.build_model().to(device)
     ids, targets = torch.randint(0, 256, (2, batch, length), device=device)
@@ -116,7 +117,7 @@ def variants(
 
 def reference(checkout: str, batch: int, length: int, precision: str, dropout: float) -> Step:
     """A step of the dense Transformer-XL of the reference implementation, with the same sizes."""
-    c = TrainConfig(method="dense_dropout", run_dir="", dropout=dropout).model_config()
+    c = LanguageModelConfig(method="dense_dropout", run_dir="", dropout=dropout).sizes()
     torch.manual_seed(0)
     sizes = {name: getattr(c, name) for name in ("vocab_size", "num_layers", "d_model", "num_heads", "d_head")}
     model = build_reference(

@@ -67,7 +67,7 @@ def _dense(config: RunConfig, vocabulary: Vocabulary) -> PreTrainedModel:
         "num_attention_heads": config.num_heads,
         # Its MLPs are about to be replaced; a width of 1 spares drawing weights that nobody needs.
         "intermediate_size": 1,
-        "hidden_dropout_prob": config.dropout,
+        "hidden_dropout_prob": config.residual_rate(),
         "attention_probs_dropout_prob": config.attention_dropout,
         "initializer_range": INIT_STD,
         "pad_token_id": vocabulary.pad,

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"out: {options.out} is there already; name a new folder")
     config, source, checkpoint = load_run(options.run, options.checkpoint)
     if config.get_method().routed:
-        smoe.set_top_k(source, config.eval_k())
+        smoe.set_top_k(source, config.eval_ks()[0])
     model = adopt_layers(type(source)(source.config), source)
     tokenizer_file = Path(options.run) / "tokenizer.json"
     if not tokenizer_file.is_file():

@@ -34,7 +34,9 @@ class MethodConfig:
     num_layers: int = option(4, "transformer layers", at_least=1)
     d_model: int = option(256, "model width", at_least=1)
     d_hidden: int = option(8192, "width of the MLP, all experts together", at_least=1)
-    dropout: float = option(0.1, "after attention and MLP, on embeddings, and inside a dense MLP", at_least=0, below=1)
+    dropout: float = option(
+        0.1, "inside a dense MLP, and wherever residual_dropout says nothing else", at_least=0, below=1
+    )
     expert_dropout: float = option(0.0, "on the hidden units of every expert", at_least=0, below=1)
 
     num_experts: int = option(16, "N, the experts an MLP is cut into", at_least=1)

@@ -60,6 +60,16 @@ def test_layer_without_peers():
         assert cells == [*ours, ", ".join(products)], shape
 
 
+def test_layer_with_dropout():
+    measured = {(r["shape"], r["dtype"]): r for r in record("bench_layer_dropout")["records"]}
+    table = rows("shape | dtype | k = 8 | k = 16 |")
+    assert len(table) == len(measured)
+    for shape, dtype, *cells in table:
+        found = measured[shape, dtype]
+        assert found["dropout"] == 0.1
+        assert cells == [f"{found['ratio_to_dense'][f'smoe k={k}']:.2f}" for k in (8, 16)]
+
+
 def test_layer_forward_alone():
     measured = ratios("bench_layer_inference")
     table = rows("shape | k = 1 |")

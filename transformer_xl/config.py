@@ -24,8 +24,8 @@ class RunConfig(TrainConfig):
 
     def sizes(self) -> TransformerXLConfig:
         """The sizes of the model alone."""
-        names = ("num_layers", "d_model", "num_heads", "d_head", "d_hidden", "dropout", "attention_dropout")
-        return TransformerXLConfig(**{name: getattr(self, name) for name in names})
+        names = ("num_layers", "d_model", "num_heads", "d_head", "d_hidden", "attention_dropout")
+        return TransformerXLConfig(**{name: getattr(self, name) for name in names}, dropout=self.residual_rate())
 
     def build_model(self) -> TransformerXL:
         """A fresh model; draws from PyTorch's global generator, the fixed routers from ``seed`` alone."""

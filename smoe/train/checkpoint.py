@@ -26,7 +26,7 @@ from smoe.errors import CheckpointError, RunError, one_line
 from smoe.files import fingerprint, fsync_path, hash_json
 from smoe.train.processes import Processes
 
-FORMAT = 1
+FORMAT = 2
 _PARTIAL = ".tmp-"
 
 

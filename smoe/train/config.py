@@ -13,6 +13,7 @@ import torch
 from smoe.engine import resolve_engine
 from smoe.method_config import MethodConfig
 from smoe.options import option, required
+from smoe.schedule import k_at
 from smoe.train.learning_rate import Decay, learning_rate_at
 from smoe.train.precision import resolve_precision
 
@@ -32,6 +33,9 @@ class TrainConfig(MethodConfig):
     precision: Literal["auto", "bf16", "fp32"] = option("auto", "auto: bf16 where the device is fast at it")
 
     num_heads: int = option(8, "attention heads", at_least=1)
+    residual_dropout: float | None = option(
+        None, "after attention and MLP, and on embeddings; null: dropout", at_least=0, below=1
+    )
     attention_dropout: float = option(0.0, "on attention weights", at_least=0, below=1)
 
     batch_size: int = option(22, "sequences per step, over all processes", at_least=1)
@@ -58,6 +62,10 @@ class TrainConfig(MethodConfig):
             allowed = f"each at least 1 and one at most num_experts = {self.num_experts}"
             raise ValueError(f"sweep is {list(self.sweep)}; it must list numbers, {allowed}")
 
+    def residual_rate(self) -> float:
+        """The rate of every dropout outside MLPs and attention weights."""
+        return self.dropout if self.residual_dropout is None else self.residual_dropout
+
     @classmethod
     def inherited(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """Fields that follow from others a user gave, such as the sizes of the run that a fine-tuning starts from."""
@@ -77,9 +85,13 @@ class TrainConfig(MethodConfig):
         """The learning rate of a training step."""
         return learning_rate_at(step, self.steps, self.learning_rate, self.warmup_steps, self.decay)
 
-    def eval_k(self) -> int | None:
-        """The k that the best checkpoint is chosen by: the largest one training visits. None for a dense method."""
-        return self.k_schedule()[1] if self.get_method().routed else None
+    def eval_ks(self) -> list[int | None]:
+        """The k that best checkpoints are chosen at: where training ends, then N if that differs; [None] if dense."""
+        if not self.get_method().routed:
+            return [None]
+        k_min, k_max, mode = self.k_schedule()
+        last = k_max if mode.startswith("random") else k_at(self.steps, self.steps, k_min, k_max, mode)
+        return list(dict.fromkeys((last, self.num_experts)))
 
     def sweep_ks(self) -> list[int | None]:
         """The k of the final sweep; [None] for a dense method."""

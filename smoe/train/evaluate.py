@@ -43,9 +43,9 @@ def read_run(path: str | Path, config_class: type[Config], what: str, which: str
         raise CheckpointError(f"run {folder.path} has no checkpoint yet")
     for damaged, reason in latest.skipped:
         print(f"warning: {damaged.name} is damaged ({reason}); going by {latest.path.name}", file=sys.stderr)
-    best = latest.state["progress"]["best_step"]
-    if which == "best" and best is not None and best != latest.step:
-        return config, load_checkpoint(checkpoint_path(folder.checkpoints, best), groups=["model"])
+    best = latest.state["progress"]["best"].get(k_name(config.eval_ks()[0]))
+    if which == "best" and best is not None and best["step"] != latest.step:
+        return config, load_checkpoint(checkpoint_path(folder.checkpoints, best["step"]), groups=["model"])
     return config, latest
 
 

@@ -76,8 +76,9 @@ class Log:
         self.new_interval()
 
     def evaluation(self, step: int, split: str, measured: Measured, k: int | None, seconds: float) -> None:
-        """One line about an evaluation."""
-        self._write(step, split, measured.values, seconds)
+        """One line about an evaluation; ``valid_k16``, say, where not the first of ``config.eval_ks()`` was asked."""
+        name = split if k == self.task.config.eval_ks()[0] else f"{split}_k{k}"
+        self._write(step, name, measured.values, seconds)
         if self.processes.is_main:
             self._bar.write(f"step {step}: {split} {self.task.metrics[0].shown(measured.values)}{at_k(k)}")
 

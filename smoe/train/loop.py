@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from smoe.errors import NonFiniteError, Stopped
 from smoe.parameters import parameter_groups
 from smoe.train.checkpoint import checkpoint_path, save_checkpoint
 from smoe.train.config import TrainConfig
-from smoe.train.evaluation import measure, sweep
+from smoe.train.evaluation import k_name, measure, sweep
 from smoe.train.folder import open_run
 from smoe.train.log import Log, at_k, one_or_all, print_header
 from smoe.train.processes import Processes
@@ -36,8 +36,8 @@ class Progress:
 
     step: int = 0  # finished ones
     seconds: float = 0.0  # of training
-    best_step: int | None = None
-    best_value: float | None = None
+    # The best checkpoint at each k of ``config.eval_ks()``, in that order: {"step": finished steps, "value": metric}.
+    best: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> None:
@@ -118,10 +118,12 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
             log.train(step, loss, ks, learning_rate, norm, progress.seconds)
         evaluated = step % config.eval_interval == 0 or last
         if evaluated:
-            measured = measure(task, "valid", config.eval_k(), processes)
-            log.evaluation(step, "valid", measured, config.eval_k(), progress.seconds)
-            if decides.better(measured.values[decides.key], progress.best_value):
-                progress.best_step, progress.best_value = step, measured.values[decides.key]
+            for k in config.eval_ks():
+                measured = measure(task, "valid", k, processes)
+                log.evaluation(step, "valid", measured, k, progress.seconds)
+                value, best = measured.values[decides.key], progress.best.get(k_name(k))
+                if decides.better(value, best and best["value"]):
+                    progress.best[k_name(k)] = {"step": step, "value": value}
         stopped = stop.requested(processes)
         if evaluated or stopped or step % (config.save_interval or config.eval_interval) == 0:
             save(task, optimizer, progress, log, processes)
@@ -134,20 +136,20 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
         message = f"stopped by a signal after step {progress.step}; a checkpoint is written, --resume goes on from it"
         raise Stopped(message if processes.is_main else "")
 
-    # ---- the sweep over k, from the best checkpoint -----------------------------------------------------------------
-    if progress.best_step is None:
+    # ---- the sweep over k, from the best checkpoint at each k that one is chosen at ---------------------------------
+    chosen = [(k, progress.best[k_name(k)]) for k in config.eval_ks() if k_name(k) in progress.best]
+    if not chosen or chosen[0][0] != config.eval_ks()[0]:
         raise NonFiniteError(f"no evaluation on valid gave a finite {decides.title}: there is no best checkpoint")
-    if progress.best_step != progress.step:
-        best = load_checkpoint(checkpoint_path(folder.checkpoints, progress.best_step), groups=["model"])
-        load_weights(best, task, processes)
-    started = time.perf_counter()
-    swept = sweep(task, processes)
+    started, swept = time.perf_counter(), {}
+    for step in dict.fromkeys(best["step"] for _, best in chosen):
+        weights = load_checkpoint(checkpoint_path(folder.checkpoints, step), groups=["model"])
+        load_weights(weights, task, processes)
+        swept[step] = sweep(task, processes)
     if processes.is_main:
-        best = {"step": progress.best_step, "metric": decides.key, "value": progress.best_value, "k": config.eval_k()}
         sweep_seconds, per_step = time.perf_counter() - started, progress.seconds / config.steps
         seconds = {"training": progress.seconds, "sweep": sweep_seconds, "per_step": per_step}
         run = {"tokens_per_second": task.tokens_per_step / per_step, "processes": processes.world_size}
-        folder.write_result(make_record(task, swept, best=best, seconds=seconds, **run, environment=environment))
+        folder.write_result(make_record(task, chosen, swept, seconds=seconds, **run, environment=environment))
     processes.leave()
 
 
@@ -166,7 +168,7 @@ def refuse_non_finite(loss: Tensor, norm: Tensor, step: int, ks: list[int], task
 def save(task: Task, optimizer: torch.optim.Optimizer, progress: Progress, log: Log, processes: Processes) -> None:
     """Writes a checkpoint of everything that a resumed run needs, whole whatever the number of processes.
 
-    The newest two and the best one are kept.
+    The newest two and the best ones are kept.
     """
     bare = task.bare()
     groups: dict[str, Any] = {
@@ -177,5 +179,5 @@ def save(task: Task, optimizer: torch.optim.Optimizer, progress: Progress, log: 
     tensors = (groups if processes.is_main else {}) | {f"rng-rank{processes.rank}": rng_tensors()}
     state = {"progress": vars(progress), "nats": processes.sum(log.nats).tolist()}
     state |= {"world_size": processes.world_size, "facts": task.facts}
-    best = [] if progress.best_step is None else [progress.best_step]
+    best = {chosen["step"] for chosen in progress.best.values()}
     save_checkpoint(log.folder.checkpoints, progress.step, tensors, state, processes=processes, protect=best)

@@ -22,12 +22,24 @@ _VARIED = ("router", "score", "output_scale", "expert_dropout", "layers", "sched
 _VARIED += ("balance_weight", "consistency_weight")
 
 
-def make_record(task: Task, swept: dict[str, dict[str, Measured]], **run: Any) -> dict[str, Any]:
+Sweep = dict[str, dict[str, Measured]]  # split -> k -> what was measured
+
+
+def make_record(
+    task: Task, chosen: list[tuple[int | None, dict[str, Any]]], swept: dict[int, Sweep], **run: Any
+) -> dict[str, Any]:
     """The record of a finished run: what the task and its configuration say, and ``run``: what the loop knows.
 
-    ``swept``: split -> k -> what was measured.
+    Args:
+        chosen: the best checkpoints, as (k that it was chosen at, its step and its value on valid). The metrics are
+            those of the first one; the others stand under ``best_at_other_k``, with metrics if their step differs.
+        swept: step of a checkpoint -> what was measured with it.
     """
-    config = task.config
+    config, key = task.config, task.metrics[0].key
+    best = [{"step": found["step"], "metric": key, "value": found["value"], "k": k} for k, found in chosen]
+    for other in best[1:]:
+        if other["step"] != best[0]["step"]:
+            other["metrics"] = {metric.key: _of_metric(metric, swept[other["step"]]) for metric in task.metrics}
     with torch.device("meta"):
         model = task.build_model()
     return {
@@ -39,8 +51,10 @@ def make_record(task: Task, swept: dict[str, dict[str, Measured]], **run: Any) -
         "seed": config.seed,
         "dataset": task.dataset,
         **task.record,
-        "metric": task.metrics[0].key,
-        "metrics": {metric.key: _of_metric(metric, swept) for metric in task.metrics},
+        "metric": key,
+        "metrics": {metric.key: _of_metric(metric, swept[best[0]["step"]]) for metric in task.metrics},
+        "best": best[0],
+        **({"best_at_other_k": best[1:]} if best[1:] else {}),
         "parameters": parameter_counts(model, filter(None, config.sweep_ks())),
         "flops": {k_name(k): task.flops(model, k) for k in config.sweep_ks()},
         "training_flops": training_flops(task, model),
@@ -51,7 +65,7 @@ def make_record(task: Task, swept: dict[str, dict[str, Measured]], **run: Any) -
     }
 
 
-def _of_metric(metric: Metric, swept: dict[str, dict[str, Measured]]) -> dict[str, Any]:
+def _of_metric(metric: Metric, swept: Sweep) -> dict[str, Any]:
     n = {split: next(iter(by_k.values())).n for split, by_k in swept.items()}
     values = {split: {k: m.values[metric.key] for k, m in by_k.items()} for split, by_k in swept.items()}
     return {**metric.shown_as, "n": n, **values}

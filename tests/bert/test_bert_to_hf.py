@@ -19,8 +19,8 @@ def test_the_folder_holds_the_model_of_the_run(model, method, pretrain, start, t
     assert command.wait() == 0, command.err
     loaded, (config, source, checkpoint) = smoe.from_pretrained(out).eval(), load_run(run)
     if method != "dense_dropout":
-        assert smoe.get_top_k(loaded) == config.eval_k()
-        smoe.set_top_k(source, config.eval_k())
+        assert smoe.get_top_k(loaded) == config.eval_ks()[0]
+        smoe.set_top_k(source, config.eval_ks()[0])
     ids = torch.randint(6, 200, (2, 32))
     torch.testing.assert_close(loaded(ids).logits, source(ids).logits)
     tokenizer = AutoTokenizer.from_pretrained(out)

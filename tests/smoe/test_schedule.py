@@ -134,3 +134,33 @@ def test_random_is_one_k_per_model_or_one_per_layer():
 
 def test_layers_of_different_sizes_have_ranges_of_their_own():
     assert ks_at(50, 100, [(2, 4), (8, 16)]) == [3, 12]
+
+
+def test_the_releases_curves_from_8_to_16():
+    """Values worked out from its formulas; our modes of the same names differ."""
+
+    def at_quarters(mode: str) -> list[int]:
+        return [k_at(step, 400_000, 8, 16, mode) for step in (0, 100_000, 200_000, 300_000, 399_999)]
+
+    assert at_quarters("released_cosine") == [8, 9, 10, 13, 16]
+    assert at_quarters("released_exponential") == [8, 12, 14, 15, 16]
+    assert at_quarters("released_multistep") == [8, 8, 8, 8, 16]
+    assert at_quarters("cosine")[1:4] == [9, 12, 15]
+    assert at_quarters("exponential")[1:4] == [10, 11, 13]
+    assert at_quarters("multistep")[1:4] == [8, 16, 16]
+
+
+@given(bounds, st.integers(300, 100_000), st.floats(0, 1))
+def test_the_releases_curves_are_its_formulas(limits, total, share):
+    k_min, k_max = limits
+    step = min(int(share * total), total - 1)
+    falling = math.cos(math.pi * step / 2 / total)
+    growing = {
+        "released_cosine": k_max - (k_max - k_min) * falling,
+        "released_cosine_decrease": k_min + (k_max - k_min) * falling,
+        "released_exponential": k_max - (k_max - k_min) * 0.99 ** (step // (total // 300)),
+        "released_multistep": min(max(2 ** (5 * step // total), k_min), k_max),
+        "released_multistep_decrease": min(max(2 ** (4 - 5 * step // total), k_min), k_max),
+    }
+    for mode, value in growing.items():
+        assert abs(k_at(step, total, k_min, k_max, mode) - value) <= 0.5 + 1e-9, mode

@@ -47,7 +47,7 @@ def test_paper_scale_is_the_papers():
 def test_learned_and_thor_use_two_experts():
     for method in ("smoe", "thor"):
         config = LanguageModelConfig(method, "unused")
-        assert config.ks_at(0) == config.ks_at(399_999) == [2] * 4 and config.eval_k() == 2
+        assert config.ks_at(0) == config.ks_at(399_999) == [2] * 4 and config.eval_ks() == [2, 16]
     assert LanguageModelConfig("dense_dropout", "unused").ks_at(0) == []
 
 

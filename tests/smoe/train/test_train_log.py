@@ -42,7 +42,7 @@ def open_log(folder, processes: Processes | None = None, step: int | None = None
 def write(folder, steps, step: int | None = None) -> None:
     log = open_log(folder, step=step)
     for i in steps:
-        log.evaluation(i, "valid", Measured({"accuracy": i / 3}, 1), None, 0.5)
+        log.evaluation(i, "valid", Measured({"accuracy": i / 3}, 1), 4, 0.5)
     log.close()
 
 
@@ -57,7 +57,7 @@ def steps(folder) -> list[int]:
 def test_lines_are_on_the_disk_at_once_and_exact(tmp_path):
     log = open_log(tmp_path)
     values = {"accuracy": 0.1 + 0.2, "cross_entropy": float("nan"), "worst": float("inf")}
-    log.evaluation(1, "valid", Measured(values, 3), 2, 1.5)
+    log.evaluation(1, "valid", Measured(values, 3), 4, 1.5)
     (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert line == {
         "step": 1,
@@ -160,7 +160,7 @@ def test_board_gets_every_number_and_forgets_abandoned_steps(tmp_path):
         for i in range(first, 5):
             log.count(loss_of(i + 10.0 * first))
             log.train(i, loss_of(1.0, balance=2.0), [1, i], 0.5, torch.tensor(float("nan")), 9.0)
-            log.evaluation(i, "valid", Measured({"accuracy": 0.25}, 4), None, 9.0)
+            log.evaluation(i, "valid", Measured({"accuracy": 0.25}, 4), 4, 9.0)
         log.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()

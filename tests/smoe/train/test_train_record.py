@@ -101,14 +101,11 @@ def test_a_record_has_every_metric_at_every_k_and_what_it_was_told(tmp_path):
     task, processes = toy(config)
     task.record = {"own": "field"}
     swept = sweep(task, processes)
-    record = make_record(task, swept, best={"step": 4}, processes=1)
+    record = make_record(task, [(16, {"step": 4, "value": 0.5})], {4: swept}, processes=1)
     assert json.loads(json.dumps(record)) == record
-    assert (record["metric"], record["own"], record["best"], record["processes"]) == (
-        "accuracy",
-        "field",
-        {"step": 4},
-        1,
-    )
+    assert (record["metric"], record["own"], record["processes"]) == ("accuracy", "field", 1)
+    assert record["best"] == {"step": 4, "metric": "accuracy", "value": 0.5, "k": 16}
+    assert "best_at_other_k" not in record
     for metric in task.metrics:
         found = record["metrics"][metric.key]
         assert [found[name] for name in ("title", "unit", "direction")] == [metric.title, metric.unit, metric.direction]
@@ -126,7 +123,8 @@ def test_a_record_of_a_dense_run_is_read_by_the_report(tmp_path):
     task, processes = toy(toy_config(tmp_path, "dense_dropblock"))
     assert set(sweep(task, processes)["test"]) == {"dense"}
     measured = {split: {"dense": Measured({"accuracy": 0.5, "cross_entropy": 1.0}, 10)} for split in ("valid", "test")}
-    record = make_record(task, measured, best={}, seconds={}, processes=1, environment={})
+    best = {"step": 8, "value": 0.5}
+    record = make_record(task, [(None, best)], {8: measured}, seconds={}, processes=1, environment={})
     assert record["metrics"]["accuracy"]["test"] == {"dense": 0.5} and "label" not in record
     assert record["parameters"]["active_per_k"] == {} and record["parameters"]["experts"] == 0
     assert check_result(record)

@@ -58,6 +58,33 @@ def test_the_best_checkpoint_has_the_highest_accuracy_and_is_what_is_swept(tmp_p
     assert record["metrics"]["accuracy"]["valid"]["4"] == found[best]
 
 
+@pytest.mark.parametrize(
+    ("fields", "ks"),
+    [
+        ({"method": "smoe"}, [2, 4]),
+        ({"method": "smoe_dropout"}, [4]),
+        ({"schedule": "linear_decrease"}, [2, 4]),
+        ({"schedule": "released_cosine_decrease", "k_min": 1}, [1, 4]),
+        ({"schedule": "random", "k_max": 3}, [3, 4]),
+    ],
+)
+def test_a_best_checkpoint_is_kept_where_training_ends_and_at_n(tmp_path, fields, ks):
+    """Each is swept; a high learning rate and many evaluations let them differ."""
+    config = toy_config(tmp_path, steps=40, eval_interval=1, learning_rate=0.3, sweep=(1, 2, 3, 4), **fields)
+    assert config.eval_ks() == ks
+    train(Toy, config, Processes())
+    record, logged = result(tmp_path), read_metrics(tmp_path / "metrics.jsonl")
+    others = record.get("best_at_other_k", [])
+    for k, best in zip(ks, [record["best"], *others], strict=True):
+        split = "valid" if k == ks[0] else f"valid_k{k}"
+        found = {line["step"]: line[split]["accuracy"] for line in logged if split in line}
+        step = max(found, key=lambda step: (found[step], -step))
+        assert len(found) == 40 and [best[name] for name in ("k", "step", "value")] == [k, step, found[step]]
+        metrics = record["metrics"] if best["step"] == record["best"]["step"] else best["metrics"]
+        assert metrics["accuracy"]["valid"][str(k)] == found[step]
+        assert step in list_steps(tmp_path / "checkpoints")
+
+
 FLAGS = ("--method", "thor", "--scale", "smoke")
 
 
