@@ -56,11 +56,7 @@ def k_at(
             ``multistep``: k_min, 2 k_min, 4 k_min, ... k_max for equally many steps each; ``*_decrease``: the same from
             k_max down to k_min; ``constant``: k_max; ``random``: uniform in k_min..k_max, drawn from (seed, step), the
             same for all layers; ``random_per_layer``: drawn from (seed, step, layer).
-            The official release has other curves under these names, here ``released_*``. ``cosine``: a quarter of a
-            cosine, k_max - (k_max - k_min) * cos(pi / 2 * step / total), slow at first and fast at the end;
-            ``exponential``: k_max - (k_max - k_min) * 0.99 ** n, where n = step // (total // 300), so
-            that k rises fast at first; ``multistep``: 1, 2, 4, 8, 16 for a fifth of the steps each, raised to k_min and
-            cut at k_max, so that from 8 to 16 it stays at 8 for four fifths. Its linear ones are those above.
+            ``released_*``: the official release's curves of these names, which are others (``smoe/released.py``).
         layer: the index of the SMoE layer, from 0; only ``random_per_layer`` depends on it.
 
     Raises:
@@ -81,7 +77,9 @@ def k_at(
     if mode in ("random", "random_per_layer"):
         return random.Random(f"{seed}/{step}/{layer if mode == 'random_per_layer' else 0}").randint(k_min, k_max)
     if mode.startswith("released"):
-        return min(max(_released(step, total_steps, k_min, k_max, mode), k_min), k_max)
+        from .released import released_k
+
+        return released_k(step, total_steps, k_min, k_max, mode)
     if mode.startswith("multistep"):
         stages = [k_min]
         while stages[-1] < k_max:
@@ -99,19 +97,3 @@ def k_at(
         return round((k_max - k_min) * (1 - math.cos(math.pi * t)) / 2) + k_min
     assert mode == "exponential"
     return round(k_min * (k_max / k_min) ** t)
-
-
-def _released(step: int, total_steps: int, k_min: int, k_max: int, mode: Mode) -> int:
-    """The curves of the official release, not yet limited to k_min..k_max."""
-    step = min(step, total_steps)
-    if mode.startswith("released_multistep"):
-        stages = [1, 2, 4, 8, 16] if mode == "released_multistep" else [16, 8, 4, 2, 1]
-        return stages[min(len(stages) * step // total_steps, len(stages) - 1)]
-    if mode == "released_exponential":
-        share = 0.99 ** (step // max(total_steps // 300, 1))
-        return round((k_min - k_max) * share) + k_max
-    share = math.cos(math.pi * step / (2 * total_steps))
-    if mode == "released_cosine":
-        return round((k_min - k_max) * share) + k_max
-    assert mode == "released_cosine_decrease"
-    return round((k_max - k_min) * share) + k_min

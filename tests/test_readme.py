@@ -11,6 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from runs import assert_close_runs
 
 from smoe.report import read_result, slimming_table, with_block
 
@@ -57,6 +58,10 @@ def test_the_example_of_a_task_trains_and_is_reported(tmp_path):
     assert result["task"] == "majority" and accuracy["n"] == {"valid": 256, "test": 256}
     assert list(accuracy["test"]) == ["1", "2", "4", "8"] and accuracy["test"]["8"] > 0.9
     assert "accuracy" in run("smoe.report", "run").lower()
+    flags = ("--method", "smoe_dropout", "--scale", "smoke", "--dropout", "0", "--precision", "fp32", "--run_dir")
+    run("majority", *flags, "one")
+    run("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "majority", *flags, "two")
+    assert_close_runs(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/extend.md", "benchmarks/README.md"])

@@ -124,6 +124,12 @@ class DistributedProcesses(Processes):
         return self.accelerator.prepare_model(model, evaluation_mode=fsdp)
 
     def clip_grad_norm(self, model: nn.Module, max_norm: float) -> Tensor:
+        # DDP would stop at the next step, with a long message that names no parameter.
+        if unreached := [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]:
+            raise ValueError(
+                f"{', '.join(unreached)} got no gradient: the loss does not depend on it; with several processes every "
+                "trainable parameter must have one, so freeze it with requires_grad_(False)"
+            )
         return clip_grad_norm_(model, max_norm, self.groups)
 
     def gather_state(self, tensors: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor] | None:

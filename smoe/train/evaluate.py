@@ -56,7 +56,9 @@ def _read_config(folder: RunFolder, config_class: type[Config], what: str) -> Co
     missing = [name for name, field in fields.items() if name not in recorded and field.default is dataclasses.MISSING]
     for name in (*unknown, *missing):
         has = "has" if name in recorded else "lacks"
-        raise ValueError(f"run: {folder.config_path} is not of {what} of this version: it {has} {name}")
+        raise ValueError(
+            f"run: {folder.config_path} is not of {what} of this version or is of another task: it {has} {name}"
+        )
     hints = get_type_hints(config_class)
     values = {
         name: tuple(value) if isinstance(value, list) and _takes_tuple(hints[name]) else value

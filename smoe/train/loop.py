@@ -141,9 +141,10 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
     if not chosen or chosen[0][0] != config.eval_ks()[0]:
         raise NonFiniteError(f"no evaluation on valid gave a finite {decides.title}: there is no best checkpoint")
     started, swept = time.perf_counter(), {}
-    for step in dict.fromkeys(best["step"] for _, best in chosen):
-        weights = load_checkpoint(checkpoint_path(folder.checkpoints, step), groups=["model"])
-        load_weights(weights, task, processes)
+    for step in sorted({best["step"] for _, best in chosen}, reverse=True):
+        if step != progress.step:  # whose weights the model has
+            weights = load_checkpoint(checkpoint_path(folder.checkpoints, step), groups=["model"])
+            load_weights(weights, task, processes)
         swept[step] = sweep(task, processes)
     if processes.is_main:
         sweep_seconds, per_step = time.perf_counter() - started, progress.seconds / config.steps

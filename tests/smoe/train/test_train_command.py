@@ -101,6 +101,7 @@ def test_auto_scale_follows_the_device(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a card")
     assert resolve_scale("auto", ["paper", "cpu"]) == ("paper", "auto: CUDA device a card")
+    assert resolve_scale("auto", ["tiny", "large"]) == ("tiny", "auto: CUDA device a card")
 
 
 @pytest.mark.parametrize(

@@ -160,3 +160,13 @@ def test_two_processes_do_what_one_does(start_ranks, tmp_path):
             assert command.wait() == 0, command.err
     assert losses(one) == pytest.approx(losses(two), abs=1e-5)
     assert json.dumps(result(one)["metrics"]["accuracy"]["n"]) == json.dumps(result(two)["metrics"]["accuracy"]["n"])
+
+
+@pytest.mark.distributed
+def test_a_parameter_that_the_loss_does_not_reach_is_named(start, start_ranks, tmp_path):
+    spare = {"TOY_SPARE": "1"}
+    ranks = start_ranks(2, "toy_task", *FLAGS, "--run_dir", tmp_path / "two", env={0: spare, 1: spare})
+    for rank in ranks:
+        assert rank.wait() == 2, rank.err
+    assert_one_line(ranks[0], 2, "spare.weight, spare.bias got no gradient", "requires_grad_(False)")
+    assert start("toy_task", *FLAGS, "--run_dir", tmp_path / "one", env=spare).wait() == 0, "alone it does no harm"

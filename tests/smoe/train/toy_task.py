@@ -46,6 +46,8 @@ class Classifier(nn.Module):
         self.up = nn.Linear(2, config.d_model)
         self.layers = nn.ModuleList(config.make_mlp(layer) for layer in range(config.num_layers))
         self.down = nn.Linear(config.d_model, config.classes)
+        if os.environ.get("TOY_SPARE"):
+            self.spare = nn.Linear(2, 2)
 
     def forward(self, points: Tensor, labels: Tensor) -> Output:
         x = self.up(points)
