@@ -57,7 +57,9 @@ class ConcreteDropout(nn.Module):
         """Algorithm 1's penalty, a scalar to add to the loss.
 
         weight_regularizer * |W|^2 / (1 - p) over the parameters W of ``next_layer``, plus dropout_regularizer *
-        num_features * (p log p + (1 - p) log(1 - p)), where num_features is the width of what is dropped.
+        num_features * (p log p + (1 - p) log(1 - p)), where num_features is the width of what is dropped: a mask has
+        one unit per hidden unit. Algorithm 1's ``input[0].numel()`` is that for (B, H), and T times as much for
+        (B, T, H).
         """
         p = self.p
         squares = sum(_whole(parameter.float().pow(2).sum()) for parameter in next_layer.parameters())

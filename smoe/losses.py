@@ -12,6 +12,9 @@ from .dense_mlp import DenseMLP
 def symmetric_kl(logits_a: Tensor, logits_b: Tensor) -> Tensor:
     """(KL(a || b) + KL(b || a)) / 2 of the two softmax distributions, averaged over all positions (THOR's consistency).
 
+    As Zuo et al. 2022 define it: a sum over the classes, of which half is taken. The paper's release takes the mean
+    over the classes and does not halve, which is V / 2 times less for V classes; its alpha of 2 is 4 / V here.
+
     Shapes: both (..., classes) -> scalar. Both get gradients.
     """
     log_a = torch.log_softmax(logits_a.float(), dim=-1)

@@ -33,6 +33,7 @@ def switch_loss(probabilities: Tensor, indices: Tensor) -> Tensor:
     """N * sum_i f_i * P_i, 1 when balanced (Fedus et al. 2021, Eq. 4); 0 if there is no token.
 
     f_i is the fraction of the (token, slot) pairs that went to expert i, P_i the mean over tokens of its probability.
+    The paper's release divides by k once more, so that its loss is 1 / k when balanced.
     Shapes: (T, N), (T, k) -> scalar.
     """
     if probabilities.shape[0] == 0:
