@@ -29,7 +29,7 @@ SOME = {"layers": [0, 2]}
 # name -> (class, config, options of modulize, experts that slimming keeps)
 CASES = {
     "llama": ("LlamaForCausalLM", {}, AFTER, None),
-    "llama_tied_llama3_rope": (
+    "llama_tied_llama3": (
         "LlamaForCausalLM",
         {"tie_word_embeddings": True, "rope_parameters": LLAMA3},
         AFTER,
@@ -138,7 +138,7 @@ def test_files_have_the_names_that_other_software_knows(exported):
     from safetensors import safe_open
 
     folder, _ = exported
-    with safe_open(folder / "llama_tied_llama3_rope" / "model.safetensors", "pt") as file:
+    with safe_open(folder / "llama_tied_llama3" / "model.safetensors", "pt") as file:
         names, metadata = set(file.keys()), file.metadata()
     assert "model.layers.2.block_sparse_moe.experts.7.w2.weight" in names
     assert "model.layers.0.block_sparse_moe.gate.weight" in names
@@ -146,7 +146,7 @@ def test_files_have_the_names_that_other_software_knows(exported):
     with safe_open(folder / "qwen3_some_dense" / "model.safetensors", "pt") as file:
         names = set(file.keys())
     assert {"model.layers.0.mlp.experts.7.down_proj.weight", "model.layers.1.mlp.down_proj.weight"} <= names
-    config = json.loads((folder / "llama_tied_llama3_rope" / "config.json").read_text())
+    config = json.loads((folder / "llama_tied_llama3" / "config.json").read_text())
     assert config["rope_theta"] == 5e4 and config["rope_scaling"]["factor"] == 8.0  # as before Transformers 5
     assert config["rope_parameters"]["rope_theta"] == 5e4
 
@@ -226,13 +226,12 @@ def test_bfloat16_keeps_its_dtype_and_the_routers_numbers(tmp_path):
 
 
 def broken(name, **options):
-    settings = {**SIZES, **options.pop("config", {})}
-    model = build(name, settings)
+    model = build(f"{name}ForCausalLM", {**SIZES, **options.pop("config", {})})
     return smoe.modulize(model, 8, **options)
 
 
 def _biased():
-    model = broken("LlamaForCausalLM", router="learned")
+    model = broken("Llama", router="learned")
     smoe.smoe_layers(model)[1][1].router.bias.data[2] = 0.1
     return model
 
@@ -265,24 +264,24 @@ WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers":
     ("make_model", "message"),
     [
         (
-            lambda: broken("LlamaForCausalLM", score="sum"),
+            lambda: broken("Llama", score="sum"),
             "has score='sum', which Mixtral lacks; it must be softmax_af",
         ),
-        (lambda: broken("LlamaForCausalLM", score="softmax_before_topk"), "layer 0 has score='softmax_before_topk'"),
-        (lambda: broken("Qwen3ForCausalLM", score="sum"), "it must be softmax_after_topk or softmax_before_topk"),
+        (lambda: broken("Llama", score="softmax_before_topk"), "layer 0 has score='softmax_before_topk'"),
+        (lambda: broken("Qwen3", score="sum"), "it must be softmax_after_topk or softmax_before_topk"),
         (
-            lambda: broken("LlamaForCausalLM", router="uniform"),
+            lambda: broken("Llama", router="uniform"),
             "layer 0 has a UniformRouter; Mixtral routes by a linear",
         ),
         (_biased, "layer 1 has a router with a bias; the router of Mixtral has none"),
-        (lambda: broken("LlamaForCausalLM", layers=[0, 2]), "layer 1 is dense; Mixtral has experts in every layer"),
-        (lambda: broken("LlamaForCausalLM", config={"mlp_bias": True}), "has experts with a bias|mlp_bias is True"),
+        (lambda: broken("Llama", layers=[0, 2]), "layer 1 is dense; Mixtral has experts in every layer"),
+        (lambda: broken("Llama", config={"mlp_bias": True}), "has experts with a bias|mlp_bias is True"),
         (
-            lambda: broken("LlamaForCausalLM", config={"attention_bias": True}),
+            lambda: broken("Llama", config={"attention_bias": True}),
             "config.attention_bias is True, which Mix",
         ),
         (
-            lambda: broken("Qwen3ForCausalLM", config=WINDOWS),
+            lambda: broken("Qwen3", config=WINDOWS),
             "config.layer_types has both full_attention and sliding_att",
         ),
         (
