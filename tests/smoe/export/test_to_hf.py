@@ -284,10 +284,7 @@ WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers":
             lambda: broken("Qwen3", config=WINDOWS),
             "config.layer_types has both full_attention and sliding_att",
         ),
-        (
-            lambda: broken("GPT2LMHeadModel", config={"n_embd": 16, "n_layer": 2, "n_head": 2}),
-            "model is a GPT2LMHeadModel",
-        ),
+        (lambda: broken("Gemma"), "model is a GemmaForCausalLM; only Transformers' own Llama, Mistral, Qwen3 have a"),
         (lambda: build("LlamaForCausalLM", SIZES), "LlamaForCausalLM has no SMoE layer that smoe.modulize made"),
         (_uneven, "layers 0 and 1 have different numbers of experts, 4 and 8; one must do"),
         (_two_ks, r"the layers have different k, \[1, 2, 3\]; the exported model has one for all: give it as top_k"),
