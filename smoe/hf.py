@@ -1,4 +1,8 @@
-"""Hugging Face: k during ``transformers.Trainer``, saving and loading."""
+"""Hugging Face: k during ``transformers.Trainer``, saving and loading.
+
+After ``import smoe.hf`` Transformers' own ``from_pretrained`` loads modulized models (``AutoModel...``, pipelines, and
+whatever else calls it). Without it they are refused there.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from .control import set_top_k, smoe_layers
+from .modulize import auto  # noqa: F401 (registers with Transformers)
 from .modulize.hook import record_when_saving
 from .modulize.load import from_pretrained
 from .modulize.save import save_pretrained

@@ -23,7 +23,7 @@ from .convert import place
 from .find import FoundMLP
 from .fit import Fit, fit_parts, fit_whole, listed
 from .folder import CONFIG, OWN_CONFIG, Header, brief, read_headers, read_json, read_tensors, weight_files
-from .hook import is_transformers_model
+from .hook import is_transformers_model, is_wrong_weight
 from .narrow import keep_experts, narrow_mlp
 from .record import Record, plain_name, read_record
 from .save import bare
@@ -64,7 +64,11 @@ def from_pretrained(
     settings = read_json(settings_file)
     record = read_record(settings.get("smoe"), settings_file.name) or Record({}, {}, {})
     files = weight_files(path)
-    saved = {plain_name(name): header for name, header in read_headers(files).items()}
+    saved = {
+        plain_name(name): header
+        for name, header in read_headers(files).items()
+        if not is_wrong_weight(plain_name(name), header.shape, record)
+    }
     given = model is not None
     if not given:
         if own:
