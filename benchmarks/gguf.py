@@ -49,8 +49,8 @@ def convert(folder: Path, source: Path, gguf: Path) -> None:
 
 
 def load(gguf: Path, k: int, tokens: int, threads: int) -> Any:
-    """llama.cpp's model with k experts per token."""
-    from llama_cpp import Llama
+    """llama.cpp's model with k experts per token, its cache in float32 like its weights."""
+    from llama_cpp import GGML_TYPE_F32, Llama
 
     return Llama(
         str(gguf),
@@ -59,6 +59,8 @@ def load(gguf: Path, k: int, tokens: int, threads: int) -> Any:
         n_batch=tokens,
         n_threads=threads,
         n_threads_batch=threads,
+        type_k=GGML_TYPE_F32,
+        type_v=GGML_TYPE_F32,
         logits_all=True,
         verbose=False,
     )

@@ -124,8 +124,9 @@ def _save_config(model: nn.Module, plan: Plan, part: Path) -> None:
     plan.config.save_pretrained(part)
     if model.can_generate():
         model.generation_config.save_pretrained(part)
-    # Software that follows Transformers before version 5 reads the positions here.
+    # Software that follows Transformers before version 5 reads the positions and Qwen3-MoE's N here.
     config = json.loads((part / CONFIG).read_text(encoding="utf-8"))
+    config[plan.target.num_experts] = getattr(plan.config, plan.target.num_experts)
     rope = dict(config.get("rope_parameters") or {})
     if "rope_theta" in rope:
         config["rope_theta"] = rope.pop("rope_theta")

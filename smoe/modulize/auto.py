@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .convert import place
 from .find import FoundMLP, find_mlps
 from .folder import CONFIG, brief
-from .hook import METHOD
+from .hook import METHOD, NO_RECORD
 from .narrow import narrow_mlp
 from .record import Record, plain_name, read_record
 from .swap import empty_layer
@@ -42,8 +42,8 @@ class SMoELoader(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         record = read_record(getattr(model.config, "smoe", None), CONFIG)
-        if record is None:
-            raise ValueError(f"{CONFIG}: quantization_config names {METHOD}, but there is no record under smoe")
+        if record is None or record.is_empty:
+            raise ValueError(NO_RECORD)
         if record.placed:
             raise ValueError(
                 f"{CONFIG}: {brief(next(iter(record.placed)))} is an SMoE layer that {type(model).__name__} has no "

@@ -83,7 +83,6 @@ def load_dense(path: Path, settings: Mapping[str, Any], num_tensors: int, dtype:
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are named below, with whatever else does not fit
                 **{name: "auto" if dtype is None else dtype},
                 **options,
             )

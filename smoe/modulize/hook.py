@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .folder import OWN_CONFIG
+from .folder import CONFIG, OWN_CONFIG
 from .record import Record, describe
 
 METHOD = "smoe"  # in quantization_config: Transformers must change the model before it loads the weights (see auto.py)
+NO_RECORD = f"{CONFIG}: quantization_config names {METHOD}, but smoe records no layer"
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -82,6 +84,11 @@ def is_wrong_weight(name: str, shape: tuple[int, ...], record: Record) -> bool:
 def forget(config: Any) -> None:
     """Takes out of ``config`` what was put there for saving."""
     vars(config).pop("smoe", None)
-    quantization = vars(config).get("quantization_config")
-    if isinstance(quantization, dict) and quantization.get("quant_method") == METHOD:
+    if is_marked(vars(config)):
         del config.quantization_config
+
+
+def is_marked(settings: Mapping[str, Any]) -> bool:
+    """Whether a config says that its model has SMoE layers."""
+    quantization = settings.get("quantization_config")
+    return isinstance(quantization, Mapping) and quantization.get("quant_method") == METHOD

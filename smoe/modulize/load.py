@@ -23,7 +23,7 @@ from .convert import place
 from .find import FoundMLP
 from .fit import Fit, fit_parts, fit_whole, listed
 from .folder import CONFIG, OWN_CONFIG, Header, brief, read_headers, read_json, read_tensors, weight_files
-from .hook import is_transformers_model, is_wrong_weight
+from .hook import NO_RECORD, is_marked, is_transformers_model, is_wrong_weight
 from .narrow import keep_experts, narrow_mlp
 from .record import Record, plain_name, read_record
 from .save import bare
@@ -63,6 +63,8 @@ def from_pretrained(
         raise ValueError(f"{str(path)!r} holds no {CONFIG}; it must be a folder that smoe.save_pretrained wrote")
     settings = read_json(settings_file)
     record = read_record(settings.get("smoe"), settings_file.name) or Record({}, {}, {})
+    if record.is_empty and is_marked(settings):
+        raise ValueError(NO_RECORD)
     files = weight_files(path)
     saved = {
         plain_name(name): header

@@ -149,6 +149,7 @@ def test_files_have_the_names_that_other_software_knows(exported):
     config = json.loads((folder / "llama_tied_llama3" / "config.json").read_text())
     assert config["rope_theta"] == 5e4 and config["rope_scaling"]["factor"] == 8.0  # as before Transformers 5
     assert config["rope_parameters"]["rope_theta"] == 5e4
+    assert json.loads((folder / "qwen3" / "config.json").read_text())["num_experts"] == 8
 
 
 def test_the_source_is_left_as_it_was_and_an_earlier_export_goes(tmp_path):

@@ -232,7 +232,8 @@ def test_models_without_experts_are_saved_as_ever(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda config: config.pop("smoe"), "quantization_config names smoe, but there is no record under smoe"),
+        (lambda config: config.pop("smoe"), "quantization_config names smoe, but smoe records no layer"),
+        (lambda config: config["smoe"].update(layers={}), "but smoe records no layer"),
         (lambda config: config["smoe"].update(version=9), "smoe.version is 9; this smoe reads 1 to 2"),
         (
             lambda config: config["smoe"].update(layers={"a.b": next(iter(config["smoe"]["layers"].values()))}),
