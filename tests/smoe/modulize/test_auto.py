@@ -229,6 +229,21 @@ def test_models_without_experts_are_saved_as_ever(tmp_path):
     assert "quantization_config" not in config and "smoe" not in config
 
 
+def test_a_folder_of_an_earlier_version_loads_with_smoe(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = saved("Llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert [name for name, tensor in tensors.items() if tensor.shape == (1,)] == [
+        f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)
+    ]
+    save_file({n: t for n, t in tensors.items() if t.shape != (1,)}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert_same(model, smoe.from_pretrained(tmp_path), **inputs_of(model))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
