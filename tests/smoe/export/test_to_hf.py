@@ -182,6 +182,14 @@ def test_a_scale_by_k_is_right_at_that_k_alone_and_says_so(tmp_path):
     assert smoe.get_top_k(model) == 3
 
 
+def test_the_card_of_a_learned_router_counts_its_weights_once(tmp_path):
+    to_hf(make("llama_learned"), tmp_path)
+    native = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    total = sum(p.numel() for p in native.parameters())
+    card = (tmp_path / "README.md").read_text()
+    assert f"| 8 | {total:,} |" in card and "AutoModelForCausalLM.from_pretrained" in card
+
+
 def test_the_card_counts_what_one_token_uses(tmp_path):
     to_hf(make("qwen3_some_dense"), tmp_path, metrics={2: {"BPC": 1.5, "accuracy": 0.25}, 8: {"BPC": 1.25}})
     lines = (tmp_path / "README.md").read_text().splitlines()
