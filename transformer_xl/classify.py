@@ -31,7 +31,7 @@ from smoe.schedule import Mode
 from smoe.train.command import run_training
 from smoe.train.evaluate import read_run
 from smoe.train.folder import RunFolder
-from smoe.train.task import Task
+from smoe.train.task import Task, equal_share
 from transformer_xl.config import LanguageModelConfig, RunConfig
 from transformer_xl.model import TransformerXL
 
@@ -104,11 +104,9 @@ class Classification(Task):
         super().__init__(config, rank, world_size)
         self.dataset, self.data = _read(Path(config.data), config.seq_len)
         train, size = self.data["train"], config.batch_size
-        if size % world_size or size > len(train):
-            raise ValueError(
-                f"batch_size is {size}; it must be a multiple of the {world_size} processes, and at most {len(train)}"
-            )
-        self.share = slice(rank * size // world_size, (rank + 1) * size // world_size)
+        if size > len(train):
+            raise ValueError(f"batch_size is {size}; it must be at most the {len(train)} sentences to train on")
+        self.share = equal_share(size, rank, world_size)
         self.tokens_per_step = round(size * sum(len(text) for text, _ in train) / len(train))
         self.step_shape = f"{size} sentences"
         torch.manual_seed(config.seed)

@@ -259,7 +259,7 @@ def _positive(text: str) -> int:
 def _scale(scale: str) -> str:
     if scale != "auto":
         return scale
-    from smoe.train.scale import resolve_scale
+    from smoe.train.auto import resolve_scale
 
     return resolve_scale(scale, ("paper", "cpu"))[0]
 

@@ -1,7 +1,7 @@
 """One training, in the order in which things happen. ``loop.py`` is the page to read first.
 
-command.py        flags and YAML, a scale (scale.py) -> a configuration -> the loop; mistakes.py: errors in flags
-config.py         what every training can be told: method, k, steps, learning rate, where it runs; precision.py
+command.py        flags and YAML, a scale (auto.py) -> a configuration -> the loop; mistakes.py: errors in flags
+config.py         what every training can be told: method, k, steps, learning rate, where it runs
 processes.py      this process among those of the run; distributed.py is for several
 task.py           what differs between trainings: model, batches, loss, metrics
 folder.py         the run folder: who may write to it, whether it is finished

@@ -16,12 +16,12 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser
 
 from smoe.options import field_metadata
+from smoe.train.auto import resolve_scale
 from smoe.train.config import TrainConfig
 from smoe.train.distributed import DistributedProcesses
 from smoe.train.loop import train
 from smoe.train.mistakes import describe_type, explain, no_such_field
 from smoe.train.processes import Processes
-from smoe.train.scale import resolve_scale
 from smoe.train.task import Task
 from smoe.yaml_files import load_yaml
 

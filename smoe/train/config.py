@@ -14,8 +14,8 @@ from smoe.engine import resolve_engine
 from smoe.method_config import MethodConfig
 from smoe.options import option, required
 from smoe.schedule import k_at
+from smoe.train.auto import resolve_precision
 from smoe.train.learning_rate import Decay, learning_rate_at
-from smoe.train.precision import resolve_precision
 
 
 @dataclass(frozen=True)

@@ -99,3 +99,11 @@ class Task:
     def notes(self) -> list[str]:
         """Further lines for the start of the output."""
         return []
+
+
+def equal_share(batch_size: int, rank: int, world_size: int) -> slice:
+    """This process's rows of a batch. ValueError unless all have equally many: a mean of their means is the mean."""
+    if batch_size % world_size:
+        allowed = f"a multiple of the number of processes, {world_size}"
+        raise ValueError(f"batch_size is {batch_size}; it must be {allowed}")
+    return slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)

@@ -15,10 +15,10 @@ from toy_task import ToyConfig
 
 import smoe
 from smoe.options import option, required
+from smoe.train.auto import resolve_scale
 from smoe.train.command import field_notes, parse_config
 from smoe.train.config import to_dict
 from smoe.train.mistakes import describe_type
-from smoe.train.scale import resolve_scale
 from smoe.yaml_files import from_yaml, load_yaml, to_yaml
 
 
