@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 from smoe.methods import METHODS
 from smoe.report.checks import Check, Finding, Status, check_all, compare, gaps
-from smoe.report.panels import DENSE, PRETRAINING, Line, figure5a, figure5b, position_name, schedule_name
+from smoe.report.panels import DENSE, OURS, PRETRAINING, Line, figure5a, figure5b, position_name, schedule_name
 from smoe.report.records import values_of
 from smoe.report.runs import Cell, Context, Run, cells_of, variant_names
-
-OURS = "smoe_dropout"
 
 
 @dataclass(frozen=True)

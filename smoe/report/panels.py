@@ -13,7 +13,7 @@ from smoe.report.records import values_of
 from smoe.report.runs import Cell, Context, Run, cells_of, variant_names
 
 PRETRAINING = ("language_model", "masked_lm")
-DENSE = "dense_dropout"
+DENSE, OURS = "dense_dropout", "smoe_dropout"
 ROUTERS = {"random": "fixed random router", "uniform": "uniform random routing", "hash": "token-id hash",
            "learned": "learned router"}  # fmt: skip
 POSITIONS = ("all", "early", "middle", "later", "every-2")
@@ -39,7 +39,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """``style`` names the method, or is empty where lines are variants of one method."""
+    """``style`` names the method; a variant of it, among others of one method, has none."""
 
     label: str
     style: str
@@ -67,7 +67,7 @@ def table1(context: Context) -> list[tuple[str, Cell]]:
 def figure1(context: Context) -> Panel:
     """SMoE-Dropout and learnable SMoE over k, and dense models of several widths."""
     panel = Panel("Figure 1", context, "active parameters (million)")
-    panel.lines = [*_dense(context, [DENSE]), *_sweeps(context, ["smoe", "smoe_dropout"])]
+    panel.lines = [*_dense(context, [DENSE]), *_sweeps(context, ["smoe", OURS])]
     return panel
 
 
@@ -180,7 +180,7 @@ def _plain(context: Context, run: Run) -> bool:
 
 
 def _smoe_dropout(context: Context) -> list[Run]:
-    return [run for run in context.runs if run.method == "smoe_dropout" and context.is_standard(run)]
+    return [run for run in context.runs if run.method == OURS and context.is_standard(run)]
 
 
 def _labels(cells: Sequence[Cell]) -> list[str]:
@@ -218,16 +218,15 @@ def _variants(runs: Sequence[Run], name: Callable[[Run], str]) -> list[Line]:
     for run in runs:
         names_of.setdefault(run.options, set()).add(name(run))
     cells = cells_of(run for run in runs if len(names_of[run.options]) > 1)
-    return [
-        _sweep(cell, name(cell.first) + (f", {variant}" if variant else ""), "")
-        for cell, variant in zip(cells, variant_names(cells), strict=True)
-    ]
+    names = [name(c.first) + (f", {v}" if v else "") for c, v in zip(cells, variant_names(cells), strict=True)]
+    lines = [_sweep(c, label, OURS if _as_is(c.first) else "") for c, label in zip(cells, names, strict=True)]
+    return sorted(lines, key=lambda line: not line.style)
 
 
 def _over_sizes(runs: Iterable[Run], x: Callable[[Run], int]) -> list[Line]:
     """One line per method and variant of dense, SMoE and SMoE-Dropout, at k = N, over a size."""
     lines: dict[tuple, list[Point]] = {}
-    for cell in cells_of(run for run in runs if run.method in (DENSE, "smoe", "smoe_dropout")):
+    for cell in cells_of(run for run in runs if run.method in (DENSE, "smoe", OURS)):
         point = Point(x(cell.first), cell, cell.first.full)
         lines.setdefault((cell.first.method, cell.first.options), []).append(point)
     sized = {key: sorted(points, key=lambda point: point.x) for key, points in lines.items()}
