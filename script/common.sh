@@ -102,5 +102,5 @@ train_and_report() {
     if [ ! -f "$run_dir/result.json" ]; then # the signal was to a worker, and torchrun takes the end for success
         exit 75
     fi
-    python -m smoe.report "$run_dir" --plot "$run_dir/slimming.png"
+    python -m smoe.report "$run_dir" --plot "$run_dir/slimming.png" --curve "$run_dir/curve.png"
 }

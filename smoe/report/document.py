@@ -26,8 +26,8 @@ a slider for k: [report.html](report.html), which opens without a server.
 A run at scale `cpu` takes minutes on two cores: a model of one or two million parameters that sees a few percent of the
 training data, measured on the first part of the test split. Such a run can show whether a method works at all, how its
 quality moves with k, and which of two methods is ahead *at this size and length*, once several seeds agree. It can't
-show what the paper's models do after 400 000 steps: nothing here sees the training data twice, learned routers have
-little time to collapse, and a method that starts slowly has no time to catch up. Scale `hour` is the same with a model
+show what the paper's models do after 400 000 steps: there is little time to overfit, learned routers have little time
+to collapse, and a method that starts slowly has no time to catch up. Scale `hour` is the same with a model
 that has learned more. Differences to the paper's numbers are therefore those of size and length first; the gap to dense
 training with dropout, beside them, compares better. Only scale `paper` repeats the paper's setting.
 
@@ -87,7 +87,7 @@ def _findings(findings: Sequence[Finding]) -> list[str]:
     margins = ", ".join(f"{value:g} for {md(name)}" for name, value in MARGINS.items())
     rows = [[md(f.statement), f.where, _where(f), f.words] for f in findings]
     parts = [_FINDINGS.format(margins=f"{margins}, else {DEFAULT_MARGIN:g}")]
-    parts.append(table(["finding", "paper", "runs", "status"], rows))
+    parts.append(table(["finding", "paper", "runs", "status"], rows, texts=4))
     for key, claim in CLAIMS.items():
         found = [finding for finding in findings if finding.key == key and finding.checks]
         if found:
@@ -95,7 +95,7 @@ def _findings(findings: Sequence[Finding]) -> list[str]:
         for finding in found:
             parts.append(f"{_where(finding)}: **{finding.words}**.")
             head = ["better, as claimed", "than", "value", "value", "better by", "95 % interval", "seeds", "status"]
-            parts.append(table(head, [_check(check) for check in finding.checks]))
+            parts.append(table(head, [_check(check) for check in finding.checks], texts=2))
     return parts
 
 

@@ -17,9 +17,9 @@ def md(text: object, longest: int = 200) -> str:
     return re.sub(r"(?i)\bwww\.", r"www\\.", line)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right; the cells must be Markdown already."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """A Markdown table: the first ``texts`` columns to the left, numbers to the right. Cells are Markdown already."""
+    lines = [head, [*["---"] * texts, *["---:"] * (len(head) - texts)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

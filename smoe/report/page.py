@@ -80,7 +80,7 @@ def _chart(methods: Sequence[dict[str, Any]], title: str) -> dict[str, Any]:
         dashes.append([] if dash == "-" else [2 * length for length in dash[1]])
     labels = [method["label"] for method in methods]
     shapes = [_SHAPES[i % len(_SHAPES)] for i in range(len(labels))]
-    legend = {"title": None, "labelLimit": 320, "symbolStrokeWidth": 2}
+    legend = {"title": None, "labelLimit": 320, "symbolStrokeWidth": 2, "symbolSize": 120, "symbolOpacity": 1}
     color = {"field": "method", "type": "nominal", "scale": {"domain": labels, "range": colors}, "legend": legend}
     dash = {"field": "method", "type": "nominal", "scale": {"domain": labels, "range": dashes}, "legend": legend}
     shape = {"field": "method", "type": "nominal", "scale": {"domain": labels, "range": shapes}, "legend": legend}
@@ -89,13 +89,24 @@ def _chart(methods: Sequence[dict[str, Any]], title: str) -> dict[str, Any]:
     numbers = {"value": ".4f", "parameters": ".2f", "flops": ".2f", "step_flops": ".2f"}
     tooltip = [{"field": "method"}, {"field": "k", "title": "k (0: dense)"}]
     tooltip += [{"field": name, "format": form} for name, form in numbers.items()]
-    at_k = "datum.dense || datum.k == k"
+    at_k = {"test": "datum.dense || datum.k == k"}
+    fill = {"condition": {**at_k, **color}, "value": "white"}
+    size = {"condition": {**at_k, "value": 150}, "value": 45}
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
         "width": 560,
         "height": 340,
         "background": "white",
-        "config": {"axis": {"labelColor": INK, "titleColor": INK, "titleFontWeight": "normal"}},
+        "config": {
+            "axis": {
+                "labelColor": INK,
+                "titleColor": INK,
+                "titleFontWeight": "normal",
+                "labelFontSize": 12,
+                "titleFontSize": 13,
+            },
+            "legend": {"labelFontSize": 13, "rowPadding": 6},
+        },
         "params": [{"name": "k", "value": 0}],
         "data": {"values": rows},
         "encoding": {"x": x, "y": y, "color": color},
@@ -107,13 +118,8 @@ def _chart(methods: Sequence[dict[str, Any]], title: str) -> dict[str, Any]:
             },
             {"mark": {"type": "line", "strokeWidth": 2}, "encoding": {"strokeDash": dash}},
             {
-                "mark": {"type": "point", "size": 45, "filled": False, "fill": "white", "opacity": 1},
-                "encoding": {"shape": shape, "tooltip": tooltip},
-            },
-            {
-                "transform": [{"filter": at_k}],
-                "mark": {"type": "point", "size": 130, "filled": True, "opacity": 1},
-                "encoding": {"shape": shape, "tooltip": tooltip},
+                "mark": {"type": "point", "filled": False, "opacity": 1},
+                "encoding": {"shape": shape, "tooltip": tooltip, "fill": fill, "size": size},
             },
         ],
     }
