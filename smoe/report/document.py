@@ -11,7 +11,7 @@ from smoe.report.claims import CLAIMS
 from smoe.report.costs import flops_of, measured_seconds, seconds_of
 from smoe.report.markdown import MISSING, md, mean_and_deviation, number, seeds, table
 from smoe.report.panels import PRETRAINING, Panel, is_empty, table1
-from smoe.report.plots import Plot, measure
+from smoe.report.plots import Plot
 from smoe.report.records import examples_of
 from smoe.report.runs import Cell, Context
 from smoe.report.tables import slimming_table
@@ -37,13 +37,15 @@ _FINDINGS = """## The paper's findings
 
 Each finding is a set of comparisons. With three seeds or more, a comparison is *held* if the 95 % t interval of the
 difference, paired by seed, lies on the paper's side of 0; *not held* if it lies on the other side; *no difference* if
-two one-sided tests (5 %) show that the difference is within the margin; else *within noise*. The margin is {margins}.
-The weakest comparison decides what becomes of a finding. Intervals are those of single comparisons."""
+two one-sided tests (5 %) show that the difference is within the margin; else *within noise*. The margin, in the unit of
+the metric, is {margins}.
+The weakest comparison decides what becomes of a finding. Intervals are those of single comparisons; all of them are at
+the end."""
 
 _TABLE1 = """## Table 1
 
 Means over the seeds and their standard deviation. SMoE and THOR at k = N are those of the checkpoint that was chosen at
-k = N. FLOPs of a forward pass are counted as in the paper (linear layers), those of a training step are all of them.
+k = N. FLOPs are those at the row's k: of a forward pass as the paper counts (linear layers), of a training step all.
 Seconds are those of the runs' own clocks, on whatever machine they ran, beside whatever else ran there; only
 *interleaved* seconds, measured by `python -m benchmarks.methods` in one process, compare speed."""
 
@@ -79,22 +81,25 @@ def document(
     for name, title in _FIGURES.items():
         parts += _figure(name, title, [plot for plot in plots if plot.figure == name], figures)
     parts += _other_runs(contexts, plots)
-    parts += _step_times(step_times)
+    parts += _step_times(step_times) + _comparisons(findings)
     return "\n\n".join(parts) + "\n"
 
 
 def _findings(findings: Sequence[Finding]) -> list[str]:
     margins = ", ".join(f"{value:g} for {md(name)}" for name, value in MARGINS.items())
     rows = [[md(f.statement), f.where, _where(f), f.words] for f in findings]
-    parts = [_FINDINGS.format(margins=f"{margins}, else {DEFAULT_MARGIN:g}")]
-    parts.append(table(["finding", "paper", "runs", "status"], rows, texts=4))
+    text = _FINDINGS.format(margins=f"{margins}, else {DEFAULT_MARGIN:g}")
+    return [text, table(["finding", "paper", "runs", "status"], rows, texts=4)]
+
+
+def _comparisons(findings: Sequence[Finding]) -> list[str]:
+    parts = ["## The findings, comparison by comparison"]
+    head = ["better, as claimed", "than", "value", "value", "better by", "95 % interval", "seeds", "status"]
     for key, claim in CLAIMS.items():
         found = [finding for finding in findings if finding.key == key and finding.checks]
-        if found:
-            parts.append(f"### {md(claim.statement)}")
+        parts += [f"### {md(claim.statement)}"] if found else []
         for finding in found:
             parts.append(f"{_where(finding)}: **{finding.words}**.")
-            head = ["better, as claimed", "than", "value", "value", "better by", "95 % interval", "seeds", "status"]
             parts.append(table(head, [_check(check) for check in finding.checks], texts=2))
     return parts
 
@@ -126,20 +131,21 @@ def _table1(context: Context, step_times: list[dict]) -> list[str]:
     head = ["method", "k", "paper", "ours", "difference", "to dense, paper", "to dense, ours", "seeds"]
     head += ["forward GFLOPs", "step GFLOPs", "s / step", "interleaved"]
     examples = {examples_of(run.record) for run in context.runs}
-    n = ", ".join(f"{count:,}" for count in sorted(filter(None, examples))) or "not recorded"
-    return [f"### {md(context.label)}", f"{md(measure(context))}, n = {n} examples.", table(head, rows)]
+    n = ", ".join(f"n = {count:,}" for count in sorted(filter(None, examples))) or "n not recorded"
+    return [f"### {md(context.label)}", f"{md(context.measure)}, {n}.", table(head, rows)]
 
 
 def _rows(
     context: Context, label: str, cell: Cell, paper: dict, base: float | None, step_times: list[dict]
 ) -> list[list[str]]:
     method, full = cell.first.method, cell.first.full
+    as_released = label == METHODS[method].title  # the paper has no variants
     keys = {full: "" if full == "dense" else "_k_N"}
     if method == "smoe_dropout":
         keys = {str(int(full) // 2): "_k_half", **keys}
     rows = []
     for key, suffix in keys.items():
-        printed = paper.get(method + suffix, {}).get("bpc")
+        printed = paper.get(method + suffix, {}).get("bpc") if as_released else None
         values = list(cell.at(key).values())
         mean = sum(values) / len(values) if values else None
         dense = paper.get("dense_dropout", {}).get("bpc")
@@ -189,7 +195,7 @@ def _panel(panel: Panel) -> str:
         places |= {_column(panel, point.key, point.x): point.x for point in line.points}
     columns = sorted(places, key=lambda column: (places[column], column))
     return table(
-        [md(measure(panel.context)), "seeds", *columns],
+        [md(panel.context.measure), "seeds", *columns],
         [
             [md(line.label), seeds(line.points[-1].cell.seeds), *(row.get(column, "-") for column in columns)]
             for line, row in zip(panel.lines, rows, strict=True)

@@ -12,7 +12,6 @@ from typing import Any
 from smoe.report.costs import flops_of, measured_seconds, parameters_of, seconds_of
 from smoe.report.groups import plain
 from smoe.report.panels import PRETRAINING, table1
-from smoe.report.plots import measure
 from smoe.report.records import values_of
 from smoe.report.runs import Cell, Context
 from smoe.report.style import INK, SPARE, STYLES
@@ -49,7 +48,7 @@ def _context(context: Context, step_times: list[dict[str, Any]]) -> dict[str, An
             }
         )
     ks = sorted({int(key) for method in methods for key in method["points"] if key != "dense"})
-    title = measure(context)
+    title = context.measure
     entry = {"label": context.label, "measure": title, "ks": ks, "methods": methods}
     return entry | {"chart": _chart(methods, title)}
 

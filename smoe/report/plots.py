@@ -66,16 +66,10 @@ def draw(plot: Plot, folder: str | Path) -> list[Path]:
     return [save(figure, Path(folder) / f"{plot.stem}.{ending}") for ending in ("png", "svg")]
 
 
-def measure(context: Context) -> str:
-    """The axis that the metric stands on: ``test BPC (lower is better)``."""
-    metric = context.metric
-    return f"{metric['split']} {metric['title']} ({metric['direction']} is better)"
-
-
 def _draw_panel(axes: Any, panel: Panel) -> None:
     clean_axes(axes)
     axes.set_xlabel(panel.x_label, color=INK)
-    axes.set_ylabel(plain(measure(panel.context), 60), color=INK, parse_math=False)
+    axes.set_ylabel(plain(panel.context.measure, 60), color=INK, parse_math=False)
     if is_empty(panel):
         axes.set_xticks([]), axes.set_yticks([])
         axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center", color=INK)

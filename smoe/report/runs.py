@@ -11,6 +11,7 @@ from typing import Any
 
 from smoe.methods import METHODS
 from smoe.modulize.layers import chosen_layers
+from smoe.paper import SIZES
 from smoe.report.groups import departures, plain, settings_of
 from smoe.report.records import Record, dataset_name, split_of, value_at, values_of
 
@@ -18,6 +19,7 @@ _SIZES = {"num_layers", "num_experts", "d_hidden", "d_hidden_bert", "d_hidden_ro
 _ROUTING = {"layers", "router", "schedule", "k_min", "k_max"}
 # What else only experts have: variants of a method, each compared on its own.
 _OPTIONS = ("score", "output_scale", "expert_dropout", "balance_weight", "consistency_weight")
+_AS_RELEASED = {"score": "softmax_after_topk", "output_scale": "1"}  # goes without saying
 # Said first where two conditions must be told apart.
 _TELLING = ("steps", "batch_size", "learning_rate")
 
@@ -112,6 +114,13 @@ class Context:
     runs: list[Run] = field(default_factory=list)
     label: str = ""
 
+    @property
+    def measure(self) -> str:
+        """E.g. ``test BPC (lower is better)``."""
+        title = self.metric["title"]
+        title = title if title[1:2].isupper() else title[:1].lower() + title[1:]
+        return f"{self.metric['split']} {title} ({self.metric['direction']} is better)"
+
     @cached_property
     def standard(self) -> tuple[int, int, int | None]:
         """(layers, MLP width, experts) of most kinds of runs: Table 1's, from which panels depart in one respect."""
@@ -147,14 +156,15 @@ def read_run(record: Record, name: str) -> Run:
         k_max = _own_or(config, "k_max", METHODS[method].k_max(num_experts), int, name)
         k_min = _own_or(config, "k_min", min(METHODS[method].k_min(num_experts), k_max), int, name)
         schedule = (k_min, k_max, _own_or(config, "schedule", METHODS[method].schedule, str, name))
-    options = tuple((name, settings[name]) for name in _OPTIONS if name in settings) if num_experts else ()
+    known = _AS_RELEASED | settings
+    options = tuple((name, known[name]) for name in _OPTIONS if name in known) if num_experts else ()
     conditions = {name: value for name, value in settings.items() if name not in {*_SIZES, *_ROUTING, *_OPTIONS}}
     return Run(record, method, record.get("seed"), num_layers, d_hidden, num_experts, layers, router, schedule, options,
                tuple(sorted(conditions.items())))  # fmt: skip
 
 
 def contexts_of(runs: Iterable[Run]) -> list[Context]:
-    """The runs, by what can be compared, in the order given."""
+    """The runs, by what can be compared: the paper's models in its order, then by scale and label."""
     contexts: dict[tuple, Context] = {}
     for run in runs:
         record = run.record
@@ -165,7 +175,8 @@ def contexts_of(runs: Iterable[Run]) -> list[Context]:
         key = (*where, *shown.items(), run.conditions)
         contexts.setdefault(key, Context(*map(plain, where), shown)).runs.append(run)
     _name_contexts(list(contexts.values()))
-    return list(contexts.values())
+    place = {model: number for number, model in enumerate(SIZES)}
+    return sorted(contexts.values(), key=lambda c: (place.get(c.model, len(place)), c.scale, c.label))
 
 
 def cells_of(runs: Iterable[Run]) -> list[Cell]:
@@ -177,10 +188,14 @@ def cells_of(runs: Iterable[Run]) -> list[Cell]:
 
 
 def variant_names(cells: Sequence[Cell]) -> list[str]:
-    """For each cell, the options in which it departs from most: ``output_scale k``; mostly nothing."""
-    routed = [cell for cell in cells if cell.first.num_experts is not None]
-    said = iter(departures([dict(cell.first.options) for cell in routed]))
-    return ["" if cell.first.num_experts is None else plain(", ".join(next(said))) for cell in cells]
+    """For each cell, the options that are not the release's, and others in which it departs from most; mostly none."""
+    routed = [dict(cell.first.options) for cell in cells if cell.first.num_experts is not None]
+    others = departures([{name: options[name] for name in options.keys() - _AS_RELEASED.keys()} for options in routed])
+    names = []
+    for options, said in zip(routed, others, strict=True):
+        own = [f"{name} {options[name]}" for name, usual in _AS_RELEASED.items() if options[name] != usual]
+        names.append(plain(", ".join(own + said)))
+    return ["" if cell.first.num_experts is None else names.pop(0) for cell in cells]
 
 
 def _name_contexts(contexts: Sequence[Context]) -> None:
