@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smoe.errors import one_line
+from smoe.report.costs import STEP_TIMES, check_costs
 from smoe.report.records import check_result, in_todays_form
 from smoe.report.runs import Run, read_run
 
@@ -28,6 +29,8 @@ def collect(folder: str | Path) -> tuple[list[Run], list[str]]:
     found: dict[tuple, tuple[str, Run]] = {}
     problems: list[str] = []
     for path in sorted(folder.rglob("*.json")):
+        if path == folder / STEP_TIMES:  # read_step_times does
+            continue
         name = path.relative_to(folder).as_posix()
         try:
             run = _read(path, name)
@@ -55,7 +58,9 @@ def _read(path: Path, name: str) -> Run | None:
         raise ValueError(f"{name}: is not JSON: {error}") from None
     if not isinstance(content, Mapping) or sum(mark in content for mark in _MARKS) < 3:
         return None
-    return read_run(check_result(in_todays_form(content, name), name), name)
+    record = check_result(in_todays_form(content, name), name)
+    check_costs(record, name)
+    return read_run(record, name)
 
 
 def _date(record: Mapping[str, Any]) -> str:

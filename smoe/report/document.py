@@ -151,15 +151,10 @@ def _rows(
         dense = paper.get("dense_dropout", {}).get("bpc")
         flops = [flops_of(cell, key, kind) for kind in ("paper", "training_step")]
         times = [seconds_of(cell), measured_seconds(step_times, context.model, context.scale, method)]
+        beside = [number(printed), _minus(mean, printed), _minus(printed, dense)] if as_released else ["-"] * 3
         rows.append(
-            [
-                md(label),
-                "-" if key == "dense" else key,
-                number(printed),
-                mean_and_deviation(values),
-                _minus(mean, printed),
-            ]
-            + [_minus(printed, dense), _minus(mean, base), seeds(cell.seeds)]
+            [md(label), "-" if key == "dense" else key, beside[0], mean_and_deviation(values), *beside[1:]]
+            + [_minus(mean, base), seeds(cell.seeds)]
             + [number(None if count is None else count / 1e9, 2) for count in flops]
             + [number(time, 3) for time in times]
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ class Plot:
     @property
     def stem(self) -> str:
         """Its file's name without the ending, e.g. ``figure5_cpu``."""
-        return f"{self.figure}_{''.join(c if c.isalnum() else '_' for c in self.scale)}"
+        return f"{self.figure}_{re.sub('[^A-Za-z0-9]', '_', self.scale)[:40]}"
 
 
 def plots_of(contexts: Sequence[Context]) -> list[Plot]:

@@ -147,10 +147,20 @@ def read_run(record: Record, name: str) -> Run:
     if method not in METHODS:
         raise ValueError(f"{name}: method is {reprlib.repr(method)}; it must be one of {', '.join(METHODS)}")
     num_layers, d_hidden = (_whole(config, field, name) for field in ("num_layers", "d_hidden"))
+    task, keys = record.get("task"), values_of(record).keys()
+    if task is not None and not isinstance(task, str):
+        raise ValueError(f"{name}: task is {reprlib.repr(task)}; it must be text")
+    if METHODS[method].routed == ("dense" in keys) or not METHODS[method].routed and len(keys) > 1:
+        allowed = "a number for each k" if METHODS[method].routed else "one number, for 'dense'"
+        raise ValueError(f"{name}: {method} was measured at {', '.join(keys)}; it must have {allowed}")
     num_experts, layers, router, schedule = None, (), None, None
     settings = settings_of(record)
     if METHODS[method].routed:
         num_experts = _whole(config, "num_experts", name)
+        if d_hidden % num_experts:
+            raise ValueError(
+                f"{name}: config.d_hidden is {d_hidden}; it must be a multiple of num_experts = {num_experts}"
+            )
         layers = _layers(config, num_layers, name)
         router = _own_or(config, "router", METHODS[method].router, str, name)
         k_max = _own_or(config, "k_max", METHODS[method].k_max(num_experts), int, name)
@@ -220,8 +230,10 @@ def _place(context: Context) -> tuple:
 
 def _whole(config: Mapping[str, Any], field: str, name: str) -> int:
     value = config.get(field)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: config.{field} is {reprlib.repr(value)}; it must be a whole number of at least 1")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10**6:
+        raise ValueError(
+            f"{name}: config.{field} is {reprlib.repr(value)}; it must be a whole number from 1 to 1000000"
+        )
     return value
 
 
