@@ -64,23 +64,17 @@ def learned_deteriorates(s: Subject) -> list[Check]:
 
 
 def growing_matters(s: Subject) -> list[Check]:
-    """Growing k against a constant one, at k = N and N/2; and, trained at less than N, that N is not better."""
-    growing = s.own()
-    constant = s.cells(
-        OURS, lambda r: r.own_router and r.all_layers and r.schedule is not None and "constant" in r.schedule
-    )
-    checks = []
-    for cell in constant:
+    """Growing k against a constant one at k = N; of the constant one, that more experts than in training are worse
+    (trained with fewer than N), or that half of them are worse than with growing k (trained with N)."""
+    growing, metric, checks = s.own(), s.context.metric, []
+    for cell in s.cells(OURS, lambda run: run.own_router and run.all_layers and _constant(run)):
         assert cell.first.schedule is not None and cell.first.num_experts is not None
-        trained, n = cell.first.schedule[1], cell.first.num_experts
-        name = schedule_name(cell.first)
-        for k in (str(n), str(n // 2)):
-            checks.append(
-                compare(f"growing, at k = {k}", growing.at(k), f"{name}, at k = {k}", cell.at(k), s.context.metric)
-            )
+        trained, n, name = cell.first.schedule[1], cell.first.num_experts, schedule_name(cell.first)
+        for k in (n,) if trained < n else (n, n // 2):
+            ours, theirs = growing.at(str(k)), cell.at(str(k))
+            checks.append(compare(f"growing, at k = {k}", ours, f"{name}, at k = {k}", theirs, metric))
         if trained < n:
-            at = [(f"{name}, at k = {k}", cell.swept(str(k))) for k in (n, trained)]
-            checks += check_all(at, s.context.metric)
+            checks += check_all([(f"{name}, at k = {k}", cell.swept(str(k))) for k in (n, trained)], metric)
     return checks or [_not_run("growing k", "constant k")]
 
 
@@ -218,6 +212,10 @@ def _gap_grows(s: Subject, lines: list[Line], unit: str) -> list[Check]:
         return [_not_run(f"lead with more {unit}", f"lead with fewer {unit}")]
     grows = {**s.context.metric, "direction": "higher"}
     return check_all([(f"lead with {x:g} {unit}", by_seed) for x, by_seed in lead.items()], grows)
+
+
+def _constant(run: Run) -> bool:
+    return run.schedule is not None and run.schedule[2] == "constant"
 
 
 def _full(cell: Cell) -> dict:

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.json:
         print(json.dumps([_entry(block, group) for block in blocks_of(records) for group in block.groups], indent=2))
     else:
-        drawn = {"figure": options.plot, "learning curve": options.curve}
+        drawn = {"learning curve": options.curve, "figure": options.plot}
         lines = [f"{name}: {file}" for name, file in drawn.items() if file is not None]
         print("\n\n".join([table, *(["\n".join(lines)] if lines else [])]))
 

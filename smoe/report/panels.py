@@ -135,12 +135,21 @@ def figure5e(context: Context) -> Panel:
     return panel
 
 
+def beyond(context: Context) -> Panel:
+    """Not in the paper's figure: other schedules with a learned router (section A2.2 has the growing one)."""
+    panel = Panel("beyond: learned router, schedule of k", context, "active parameters (million)")
+    runs = [r for r in context.runs if r.method == "smoe" and context.is_standard(r) and r.own_router and r.all_layers]
+    panel.lines = _variants(runs, schedule_name)
+    return panel
+
+
 FIGURE5: dict[str, Callable[[Context], Panel]] = {
     "figure5a": figure5a,
     "figure5b": figure5b,
     "figure5c": figure5c,
     "figure5d": figure5d,
     "figure5e": figure5e,
+    "beyond": beyond,
 }
 
 
@@ -150,7 +159,7 @@ def schedule_name(run: Run) -> str:
     k_min, k_max, mode = run.schedule
     if mode == "constant":
         return f"k = {k_max} throughout"
-    return f"{'growing' if run.own_schedule else mode}, k = {k_min}..{k_max}"
+    return f"{'growing' if mode == 'linear' else mode.replace('_', ' ')}, k = {k_min}..{k_max}"
 
 
 def position_name(run: Run) -> str:
@@ -213,13 +222,13 @@ def _sweep(cell: Cell, label: str, style: str) -> Line:
 
 
 def _variants(runs: Sequence[Run], name: Callable[[Run], str]) -> list[Line]:
-    """One line per kind of run, named by ``name``; only options of SMoE-Dropout for which ``name`` varies."""
+    """One line per kind of run, named by ``name``; only options of the method for which ``name`` varies."""
     names_of: dict[tuple, set[str]] = {}
     for run in runs:
         names_of.setdefault(run.options, set()).add(name(run))
     cells = cells_of(run for run in runs if len(names_of[run.options]) > 1)
     names = [name(c.first) + (f", {v}" if v else "") for c, v in zip(cells, variant_names(cells), strict=True)]
-    lines = [_sweep(c, label, OURS if _as_is(c.first) else "") for c, label in zip(cells, names, strict=True)]
+    lines = [_sweep(c, label, c.first.method if _as_is(c.first) else "") for c, label in zip(cells, names, strict=True)]
     return sorted(lines, key=lambda line: not line.style)
 
 

@@ -79,7 +79,7 @@ def test_command_draws_it(run, capsys):
     main([str(run), "--plot", str(run / "slimming.png"), "--curve", str(run / "curve.png")])
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
-    assert out.endswith(f"\n\nfigure: {run}/slimming.png\nlearning curve: {run}/curve.png\n")
+    assert out.endswith(f"\n\nlearning curve: {run}/curve.png\nfigure: {run}/slimming.png\n")
 
 
 @pytest.mark.parametrize(

@@ -53,9 +53,19 @@ def test_panels_take_runs_by_what_their_records_say():
     assert list(places["figure5c"]) == ["fixed random router", "token-id hash", "uniform random routing"]
     assert list(places["figure5d"]) == ["growing, k = 8..16", "k = 16 throughout"]
     assert list(places["figure5e"]) == ["all", "early", "middle", "later", "every-2"]
+    assert places["beyond"] == {}
     assert all(len(xs) == 6 for name in ("figure5c", "figure5d", "figure5e") for xs in places[name].values())
     assert {line.label: len(line.points) for line in figure1(here).lines} == dict(zip(methods, (5, 6, 6), strict=True))
     assert len(figure3(here).lines) == 6
+
+
+def test_schedules_with_a_learned_router_have_a_panel_beyond_the_paper():
+    runs = [made_up("smoe"), made_up("smoe", schedule="random_per_layer", k_min=1, k_max=16)]
+    runs += [made_up("smoe", schedule="linear", k_min=8, k_max=16), made_up("dense_dropout")]
+    here = context(runs)
+    names = ["k = 2 throughout", "random per layer, k = 1..16", "growing, k = 8..16"]
+    assert [line.label for line in FIGURE5["beyond"](here).lines] == names
+    assert [label for label, _ in table1(here)] == ["Dense w. Dropout", "SMoE"]
 
 
 def test_points_are_read_at_n_and_hold_every_seed():
@@ -205,7 +215,8 @@ def test_runs_that_no_panel_shows_are_listed(folders):
     write(results, [made_up("smoe_dropout"), made_up("dense_dropout"), made_up("smoe", schedule="random", k_max=16)])
     write_report(results, figures)
     report = (results / "REPORT.md").read_text()
-    assert "SMoE" in report.split("## Other runs")[1].split("##")[0]
+    others = report.split("## Other runs")[1].split("##")[0]
+    assert "SMoE" in others and "Dense" not in others and "SMoE-Dropout" not in others
 
 
 def test_text_in_a_record_injects_neither_html_nor_markdown(folders):
