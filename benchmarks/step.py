@@ -42,7 +42,9 @@ SCHEDULE = "k = 8..16"
 Step = Callable[[], None]
 
 
-def _step(model: nn.Module, loss_of: Callable[[], Tensor], optimizer: type, precision: str, device: str) -> Step:
+def training_step(
+    model: nn.Module, loss_of: Callable[[], Tensor], optimizer: type, precision: str, device: str
+) -> Step:
     """A function that runs one training step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer(parameters)
@@ -104,7 +106,7 @@ def variants(
     for dropout in dropouts:
         for method in ("dense_dropout", "smoe_dropout"):
             model, loss_of, optimizer, count = build(method, dropout, device)
-            run = _step(model, loss_of, optimizer, precision, device)
+            run = training_step(model, loss_of, optimizer, precision, device)
             if method == "dense_dropout":
                 steps[f"dense, dropout {dropout}"], flops[f"dense, dropout {dropout}"] = run, count(None)
                 continue
@@ -129,7 +131,7 @@ def reference(checkout: str, batch: int, length: int, precision: str, dropout: f
     memories = [torch.randn(length, batch, c.d_model) for _ in range(c.num_layers + 1)]
     # Not fused, unlike ours: its own training script takes this one.
     adam = lambda parameters: torch.optim.Adam(parameters, lr=2.5e-4)  # noqa: E731
-    return _step(model, lambda: run_reference(model, ids, targets, *memories)[0].mean(), adam, precision, "cpu")
+    return training_step(model, lambda: run_reference(model, ids, targets, *memories)[0].mean(), adam, precision, "cpu")
 
 
 def measure(steps: dict[str, Step], repeats: int, clock: Callable[[], float], device: str) -> dict[str, list[float]]:

@@ -42,9 +42,9 @@ run_dir_of() {
     printf '%s' "runs/$name/${slug:-default}"
 }
 
-# train_and_report MODULE RUN_DIR FLAG...: trains on every GPU there is (else on the CPU), goes on where it stopped, and
-# prints the table over k and draws it. With several processes torchrun starts them, and starts them again, from the
-# newest good checkpoint, when one of them dies. What may be set in the environment:
+# train_and_report MODULE RUN_DIR FLAG...: trains on every GPU there is (else on the CPU), goes on where it stopped,
+# prints the table over k, and draws it and the learning curve. With several processes torchrun starts them, and starts
+# them again, from the newest good checkpoint, when one of them dies. What may be set in the environment:
 #
 #   NPROC_PER_NODE   processes on this machine (default: its GPUs, else 1)
 #   MAX_RESTARTS     how often torchrun may start them again (default 3)
@@ -102,5 +102,5 @@ train_and_report() {
     if [ ! -f "$run_dir/result.json" ]; then # the signal was to a worker, and torchrun takes the end for success
         exit 75
     fi
-    python -m smoe.report "$run_dir" --plot "$run_dir/slimming.png"
+    python -m smoe.report "$run_dir" --plot "$run_dir/slimming.png" --curve "$run_dir/curve.png"
 }
