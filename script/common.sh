@@ -42,6 +42,15 @@ run_dir_of() {
     printf '%s' "runs/$name/${slug:-default}"
 }
 
+# show_flags FLAG...: with SHOW_FLAGS set in the environment, prints the flags that the trainer would get, --run_dir
+# included, one per line, and ends the script before it has done anything. script/panel.py asks for them.
+show_flags() {
+    if [ -n "${SHOW_FLAGS:-}" ]; then
+        printf '%s\n' "$@"
+        exit
+    fi
+}
+
 # train_and_report MODULE RUN_DIR FLAG...: trains on every GPU there is (else on the CPU), goes on where it stopped, and
 # prints the table over k and draws it. With several processes torchrun starts them, and starts them again, from the
 # newest good checkpoint, when one of them dies. What may be set in the environment:
