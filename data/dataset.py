@@ -88,9 +88,7 @@ class DataSet:
     def _sha256_in(self, folder: Path) -> str:
         return sha256_of(*(folder / file for file in self.files.values()))
 
-    def main(
-        self, arguments: Sequence[str] | None = None, parents: Sequence[argparse.ArgumentParser] = ()
-    ) -> int:
+    def main(self, arguments: Sequence[str] | None = None, parents: Sequence[argparse.ArgumentParser] = ()) -> int:
         """The command line; returns the exit status, see `data.errors.run`: 2 is for a --source that won't do.
 
         `parents`: parsers of further options that the caller has read, for --help.
