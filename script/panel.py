@@ -196,7 +196,7 @@ class Panel:
 
     def _ended(self, child: Child) -> None:
         took, status = duration(time.monotonic() - child.started), child.process.returncode
-        if child.run.result.exists() and status == 0:
+        if child.run.result.exists():
             self._is_finished(child.run, f"in {took}")
         elif self.stopped or status == STOPPED:
             self.interrupted += 1
@@ -302,13 +302,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"error: {message}\n")
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         usage="bash script/FIGURE/all.sh [flags]",
@@ -320,12 +313,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="scripts with these names, which may have a *")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="each run with these seeds (default: 1)")
     parser.add_argument("--scale", help="of all runs (default: paper on a GPU, else cpu)")
-    parser.add_argument("--jobs", type=positive, default=1, help="runs side by side; if several, with one core each")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side; if several, with one core each")
     parser.add_argument("--dry_run", action="store_true", help="say what would run, and how long such runs took")
-    parser.add_argument("--collect", nargs="?", const="results", metavar="DIR",
-                        help="copy the records of finished runs there (default: results)")  # fmt: skip
+    collected = "copy the records of finished runs there (default: results)"
+    parser.add_argument("--collect", nargs="?", const="results", metavar="DIR", help=collected)
     options, more = parser.parse_known_args(arguments)
     try:
+        if options.jobs < 1:
+            raise ValueError(f"--jobs: {options.jobs}, it must be at least 1")
         for flag in ("--seed", "--run_dir", "--resume"):
             if any(word.split("=")[0] in (flag, flag.replace("_", "-")) for word in more):
                 raise ValueError(f"{flag} is of a single run; {'give --seeds' if flag == '--seed' else 'leave it out'}")
