@@ -24,7 +24,6 @@ if [ -z "$run_dir" ]; then
     run_dir=$(run_dir_of "$name" "$@")
     set -- "$@" --run_dir "$run_dir"
 fi
-show_flags "$@"
 
 # A flag of prepare.py and the words up to the next flag are for it, the rest is for the trainer.
 prepare=()

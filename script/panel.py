@@ -6,7 +6,8 @@
 script/<table or figure>/runs.yaml lists the runs of each panel. A run is known by its script and flags: they make its
 run folder, the same as if the script was called by hand. What has a result.json there is skipped, what was cut off goes
 on from its newest checkpoint; so this may be stopped or killed at any time, and the same command finishes the rest. A
-run that fails does not stop the others. What a run prints goes to output.log in its run folder.
+run that fails does not stop the others, nor does one that was finished with other settings, since a scale has changed.
+What a run prints goes to output.log in its run folder.
 
 Several of these at once share the work: who runs something holds a lock on its run folder. The lock belongs to the
 training as well, so that one whose all.sh was killed is waited for, not started again.
@@ -187,7 +188,10 @@ class Panel:
             if run.result.exists():  # asked once more: it may have been finished until we had the lock
                 if lock is not None:
                     os.close(lock)
-                self._is_finished(run, "was finished before")
+                if change := changed_since(run):
+                    self._has_failed(run, change)
+                else:
+                    self._is_finished(run, "was finished before")
             elif lock is None:
                 self.waiting.append(run)
             else:
@@ -202,15 +206,18 @@ class Panel:
             self.interrupted += 1
             say(f"stopped: {child.run}, the same command goes on")
         else:
-            self.failed += 1
             killed = status < 0 or status > 125  # by a signal, of which it could say nothing
-            say(f"failed: {child.run}, after {took}: {f'exit code {status}' if killed else child.last_line()}")
+            self._has_failed(child.run, f"after {took}: {f'exit code {status}' if killed else child.last_line()}")
 
     def _is_finished(self, run: Run, how: str) -> None:
         self.finished += 1
         say(f"finished: {run}, {how}")
         if self.results is not None:
             collect(run, self.results)
+
+    def _has_failed(self, run: Run, why: str) -> None:
+        self.failed += 1
+        say(f"failed: {run}, {why}")
 
     def _stop(self, *_: object) -> None:
         self.stopped = True
@@ -235,6 +242,34 @@ def take_lock(run: Run) -> int | None:
     return lock
 
 
+def changed_since(run: Run) -> str | None:
+    """What differs between a finished run and what its flags mean today; None if nothing does.
+
+    The same flags mean something else when a scale or a default has changed. A field that the run's version did not
+    have is no difference.
+    """
+    recorded = run.folder / "config.yaml"
+    if not recorded.exists():
+        return None
+    from smoe.train.command import parse_config  # seconds of imports
+    from smoe.train.config import to_dict
+    from smoe.train.resume import MAY_CHANGE
+    from smoe.yaml_files import load_yaml
+    from transformer_xl.config import LanguageModelConfig
+
+    try:
+        today = to_dict(parse_config(LanguageModelConfig, run.all_flags).resolved())
+        for name, value in load_yaml(recorded).items():
+            if name in today and name not in MAY_CHANGE and today[name] != value:
+                where = os.path.relpath(run.folder, ROOT)
+                return (
+                    f"{name} is {value!r} in {where}, but {today[name]!r} today; to run it again, move that folder away"
+                )
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def collect(run: Run, results: Path) -> None:
     """Copies the run's record, in one piece: to RESULTS/figure5/cpu/8layers_smoe_dropout-seed1.json."""
     record = json.loads(run.result.read_text(encoding="utf-8"))
@@ -254,24 +289,25 @@ def collect(run: Run, results: Path) -> None:
 # ---- saying what there is to do -------------------------------------------------------------------------------------
 def dry_run(runs: Sequence[Run], jobs: int) -> None:
     """One line per run: its state, and how long the last such run took."""
-    left = []
-    for run in runs:
-        seconds, state = run.seconds(), state_of(run)
-        if state != "finished":
-            left.append(seconds)
+    states = [state_of(run) for run in runs]
+    times = [run.seconds() for run in runs]
+    for run, state, seconds in zip(runs, states, times, strict=True):
         print(f"{state:9} {duration(seconds):>12}  {run}")
-    print(f"{len(runs) - len(left)} of {len(runs)} finished", end="")
+    parts = [f"{states.count('finished')} of {len(runs)} finished"]
+    if changed := states.count("changed"):
+        parts.append(f"{changed} finished with other settings, to be moved away")
+    left = [seconds for seconds, state in zip(times, states, strict=True) if state not in ("finished", "changed")]
     if known := [seconds for seconds in left if seconds is not None]:
-        print(f"; {len(known)} take about {duration(sum(known) / jobs)} together", end="")
+        parts.append(f"{len(known)} take about {duration(sum(known) / jobs)} together")
     if len(known) < len(left):
-        print(f"; {len(left) - len(known)} that have never run take an unknown time", end="")
-    print()
+        parts.append(f"{len(left) - len(known)} that have never run take an unknown time")
+    print("; ".join(parts))
 
 
 def state_of(run: Run) -> str:
-    """``finished``, ``running`` (somewhere), ``cut off`` (goes on), or ``new``."""
+    """``finished``, ``changed`` (finished with other settings), ``running``, ``cut off`` (goes on), or ``new``."""
     if run.result.exists():
-        return "finished"
+        return "changed" if changed_since(run) else "finished"
     if (run.folder / ".lock").exists():
         lock = take_lock(run)
         if lock is None:

@@ -376,3 +376,13 @@ def test_killed_in_the_middle_of_a_training_all_sh_finishes_the_rest(data_dir, t
     assert (kept.st_ino, kept.st_mtime_ns) == (old.st_ino, old.st_mtime_ns) and len(after) == 2
     collected = sorted((tmp_path / "results/figure5/smoke").iterdir())
     assert [json.loads(path.read_text())["config"]["k_max"] for path in collected] == [2, 8]
+
+    # A scale that has changed since: the flags and with them the folder are the same, the settings are not.
+    (config,) = (tmp_path / "runs/figure5/constant_k2_smoe_dropout").glob("*/config.yaml")
+    config.write_text(config.read_text().replace("d_model: 32", "d_model: 64").replace("d_hidden_share: null\n", ""))
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=240)
+    (line,) = [line for line in done.stdout.splitlines() if "failed: " in line]
+    assert done.returncode == 1 and "d_model is 64 in " in line and "but 32 today" in line and "move" in line
+    assert done.stdout.splitlines()[-1].endswith("1 finished, 1 failed, 0 left") and results() == after
+    done = subprocess.run([*map(str, command), "--dry_run"], env=environment, capture_output=True, text=True)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["finished", "changed", "1"]
