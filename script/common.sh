@@ -21,6 +21,7 @@ flag_value() {
 
 # run_dir_of NAME WORD...: runs/NAME/<flags>, one folder per set of flags: "--scale smoke --seed 2" becomes
 # scale-smoke_seed-2; a very long one is cut, and told apart by its checksum. NAME says model and method already.
+# RUNS_DIR in the environment is another folder than runs.
 run_dir_of() {
     local name=$1 flags="" slug word skip=0
     shift
@@ -39,7 +40,16 @@ run_dir_of() {
     if [ "${#slug}" -gt 120 ]; then
         slug=${slug:0:100}-$(printf '%s' "$flags" | cksum | cut -d ' ' -f 1)
     fi
-    printf '%s' "runs/$name/${slug:-default}"
+    printf '%s' "${RUNS_DIR:-runs}/$name/${slug:-default}"
+}
+
+# show_flags FLAG...: with SHOW_FLAGS set in the environment, prints the flags that the trainer would get, --run_dir
+# included, one per line, and ends the script before it has done anything. script/panel.py asks for them.
+show_flags() {
+    if [ -n "${SHOW_FLAGS:-}" ]; then
+        printf '%s\n' "$@"
+        exit
+    fi
 }
 
 # train_and_report MODULE RUN_DIR FLAG...: trains on every GPU there is (else on the CPU), goes on where it stopped,

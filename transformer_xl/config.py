@@ -17,8 +17,19 @@ class RunConfig(TrainConfig):
 
     expert_dropout: float = 0.1  # as released: in every expert, after ReLU
     d_head: int = option(64, "width of a head")
+    d_hidden_share: float | None = option(
+        None, "narrower MLPs, of this share of d_hidden; the record has their d_hidden, and null here"
+    )
 
     def __post_init__(self) -> None:
+        if self.d_hidden_share is not None:
+            width = self.d_hidden * self.d_hidden_share
+            if not width >= 1 or width % 1:
+                allowed = f"its product with d_hidden = {self.d_hidden} must be a whole number of at least 1"
+                raise ValueError(f"d_hidden_share is {self.d_hidden_share}; {allowed}")
+            # Applied once: a configuration that is copied or read back keeps its width.
+            object.__setattr__(self, "d_hidden", int(width))
+            object.__setattr__(self, "d_hidden_share", None)
         self.sizes()
         super().__post_init__()
 

@@ -172,4 +172,5 @@ def _meta(data_dir: str | Path) -> dict[str, Any]:
 
 
 def _advice(data_dir: str | Path, force: bool = False) -> str:
-    return f"run: python data/enwik8/prepare.py --out {data_dir}{' --force' if force else ''}"
+    newlines = " --newlines drop" if "no-newlines" in Path(data_dir).name else ""
+    return f"run: python data/enwik8/prepare.py{newlines} --out {data_dir}{' --force' if force else ''}"

@@ -49,6 +49,12 @@ def test_missing_folder_names_it_and_the_command(tmp_path):
         assert f"data/enwik8/prepare.py --out {tmp_path / 'none'}" in one_line(error)
 
 
+def test_the_advice_prepares_the_same_variant(tmp_path):
+    folder = tmp_path / "enwik8-no-newlines"
+    with pytest.raises(ValueError, match=f"prepare.py --newlines drop --out {folder}$"):
+        load_split(folder, "train")
+
+
 def test_missing_or_truncated_file(data_dir):
     (data_dir / "valid.bin").unlink()
     with pytest.raises(ValueError, match=r"valid\.bin is missing.*prepare\.py") as error:
