@@ -29,7 +29,7 @@ class RunConfig(TrainConfig):
 
     steps: int = 100_000
     batch_size: int = 64
-    seq_len: int = option(512, "tokens of a sequence; must divide the blocks of the data", at_least=8)
+    seq_len: int = option(512, "tokens of a sequence: best the data's block_length, else it must divide it", at_least=8)
     learning_rate: float = 5e-5
     decay: Decay = "linear"
     clip: float = 1.0

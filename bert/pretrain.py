@@ -40,7 +40,7 @@ class MaskedLanguageModel(Task):
     def __init__(self, config: PretrainConfig, rank: int, world_size: int) -> None:
         super().__init__(config, rank, world_size)
         self.architecture = self.title = config.model
-        self.corpus = Blocks(config.data, config.model)
+        self.corpus = Blocks(config.data, config.model, config.scale)
         self.vocabulary = self.corpus.vocabulary
         self.data = {split: self.corpus.sequences(split, config.seq_len) for split in ("train", *self.splits)}
         self.dataset = self.corpus.record
@@ -115,7 +115,12 @@ class MaskedLanguageModel(Task):
 
     def notes(self) -> list[str]:
         note = f" ({self.corpus.meta['note']})" if self.corpus.meta["note"] else ""
-        return [f"data: {self.corpus.meta['dataset']}{note}, vocabulary of {self.vocabulary.size}"]
+        lines = [f"data: {self.corpus.meta['dataset']}{note}, vocabulary of {self.vocabulary.size}"]
+        length, seq_len = self.corpus.block_length, self.config.seq_len
+        if length != seq_len:
+            cut = f"each block of {length} tokens is cut into {length // seq_len} sequences of seq_len = {seq_len}"
+            lines.append(f"note: {cut}, of which only the first starts with [CLS] or <s>")
+        return lines
 
 
 def main() -> None:

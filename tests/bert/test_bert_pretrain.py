@@ -51,6 +51,17 @@ def test_every_method_trains_and_leaves_a_full_run_folder(model, method, pretrai
     assert not [path for path in run.rglob("*") if path.suffix in (".pt", ".bin", ".pkl", ".pth")]
 
 
+def test_sequences_that_do_not_start_with_their_token_are_said(prepared):
+    def notes(**sizes):
+        options = {"model": "bert", "data": prepared("bert"), "num_layers": 1, "d_model": 16, "num_heads": 2}
+        config = PretrainConfig("smoe_dropout", "unused", d_hidden=32, batch_size=2, **options, **sizes)
+        return MaskedLanguageModel(config, 0, 1).notes()
+
+    (cut,) = notes(seq_len=32)[1:]
+    assert "each block of 64 tokens is cut into 2 sequences of seq_len = 32, of which only the first starts" in cut
+    assert len(notes(seq_len=64)) == 1
+
+
 LONG = ("--steps", 30, "--eval_interval", 15, "--save_interval", 3, "--log_interval", 1)
 
 
