@@ -1,4 +1,13 @@
-"""Hugging Face's BERT and RoBERTa for masked language modelling, with the MLP of any method in every layer."""
+"""Hugging Face's BERT and RoBERTa for masked language modelling, with the MLP of any method in every layer.
+
+What differs from the classes' defaults:
+
+- RoBERTa's layer norms have an epsilon of 1e-5, as the published checkpoint has (``layer_norm_eps`` in roberta-base's
+  config.json, and the default of PyTorch, with which fairseq trained it); ``RobertaConfig`` starts from BERT's 1e-12.
+- A dense MLP drops hidden units between its two linear layers (``DenseMLP``). Hugging Face's BERT has no dropout there.
+  Table 1's rows "Dense w. Dropout", "w. Concrete Dropout" and "w. DropBlock" differ in this dropout alone, so it stays;
+  ``dropout=0`` with ``residual_dropout=0.1`` is Hugging Face's model.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +88,9 @@ def _dense(config: RunConfig, vocabulary: Vocabulary) -> PreTrainedModel:
     else:
         # RoBERTa counts positions from the padding's id + 1.
         positions = config.seq_len + vocabulary.pad + 1
-        model = RobertaForMaskedLM(RobertaConfig(max_position_embeddings=positions, type_vocab_size=1, **sizes))
+        model = RobertaForMaskedLM(
+            RobertaConfig(max_position_embeddings=positions, type_vocab_size=1, layer_norm_eps=1e-5, **sizes)
+        )
     model.config.intermediate_size = config.d_hidden
     return model
 

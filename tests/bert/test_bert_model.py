@@ -74,6 +74,28 @@ def test_the_head_at_the_predicted_places_gives_the_models_own_loss(model):
     torch.testing.assert_close(output.logits[5], expected.logits[1, 15])
 
 
+@pytest.mark.parametrize(("model", "epsilon"), [("bert", 1e-12), ("roberta", 1e-5)])
+def test_layer_norms_have_the_epsilon_of_the_published_checkpoint(model, epsilon):
+    norms = [module for module in build(model).modules() if isinstance(module, nn.LayerNorm)]
+    assert len(norms) == 1 + 2 * TINY["num_layers"] + 1, "embeddings, two per layer, head"
+    assert {norm.eps for norm in norms} == {epsilon}
+
+
+def test_a_dense_mlp_has_dropout_between_its_linear_layers_alone_where_hugging_faces_has_none():
+    built = build("bert", "dense_dropout", dropout=0.3, residual_dropout=0.2, attention_dropout=0.1)
+    layer = built.base_model.encoder.layer[0]
+    assert layer.intermediate.dropout.p == 0.3
+    assert layer.output.dropout.p == layer.attention.output.dropout.p == built.base_model.embeddings.dropout.p == 0.2
+    assert layer.attention.self.dropout.p == 0.1
+    x = torch.randn(1, 50, 32)
+    torch.manual_seed(3)
+    y = layer.train().intermediate(x)
+    torch.manual_seed(3)
+    hidden = layer.intermediate.dropout(nn.functional.gelu(layer.intermediate.up(x)))
+    assert 0.2 < (hidden == 0).float().mean() < 0.4
+    torch.testing.assert_close(y, layer.intermediate.down(hidden))
+
+
 def test_weights_are_drawn_as_the_model_draws_its_own():
     for method in ("smoe", "dense_dropout"):
         built = build("bert", method, d_model=64, d_hidden=512)
