@@ -24,7 +24,7 @@ from smoe import SMoE
 from smoe.dropout import Dropout
 from smoe.methods import DenseMLP
 
-INIT_STD = 0.02
+SINUSOID_AMPLITUDE = 0.1
 
 
 class MaskedLMOutput(NamedTuple):
@@ -63,7 +63,12 @@ def build_model(config: RunConfig, vocabulary: Vocabulary) -> PreTrainedModel:
     for i, layer in enumerate(model.base_model.encoder.layer):
         layer.intermediate = config.make_mlp(i, activation="gelu")
         layer.output.dense = nn.Identity()
-        _initialise(layer.intermediate)
+        _initialise(layer.intermediate, config.init_std)
+        if config.key_init == "query":
+            attention = layer.attention.self
+            attention.key.load_state_dict(attention.query.state_dict())
+    if config.position_init == "sinusoid":
+        _to_sinusoids(model.base_model.embeddings.position_embeddings)
     _use_fast_dropout(model)
     return model
 
@@ -78,7 +83,7 @@ def _dense(config: RunConfig, vocabulary: Vocabulary) -> PreTrainedModel:
         "intermediate_size": 1,
         "hidden_dropout_prob": config.residual_rate(),
         "attention_probs_dropout_prob": config.attention_dropout,
-        "initializer_range": INIT_STD,
+        "initializer_range": config.init_std,
         "pad_token_id": vocabulary.pad,
         "bos_token_id": vocabulary.start,
         "eos_token_id": vocabulary.end,
@@ -96,15 +101,30 @@ def _dense(config: RunConfig, vocabulary: Vocabulary) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _initialise(mlp: nn.Module) -> None:
-    """Weights as the model draws its own: N(0, 0.02), biases 0."""
+def _initialise(mlp: nn.Module, std: float) -> None:
+    """Weights as the model draws its own: N(0, std), biases 0."""
     if isinstance(mlp, SMoE):
-        mlp.reset_parameters(INIT_STD)
+        mlp.reset_parameters(std)
         return
     assert isinstance(mlp, DenseMLP)
     for linear in (mlp.up, mlp.down):
-        nn.init.normal_(linear.weight, 0.0, INIT_STD)
+        nn.init.normal_(linear.weight, 0.0, std)
         nn.init.zeros_(linear.bias)
+
+
+@torch.no_grad()
+def _to_sinusoids(positions: nn.Embedding) -> None:
+    """Fill the table with sines and cosines of the position (Vaswani et al. 2017, 3.5), times SINUSOID_AMPLITUDE.
+
+    Neighbours are alike then, which normal numbers must learn first. The row of padding stays 0.
+    """
+    count, width = positions.weight.shape
+    frequencies = 10_000 ** (-torch.arange(0, width, 2) / width)
+    angles = torch.arange(count).unsqueeze(1) * frequencies
+    sinusoids = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
+    positions.weight.copy_(SINUSOID_AMPLITUDE * sinusoids)
+    if positions.padding_idx is not None:
+        positions.weight[positions.padding_idx] = 0
 
 
 def _use_fast_dropout(model: nn.Module) -> None:

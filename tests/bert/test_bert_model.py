@@ -1,6 +1,7 @@
 """The models: Hugging Face's, with another MLP."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -102,6 +103,38 @@ def test_weights_are_drawn_as_the_model_draws_its_own():
         for name, weight in built.named_parameters():
             if "intermediate" in name and weight.dim() > 1 and "bias" not in name:
                 assert weight.std().item() == pytest.approx(0.02, rel=0.2), name
+
+
+@pytest.mark.parametrize("method", ["smoe", "dense_dropout"])
+def test_init_std_is_that_of_every_weight(method):
+    built = build("bert", method, d_model=64, d_hidden=512, init_std=0.05)
+    weights = {name: weight for name, weight in built.named_parameters() if weight.dim() > 1 and "bias" not in name}
+    assert len(weights) > 10
+    for name, weight in weights.items():
+        if weight.numel() > 1000:
+            assert weight.std().item() == pytest.approx(0.05, rel=0.2), name
+
+
+@pytest.mark.parametrize("model", VOCABULARIES)
+def test_positions_may_start_as_sinusoids(model):
+    table = build(model, position_init="sinusoid").base_model.embeddings.position_embeddings
+    weight = table.weight.detach()
+    for position in range(len(weight)):
+        for column in range(0, 32, 2):
+            angle = position / 10_000 ** (column / 32)
+            expected = [0.1 * math.sin(angle), 0.1 * math.cos(angle)]
+            if position == table.padding_idx:
+                expected = [0.0, 0.0]
+            assert weight[position, column : column + 2].tolist() == pytest.approx(expected, abs=1e-6)
+    assert table.weight.requires_grad
+    assert build(model).base_model.embeddings.position_embeddings.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_keys_may_start_as_the_queries():
+    for key_init, same in (("query", True), ("normal", False)):
+        for layer in build("bert", key_init=key_init).base_model.encoder.layer:
+            query, key = layer.attention.self.query.weight, layer.attention.self.key.weight
+            assert torch.equal(query, key) == same and query.data_ptr() != key.data_ptr()
 
 
 def test_routers_follow_the_seed_and_differ_from_layer_to_layer():

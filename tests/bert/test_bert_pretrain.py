@@ -10,6 +10,7 @@ import ablations
 import pytest
 import torch
 from runs import assert_one_line, assert_same_weights, lines, losses, result, wait_for_step, weights
+from safetensors.torch import load_file
 
 from bert.config import PretrainConfig
 from bert.pretrain import MaskedLanguageModel
@@ -78,6 +79,22 @@ def test_k_and_learning_rate_follow_the_step_and_the_router_stays_fixed(pretrain
     assert all(torch.equal(early[name], late[name]) for name in routers)
     experts = [name for name in early if ".experts." in name]
     assert experts and not any(torch.equal(early[name], late[name]) for name in experts)
+
+
+def test_beta2_and_the_initialisation_reach_the_training(pretrain, tmp_path):
+    run = tmp_path / "run"
+    flags = ("--steps", 1, "--beta2", 0.75, "--init_std", 0.05, "--position_init", "sinusoid", "--key_init", "query")
+    assert pretrain("bert", "smoe_dropout", run, *flags, "--learning_rate", 1e-9).wait() == 0
+    state = load_file(run / "checkpoints" / "step-00000001" / "optimizer.safetensors")
+    name = "state/cls.predictions.bias"
+    # After one step Adam's means are (1 - beta1) g and (1 - beta2) g^2; its beta1 is 0.9.
+    gradient = state[f"{name}/exp_avg"] / 0.1
+    torch.testing.assert_close(state[f"{name}/exp_avg_sq"], 0.25 * gradient**2)
+    end = weights(run)
+    attention = "bert.encoder.layer.0.attention.self"
+    torch.testing.assert_close(end[f"{attention}.query.weight"], end[f"{attention}.key.weight"])
+    assert end[f"{attention}.query.weight"].std().item() == pytest.approx(0.05, rel=0.1)
+    assert end["bert.embeddings.position_embeddings.weight"][0, 1].item() == pytest.approx(0.1, abs=1e-5)
 
 
 def task_of(run):
