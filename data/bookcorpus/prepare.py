@@ -1,6 +1,6 @@
 """BookCorpus (or books of your own) as blocks of tokens for masked language models.
 
-    python data/bookcorpus/prepare.py --model bert|roberta [--scale paper|cpu|smoke|auto] [--source FILE|FOLDER ...]
+    python data/bookcorpus/prepare.py --model bert|roberta [--scale paper|hour|cpu|smoke|auto] [--source FILE|FOLDER ...]
                                       [--tokenizer FOLDER|FILES] [--vocab_size N] [--block_length N]
                                       [--out DIR] [--force]
 
@@ -42,6 +42,7 @@ SMALL_VOCABULARY = {"bert": 1024, "roberta": 1024}
 # By scale: entries of the vocabulary, bytes of text (None: all there is), and tokens of a block: the scale's seq_len.
 SCALES = {
     "paper": {"vocab_size": {"bert": 30522, "roberta": 50265}, "max_bytes": None, "block_length": 512},
+    "hour": {"vocab_size": SMALL_VOCABULARY, "max_bytes": 16_000_000, "block_length": 32},
     "cpu": {"vocab_size": SMALL_VOCABULARY, "max_bytes": 16_000_000, "block_length": 64},
     "smoke": {"vocab_size": SMALL_VOCABULARY, "max_bytes": 500_000, "block_length": 32},
 }

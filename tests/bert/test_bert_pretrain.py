@@ -216,7 +216,7 @@ def test_a_bad_configuration_names_field_value_and_what_would_be_right(flags, wo
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
 
 
-@pytest.mark.parametrize("scale", ["paper", "cpu", "smoke"])
+@pytest.mark.parametrize("scale", ["paper", "hour", "cpu", "smoke"])
 def test_scales_are_whole_and_have_a_width_for_each_model(scale):
     for model, width in (("bert", "d_hidden_bert"), ("roberta", "d_hidden_roberta")):
         argv = ["--model", model, "--method", "smoe_dropout", "--scale", scale, "--run_dir", "unused"]
