@@ -47,39 +47,44 @@ class Vocabulary:
 class Blocks:
     """A folder that data/bookcorpus/prepare.py filled, checked.
 
-    Raises ValueError, in one line, when it isn't one, is for another model, or a file is not as recorded.
+    Raises ValueError, in one line, when it isn't one, is for another model, or a file is not as recorded; the line
+    says how to prepare it for `scale`.
     """
 
-    def __init__(self, folder: str | Path, model: str) -> None:
+    def __init__(self, folder: str | Path, model: str, scale: str = "auto") -> None:
         self.folder = Path(folder)
-        self.meta = _meta(self.folder, model)
+        self._advice = f"run: python data/bookcorpus/prepare.py --model {model} --scale {scale} --out {folder}"
+        self.meta = _meta(self.folder, self._advice)
         if self.meta["model"] != model:
-            raise ValueError(f"data: {folder} holds tokens for {self.meta['model']}; {_advice(self.folder, model)}")
+            raise ValueError(f"data: {folder} holds tokens for {self.meta['model']}; {self._advice}")
         self.block_length: int = self.meta["block_length"]
         self.vocabulary = Vocabulary(self.meta["vocab_size"], **self.meta["special_ids"])
         if not (self.folder / "tokenizer.json").is_file():
-            raise ValueError(f"data: {folder} has no tokenizer.json; {_advice(self.folder, model)}")
+            raise ValueError(f"data: {folder} has no tokenizer.json; {self._advice}")
 
     @property
     def record(self) -> dict[str, Any]:
         """What result.json says of the data set."""
-        names = ("sha256", "vocab_size", "duplicates_left_out", "note", "origin")
+        names = ("sha256", "vocab_size", "block_length", "duplicates_left_out", "note", "origin")
         record = {"name": self.meta["dataset"]} | {name: self.meta[name] for name in names}
         record["splits"] = {name: part["sha256"] for name, part in self.meta["splits"].items()}
         return record | {"tokenizer": self.meta["tokenizer"]}
 
     def sequences(self, split: str, seq_len: int) -> np.ndarray:
-        """The split as (sequences, seq_len), a read-only view of the file: each block cut into equal parts."""
+        """The split as (sequences, seq_len), a read-only view of the file: each block cut into equal parts.
+
+        Where `seq_len` is less than the block's length, only the first part of a block starts with [CLS].
+        """
         if self.block_length % seq_len:
-            raise ValueError(f"seq_len is {seq_len}; it must divide the data's blocks of {self.block_length} tokens")
+            raise ValueError(
+                f"seq_len is {seq_len}; it must divide the data's blocks of {self.block_length} tokens; "
+                f"--block_length {seq_len} of data/bookcorpus/prepare.py makes blocks that fit"
+            )
         part = self.meta["splits"][split]
         path = self.folder / part["file"]
         size = path.stat().st_size if path.is_file() else 0
         if size != part["bytes"]:
-            raise ValueError(
-                f"data: {path} has {size} bytes, but meta.json says {part['bytes']}; "
-                f"{_advice(self.folder, self.meta['model'])}"
-            )
+            raise ValueError(f"data: {path} has {size} bytes, but meta.json says {part['bytes']}; {self._advice}")
         return np.memmap(path, dtype=self.meta["dtype"], mode="r").reshape(-1, seq_len)
 
 
@@ -189,7 +194,7 @@ def _generator(purpose: int, seed: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([purpose, seed, index])))
 
 
-def _meta(folder: Path, model: str) -> dict[str, Any]:
+def _meta(folder: Path, advice: str) -> dict[str, Any]:
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text())
@@ -198,11 +203,7 @@ def _meta(folder: Path, model: str) -> dict[str, Any]:
         if all(isinstance(meta["splits"][name]["bytes"], int) for name in ("train", "valid", "test")):
             return meta
     except OSError:
-        raise ValueError(f"data: no prepared data set in {folder}; {_advice(folder, model)}") from None
+        raise ValueError(f"data: no prepared data set in {folder}; {advice}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         pass  # damaged: said below, as for one that lacks fields
-    raise ValueError(f"data: {path} is damaged; {_advice(folder, model)} --force")
-
-
-def _advice(folder: Path, model: str) -> str:
-    return f"run: python data/bookcorpus/prepare.py --model {model} --out {folder}"
+    raise ValueError(f"data: {path} is damaged; {advice} --force")

@@ -42,6 +42,7 @@ class TrainConfig(MethodConfig):
     learning_rate: float = option(2.5e-4, "the largest one", above=0)
     decay: Decay = option("cosine", "how the learning rate falls to 0")
     warmup_steps: int = option(0, "steps in which the learning rate rises to its full value", at_least=0)
+    beta2: float = option(0.999, "of Adam: how slowly its mean of squared gradients moves", at_least=0, below=1)
     weight_decay: float = option(0.0, "of AdamW; 0 is Adam", at_least=0)
     clip: float = option(0.25, "largest norm of the gradient", above=0)
 

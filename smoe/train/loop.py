@@ -67,7 +67,8 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
     model = processes.prepare(task.model, task.blocks, config.fsdp)
     decay = config.weight_decay  # without it AdamW is Adam
     trained = parameter_groups(task.model, decay) if decay else task.model.parameters()
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=decay, fused=True)
+    betas = (0.9, config.beta2)
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=betas, weight_decay=decay, fused=True)
     torch.manual_seed(config.seed + 1000 * processes.rank)  # equal weights everywhere, different dropout
     progress = Progress()
     checkpoint = newest_checkpoint(folder.checkpoints, processes) if config.resume else None
