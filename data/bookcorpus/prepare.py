@@ -1,6 +1,7 @@
 """BookCorpus (or books of your own) as blocks of tokens for masked language models.
 
-    python data/bookcorpus/prepare.py --model bert|roberta [--scale paper|hour|cpu|smoke|auto] [--source FILE|FOLDER ...]
+    python data/bookcorpus/prepare.py --model bert|roberta [--scale paper|hour|cpu|smoke|auto]
+                                      [--source FILE|FOLDER ...]
                                       [--tokenizer FOLDER|FILES] [--vocab_size N] [--block_length N]
                                       [--out DIR] [--force]
 
