@@ -1,8 +1,8 @@
 """BookCorpus (or books of your own) as blocks of tokens for masked language models.
 
-    python data/bookcorpus/prepare.py --model bert|roberta [--scale paper|hour|cpu|smoke|auto] [--source FILE|FOLDER ...]
-                                      [--tokenizer FOLDER|FILES] [--vocab_size N] [--block_length N]
-                                      [--out DIR] [--force]
+    python data/bookcorpus/prepare.py --model bert|roberta [--scale paper|hour|cpu|smoke|auto]
+                                      [--source FILE|FOLDER ...] [--tokenizer FOLDER|FILES]
+                                      [--vocab_size N] [--block_length N] [--out DIR] [--force]
 
 Writes train.bin, valid.bin and test.bin, tokenizer.json and meta.json to --out, and prints that folder. A block is
 [CLS] 510 tokens [SEP], or <s> ... </s>; documents run on within a split, with one more [SEP] or </s> between them.
