@@ -43,7 +43,7 @@ SMALL_VOCABULARY = {"bert": 1024, "roberta": 1024}
 SCALES = {
     "paper": {"vocab_size": {"bert": 30522, "roberta": 50265}, "max_bytes": None, "block_length": 512},
     "hour": {"vocab_size": SMALL_VOCABULARY, "max_bytes": 16_000_000, "block_length": 32},
-    "cpu": {"vocab_size": SMALL_VOCABULARY, "max_bytes": 16_000_000, "block_length": 64},
+    "cpu": {"vocab_size": SMALL_VOCABULARY, "max_bytes": 16_000_000, "block_length": 32},
     "smoke": {"vocab_size": SMALL_VOCABULARY, "max_bytes": 500_000, "block_length": 32},
 }
 
