@@ -66,7 +66,7 @@ class FineTuneConfig(FineTuned, RunConfig):
 
 
 class FineTuning(Task):
-    """What these tasks share. Examples are of a kind that the task chooses, with a method ``__len__``: its tokens."""
+    """What these tasks share. What an example is, is up to the task."""
 
     config: FineTuneConfig
 
@@ -78,15 +78,17 @@ class FineTuning(Task):
         self.data = self.read_data()
         train = self.data["train"]
         for split, examples in self.data.items():
-            longest = max(map(len, examples))
+            longest = max(max(self.lengths(example)) for example in examples)
             if longest > config.seq_len:
-                raise ValueError(f"seq_len is {config.seq_len}; {split} has an example of {longest} tokens, raise it")
+                allowed = f"at least {longest}, the tokens of the longest example of {split}"
+                raise ValueError(f"seq_len is {config.seq_len}; it must be {allowed}")
         if config.batch_size > len(train):
             raise ValueError(
                 f"batch_size is {config.batch_size}; it must be at most the {len(train)} training examples"
             )
         self.share = equal_share(config.batch_size, rank, world_size)
-        self.tokens_per_step = round(config.batch_size * sum(map(len, train)) / len(train))
+        tokens = sum(sum(self.lengths(example)) for example in train)
+        self.tokens_per_step = round(config.batch_size * tokens / len(train))
         torch.manual_seed(config.seed)
         self.model = self.build_model()
         self.blocks = self.model.encoder.encoder.layer
@@ -95,6 +97,10 @@ class FineTuning(Task):
 
     def read_data(self) -> dict[str, Sequence[Any]]:
         """The examples of train and of every split; sets ``dataset``, and adds to ``facts`` and ``record``."""
+        raise NotImplementedError
+
+    def lengths(self, example: Any) -> list[int]:
+        """The tokens of each sequence that an example has."""
         raise NotImplementedError
 
     def collate(self, examples: Sequence[Any]) -> tuple[Tensor, ...]:

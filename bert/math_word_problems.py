@@ -63,9 +63,6 @@ class Problem:
     ids: Sequence[int] = ()
     slots: Sequence[int] = ()
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
 
 class SolverOutput(NamedTuple):
     """``loss``: the mean over problems of the mean nats per token of their equation; ``logits (B, L, symbols + S)``, 0
@@ -133,6 +130,9 @@ class MathWordProblems(FineTuning):
             slots.append(1 + next(j for j, (_, end) in enumerate(encoded.offsets) if end > start))
         ids = [self.vocabulary.start, *encoded.ids, self.vocabulary.end]
         return dataclasses.replace(problem, ids=ids, slots=slots)
+
+    def lengths(self, example: Problem) -> list[int]:
+        return [len(example.ids)]
 
     def collate(self, examples: Sequence[Problem]) -> tuple[Tensor, Tensor, Tensor]:
         symbols = {token: i for i, token in enumerate(self.symbols)}
