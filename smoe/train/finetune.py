@@ -34,7 +34,11 @@ class FineTuned:
 
     @classmethod
     def inherited(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        values = {"epochs": None} if "steps" in given else {}  # a scale's epochs give way to a user's steps
+        values: dict[str, Any] = {}
+        if "steps" in given:
+            if given.get("epochs") is not None:
+                raise ValueError(f"epochs is {given['epochs']} and steps is {given['steps']}; give one of them")
+            values["epochs"] = None  # a scale's epochs give way to a user's steps
         if given.get("run") is not None:
             recorded = RunFolder(given["run"]).read_config()
             values |= {name: recorded[name] for name in cls.of_the_run if name in recorded}

@@ -14,7 +14,7 @@ def tokenizer(model: str, folder: Path) -> Path:
     """A tokenizer.json of whole words and letters."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = "has and gets more loses how many left in all ? . what is a boxes of each next to number".split()
+    words = "it has and gets more loses how many left in all ? . what is a boxes of each next to number".split()
     vocabulary = [*_SPECIAL[model].values(), *words, *NAMES, *THINGS, *map(str, range(10))]
     pieces = {token: i for i, token in enumerate([*vocabulary, *(f"##{i}" for i in range(10))])}
     made = Tokenizer(models.WordPiece(pieces, unk_token=_SPECIAL[model]["unknown"]))

@@ -296,6 +296,7 @@ def test_two_processes_are_one(start_ranks, solve_argv, tokenizer, tmp_path):
         (["--valid_share", 0], ["valid_share", "0"]),
         (["--valid_share", "1e-9"], ["valid_share is 1e-09", "leaves none to validate on"]),
         (["--decoder_layers", 0], ["decoder_layers", "0"]),
+        (["--steps", 9, "--epochs", 2], ["epochs is 2", "steps is 9", "give one of them"]),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(flags, words, solve, tokenizer, tmp_path):
