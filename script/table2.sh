@@ -102,6 +102,14 @@ if [ -z "$data" ]; then
     [[ -z $source || $source == /* ]] || source=$called_from/$source
     python "data/$task/prepare.py" ${source:+--source "$source"}
 fi
-[ -z "$first" ] || bash "$first" ${same[@]+"${same[@]}"}
+if [ -n "$first" ]; then
+    # Under the lock of script/panel.py: several of these may start from the same run.
+    mkdir -p "$pretrained"
+    lock=()
+    if command -v flock >/dev/null; then
+        lock=(flock "$pretrained/.lock")
+    fi
+    ${lock[@]+"${lock[@]}"} bash "$first" ${same[@]+"${same[@]}"}
+fi
 
 train_and_report "$module" "$run_dir" --run "$pretrained" "$@"
