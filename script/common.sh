@@ -19,6 +19,20 @@ flag_value() {
     printf '%s' "$value"
 }
 
+# without_flag NAME WORD...: sets the array `words` to the words without --NAME and its value.
+without_flag() {
+    local name=$1 previous="" word
+    shift
+    words=()
+    for word in "$@"; do
+        case "$previous $word" in
+            *" --$name" | *" --$name="* | "--$name "*) ;;
+            *) words+=("$word") ;;
+        esac
+        previous=$word
+    done
+}
+
 # run_dir_of NAME WORD...: runs/NAME/<flags>, one folder per set of flags: "--scale smoke --seed 2" becomes
 # scale-smoke_seed-2; a very long one is cut, and told apart by its checksum. NAME says model and method already.
 # RUNS_DIR in the environment is another folder than runs.

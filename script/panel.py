@@ -81,8 +81,18 @@ class Run:
 
 # ---- which runs -----------------------------------------------------------------------------------------------------
 def read_panels(figure: str) -> dict[str, list[str]]:
-    """By panel: the lines of the figure's runs.yaml, each a script and flags."""
-    return yaml.safe_load((ROOT / "script" / figure / "runs.yaml").read_text(encoding="utf-8"))
+    """By panel: the lines of the figure's runs.yaml, each a script and flags; one with {a,b} is two lines."""
+    panels = yaml.safe_load((ROOT / "script" / figure / "runs.yaml").read_text(encoding="utf-8"))
+    return {panel: [line for lines in written for line in expanded(lines)] for panel, written in panels.items()}
+
+
+def expanded(line: str) -> list[str]:
+    """The lines that a line with braces stands for, as the shell expands ``{a,b}``."""
+    before, brace, rest = line.partition("{")
+    if not brace:
+        return [line]
+    choices, _, after = rest.partition("}")
+    return [f"{before}{choice}{tail}" for choice in choices.split(",") for tail in expanded(after)]
 
 
 def trainer_flags(name: str, flags: Sequence[str]) -> tuple[str, ...]:
@@ -255,10 +265,9 @@ def changed_since(run: Run) -> str | None:
     from smoe.train.config import to_dict
     from smoe.train.resume import MAY_CHANGE
     from smoe.yaml_files import load_yaml
-    from transformer_xl.config import LanguageModelConfig
 
     try:
-        today = to_dict(parse_config(LanguageModelConfig, run.all_flags).resolved())
+        today = to_dict(parse_config(config_class(run), run.all_flags).resolved())
         for name, value in load_yaml(recorded).items():
             if name in today and name not in MAY_CHANGE and today[name] != value:
                 where = os.path.relpath(run.folder, ROOT)
@@ -268,6 +277,20 @@ def changed_since(run: Run) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def config_class(run: Run) -> type:
+    """The configuration of the run's trainer."""
+    figure, task, *_ = run.name.split("/")
+    if figure != "table2":
+        from transformer_xl.config import LanguageModelConfig as Config
+    elif task == "sst2":
+        from transformer_xl.classify import ClassifyConfig as Config
+    elif task == "csqa":
+        from bert.multiple_choice import MultipleChoiceConfig as Config
+    else:
+        from bert.math_word_problems import MathConfig as Config
+    return Config
 
 
 def collect(run: Run, results: Path) -> None:

@@ -33,17 +33,8 @@ if [ -n "$newlines" ]; then
         echo "error: --data names data that is prepared already, so --newlines has no effect; give one of them" >&2
         exit 2
     fi
-    # The trainer is told the folder instead.
-    train=()
-    previous=""
-    for word in "$@"; do
-        case "$previous $word" in
-            *" --newlines" | *" --newlines="* | "--newlines "*) ;;
-            *) train+=("$word") ;;
-        esac
-        previous=$word
-    done
-    set -- "${train[@]}" --data "$folder"
+    without_flag newlines "$@" # the trainer is told the folder instead
+    set -- "${words[@]}" --data "$folder"
 fi
 show_flags "$@"
 

@@ -28,8 +28,8 @@ Config = TypeVar("Config", bound=TrainConfig)
 def read_run(path: str | Path, config_class: type[Config], what: str, which: str = "best") -> tuple[Config, Checkpoint]:
     """The configuration of a run and one of its checkpoints, the weights alone.
 
-    A field that the run's version did not have yet takes its default; engine and processes are those of this machine. A
-    damaged newest checkpoint is said on stderr.
+    A field that the run's version did not have yet takes its default; engine, processes and the run folder's place are
+    those of this machine. A damaged newest checkpoint is said on stderr.
 
     Args:
         what: a model of this kind, for messages, e.g. ``a Transformer-XL``. which: ``best`` or ``last``.
@@ -65,7 +65,7 @@ def _read_config(folder: RunFolder, config_class: type[Config], what: str) -> Co
         for name, value in recorded.items()
     }
     try:
-        return config_class(**values | {"engine": "auto"}).for_evaluation()
+        return config_class(**values | {"engine": "auto", "run_dir": str(folder.path)}).for_evaluation()
     except (TypeError, ValueError) as error:
         raise ValueError(f"run: {folder.config_path} is not of {what}: {error}") from None
 
@@ -95,7 +95,10 @@ def evaluation_command(*tasks: type[Task], prog: str, what: str, argv: Sequence[
     arguments = parser.parse_args(argv)
 
     recorded = RunFolder(arguments.run).read_config().keys()
-    task_class = next((task for task in tasks if recorded <= fields[task]), tasks[0])
+    # A run of an earlier version lacks fields; the task with the fewest that it lacks is its own.
+    task_class = min(
+        (task for task in tasks if recorded <= fields[task]), key=lambda t: len(fields[t]), default=tasks[0]
+    )
     config, checkpoint = read_run(arguments.run, task_class.config_class, what, arguments.checkpoint)
     changes = {} if arguments.data is None else {"data": arguments.data}
     for limit in limits:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,10 +12,12 @@ from smoe.train.task import Task
 
 
 class Measured(NamedTuple):
-    """``values``: by metric. ``n``: the number of tokens or examples they are means of."""
+    """``values``: by metric. ``n``: the number of tokens or examples they are means of. ``predictions``: per example,
+    see ``Task.predictions``."""
 
     values: dict[str, float]
     n: int
+    predictions: dict[str, Any] = {}  # never changed in place
 
 
 @torch.no_grad()
@@ -27,6 +29,7 @@ def measure(task: Task, split: str, k: int | None, processes: Processes) -> Meas
     model, device = task.model, processes.device
     was_training = model.training
     model.eval()
+    task.predictions = {}
     try:
         with (
             activated(model, k),
@@ -39,7 +42,7 @@ def measure(task: Task, split: str, k: int | None, processes: Processes) -> Meas
         model.train(was_training)
     assert isinstance(sums, torch.Tensor), f"{split}: no pass"
     total = processes.sum(sums).tolist()
-    return Measured(task.values(total), round(total[-1]))
+    return Measured(task.values(total), round(total[-1]), processes.join(task.predictions))
 
 
 def k_name(k: int | None) -> str:

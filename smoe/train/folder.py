@@ -1,6 +1,6 @@
 """The folder one run lives in.
 
-config.yaml  metrics.jsonl  tensorboard/  checkpoints/step-XXXXXXXX/  result.json
+config.yaml  metrics.jsonl  tensorboard/  checkpoints/step-XXXXXXXX/  result.json  predictions.jsonl (some tasks)
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class RunFolder:
         self.config_path = self.path / "config.yaml"
         self.metrics_path = self.path / "metrics.jsonl"
         self.result_path = self.path / "result.json"
+        self.predictions_path = self.path / "predictions.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
 

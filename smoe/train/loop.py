@@ -16,6 +16,7 @@ from torch import Tensor
 from smoe.control import set_top_k
 from smoe.environment import environment_record
 from smoe.errors import NonFiniteError, Stopped
+from smoe.files import write_atomic
 from smoe.parameters import parameter_groups
 from smoe.train.checkpoint import checkpoint_path, save_checkpoint
 from smoe.train.config import TrainConfig
@@ -23,7 +24,7 @@ from smoe.train.evaluation import k_name, measure, sweep
 from smoe.train.folder import open_run
 from smoe.train.log import Log, at_k, one_or_all, print_header
 from smoe.train.processes import Processes
-from smoe.train.record import make_record
+from smoe.train.record import make_record, prediction_lines
 from smoe.train.resume import load_checkpoint, load_weights, newest_checkpoint, restore
 from smoe.train.state import optimizer_tensors, rng_tensors
 from smoe.train.stop import StopRequest
@@ -150,6 +151,8 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
     if processes.is_main:
         sweep_seconds, per_step = time.perf_counter() - started, progress.seconds / config.steps
         seconds = {"training": progress.seconds, "sweep": sweep_seconds, "per_step": per_step}
+        if lines := prediction_lines(swept[chosen[0][1]["step"]], task.splits[-1]):
+            write_atomic(folder.predictions_path, lines)
         run = {"tokens_per_second": task.tokens_per_step / per_step, "processes": processes.world_size}
         folder.write_result(make_record(task, chosen, swept, seconds=seconds, **run, environment=environment))
     processes.leave()

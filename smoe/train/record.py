@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from smoe.train.evaluation import Measured, k_name
 from smoe.train.task import Task
 
 # Where things were and how they were shown: a record is for others too, and goes without.
-PLACES = ("run_dir", "run", "data", "resume", "progress", "process_timeout")
+PLACES = ("run_dir", "run", "data", "tokenizer", "resume", "progress", "process_timeout")
 
 # Fields that make an ablation of a method.
 _VARIED = ("router", "score", "output_scale", "expert_dropout", "layers", "schedule", "k_min", "k_max")
@@ -63,6 +64,20 @@ def make_record(
         "config": {field: value for field, value in to_dict(config).items() if field not in PLACES},
         **run,
     }
+
+
+def prediction_lines(swept: Sweep, split: str) -> str:
+    """predictions.jsonl: a line per example of ``split``, in which each k has [prediction, 1 if it is right, else 0].
+
+    E.g. ``{"id": "12", "8": ["+ number0 number1", 0], "16": ["- number0 number1", 1]}``. With it two runs can be
+    compared on the same examples (McNemar's test). Empty for a task that keeps no predictions.
+    """
+    by_k = {k: measured.predictions for k, measured in swept[split].items()}
+    lines = (
+        {"id": name} | {k: [found[name][0], int(found[name][1])] for k, found in by_k.items()}
+        for name in next(iter(by_k.values()))
+    )
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def _of_metric(metric: Metric, swept: Sweep) -> dict[str, Any]:

@@ -43,6 +43,9 @@ class Task:
         # JSON that a checkpoint keeps to rebuild the model without the data, e.g. the vocabulary.
         self.facts: dict[str, Any] = {}
         self.record: dict[str, Any] = {}  # further fields of result.json
+        # By the example's id: what :meth:`passes` has predicted for this process's share, (prediction, whether right).
+        # A task that fills it gets a predictions.jsonl beside its record.
+        self.predictions: dict[str, tuple[str, bool]] = {}
 
     # ---- every task -------------------------------------------------------------------------------------------------
     def build_model(self) -> nn.Module:
