@@ -34,6 +34,13 @@ def is_constant(token: str) -> bool:
     return _CONSTANT.fullmatch(token) is not None
 
 
+def check_slots(text: str, count: int) -> None:
+    """ValueError unless the slots of ``text`` are those of ``count`` numbers, each once and in order."""
+    slots = [word for word in text.split() if slot_index(word) is not None]
+    if slots != [f"number{i}" for i in range(count)]:
+        raise ValueError(f"the text has the slots {' '.join(slots) or '(none)'}, but there are {count} numbers")
+
+
 def check(tokens: Sequence[str], slots: int) -> None:
     """EquationError unless ``tokens`` are one whole equation over at most ``slots`` numbers."""
     missing = 1  # operands that are still to come

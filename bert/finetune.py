@@ -119,7 +119,8 @@ class FineTuning(Task):
         return where_in_epochs(len(self.data["train"]), self.config.batch_size, step)
 
     def files(self) -> list[Path]:
-        return [self.config.tokenizer_file()]
+        own = self.config.run is None and self.config.tokenizer is None
+        return [] if own else [self.config.tokenizer_file()]
 
     def notes(self) -> list[str]:
         sizes = ", ".join(f"{split} {len(examples)}" for split, examples in self.data.items())

@@ -136,7 +136,8 @@ class MathWordProblems(FineTuning):
 
     def collate(self, examples: Sequence[Problem]) -> tuple[Tensor, Tensor, Tensor]:
         symbols = {token: i for i, token in enumerate(self.symbols)}
-        targets = torch.full((len(examples), self.max_length), _NOT_COUNTED)
+        longest = max(len(problem.equation) for problem in examples) + 1
+        targets = torch.full((len(examples), longest), _NOT_COUNTED)
         for row, problem in zip(targets, examples, strict=True):
             slots = [equations.slot_index(token) for token in problem.equation]
             ids = [
@@ -189,9 +190,10 @@ def read_problems(config: MathConfig) -> tuple[dict[str, Any], dict[str, list[Pr
     """The record of the data set, and train, valid and test of the fold."""
 
     def problem(row: dict[str, Any]) -> Problem:
-        equation = row["equation"].split()
-        equations.check(equation, len(row["numbers"]))
-        return Problem(row["question"], row["numbers"], equation, row["answer"])
+        numbers, equation = [float(number) for number in row["numbers"]], row["equation"].split()
+        equations.check(equation, len(numbers))
+        equations.check_slots(row["question"], len(numbers))
+        return Problem(row["question"], numbers, equation, float(row["answer"]))
 
     folder = Path(config.data)
     parts = {split: f"{config.fold}-{split}" for split in ("train", "test")}

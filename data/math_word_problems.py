@@ -92,9 +92,7 @@ def _problem(row: Mapping[str, str | None]) -> dict[str, Any]:
     """A row as it is written. ValueError for one that no model could learn from or be measured on."""
     question, numbers, equation, answer = (row[column] or "" for column in COLUMNS)
     values = [_number("Numbers", word) for word in numbers.split()]
-    slots = [word for word in question.split() if equations.slot_index(word) is not None]
-    if slots != [f"number{i}" for i in range(len(values))]:
-        raise ValueError(f"Question has the slots {' '.join(slots) or '(none)'}, but Numbers has {len(values)} numbers")
+    equations.check_slots(question, len(values))
     try:
         equations.check(equation.split(), len(values))
     except equations.EquationError as error:

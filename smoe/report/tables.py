@@ -28,7 +28,7 @@ def paper_values(block: Block) -> dict[str, dict[str, float]]:
     results = paper_results()
     if block.metric in ("bpc", "bits_per_masked_token"):
         cells = {row: cell["bpc"] for row, cell in results["table1"].get(block.model, {}).items()}
-    elif block.metric == "accuracy":  # a share here, percent there
+    elif block.metric in ("accuracy", "solving_rate"):  # a share here, percent there
         cells = {row: cell / 100 for row, cell in results["table2"].get(block.model, {}).get(block.dataset, {}).items()}
     else:
         cells = {}

@@ -327,6 +327,8 @@ def test_a_run_of_another_kind_or_size(pretrain, solve, tokenizer, tmp_path):
         (("number0 number1", "number0"), "'+ number0' ends too early"),
         (('"equation"', '"equations"'), "damaged ('equation')"),
         (("[", "{"), "damaged"),
+        (("and gets number1", "and gets number2"), "the text has the slots number0 number2, but there are 2 numbers"),
+        (('"answer": ', '"answer": "x", "a": '), "could not convert string to float: 'x'"),
         (None, "SHA-256"),
         ("", "0-test.jsonl has no examples"),
     ],

@@ -216,6 +216,12 @@ def test_a_scales_own_section_is_checked_too(scales):
         parse_config(Example, ["--data", "d", "--scale", "cpu"])
 
 
+def test_a_section_may_start_from_another_one(tmp_path):
+    user = tmp_path / "user.yaml"
+    user.write_text("a: &a {steps: 1, seed: 2}\nb:\n  <<: *a\n  seed: 3\n")
+    assert load_yaml(user)["b"] == {"steps": 1, "seed": 3}
+
+
 def test_help_shows_the_note_default_and_choices_of_each_field(capsys):
     with pytest.raises(SystemExit) as caught:
         parse_config(Example, ["--help"], prog="trainer")

@@ -59,7 +59,7 @@ def test_it_measures_in_evaluation_mode_with_k_experts(tmp_path):
     processes.configure(config)
     task = Spy(config, 0, 1)
     task.model.train()
-    assert measure(task, "test", 3, processes) == ({"accuracy": 3 / 8, "cross_entropy": 1.0}, 8)
+    assert measure(task, "test", 3, processes) == ({"accuracy": 3 / 8, "cross_entropy": 1.0}, 8, {})
     assert seen == [("test", False, 3, False, 0)]
 
 
