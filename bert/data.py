@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smoe.train.task import equal_share
+
 _ORDER, _MASK, _EVALUATION = 0, 1, 2  # what a generator is for: no two uses share their numbers
 
 
@@ -106,16 +108,11 @@ class TrainingBatches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if batch_size % world_size:
-            raise ValueError(
-                f"batch_size: {batch_size} sequences can't be shared equally by {world_size} processes; "
-                f"it must be a multiple of {world_size}"
-            )
         if len(data) < batch_size:
             raise ValueError(f"batch_size: {batch_size} is more than the {len(data)} sequences there are to train on")
         self.data, self.vocabulary, self.batch_size = data, vocabulary, batch_size
         self.mask_share, self.seed = mask_share, seed
-        self.share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self.share = equal_share(batch_size, rank, world_size)
         self.steps_per_epoch = len(data) // batch_size
         self._order: tuple[int, np.ndarray] | None = None
 

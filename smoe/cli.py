@@ -1,4 +1,4 @@
-"""The ``smoe`` command: what a model costs, how fast it is, what runs have shown. Everything is imported when used."""
+"""The ``smoe`` command: what a model costs, how fast it is, what runs have shown, export. Imports come when used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from .errors import BAD_INPUT, clean_exit
 
-_DESCRIPTION = "Sparse mixtures of experts as a training technique: counts, benchmarks and reports."
+_DESCRIPTION = "Sparse mixtures of experts as a training technique: counts, benchmarks, reports and export."
 _LENGTHS = {
     "batch": "sequences",
     "seq_len": "tokens of a sequence",
@@ -49,13 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .report.command import main as report
 
             return report(argv[1:]) or 0
-        return _flops(_build_parser().parse_args(argv))
+        options = _build_parser().parse_args(argv)
+        return {"flops": _flops, "export": _export}[options.command](options)
 
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="smoe", description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{flops,bench,report}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{flops,export,bench,report}")
     flops = commands.add_parser(
         "flops",
         allow_abbrev=False,
@@ -69,6 +70,18 @@ def _build_parser() -> argparse.ArgumentParser:
     source.add_argument("--arch", choices=("transformer_xl", "bert", "roberta"), help="a model at the paper's sizes")
     source.add_argument("--model", metavar="PATH", help="a saved Hugging Face model (folder with config.json)")
     add_flops_options(flops, *_LENGTHS)
+    export = commands.add_parser(
+        "export",
+        allow_abbrev=False,
+        help="write a saved model in a format that other software runs",
+        description="hf: a modulized Llama or Mistral becomes a Mixtral of Transformers, a Qwen3 a Qwen3-MoE. They "
+        "compute the same at every k: AutoModelForCausalLM.from_pretrained(DIR, num_experts_per_tok=K).",
+    )
+    export.add_argument("path", metavar="PATH", help="folder that smoe.save_pretrained or a Trainer wrote")
+    export.add_argument("--to", required=True, choices=("hf",), help="the format")
+    export.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    export.add_argument("--k", type=int, help="of the exported model, unless another is asked for (default: as saved)")
+    export.add_argument("--metrics", metavar="JSON", help='for the model card, such as {"8": {"BPC": 1.21}} by k')
     # Their arguments go to other programs untouched; here they are listed for --help alone.
     commands.add_parser("bench", add_help=False, help="time the layer against dense and peers (in a checkout)")
     commands.add_parser("report", add_help=False, help="tables and plots from finished runs")
@@ -259,3 +272,30 @@ def _own_k(model: Any) -> int | None:
 
     k = get_top_k(model) if smoe_layers(model) else None
     return None if isinstance(k, list) else k
+
+
+# ---- smoe export
+
+
+def _export(options: argparse.Namespace) -> int:
+    need("transformers", "hf")
+    import smoe
+
+    from .export import to_hf
+
+    if Path(options.out).resolve() == Path(options.path).resolve():
+        raise ValueError(f"--out is {options.out}, the model itself; it must be another folder")
+    metrics = None if options.metrics is None else _read_metrics(Path(options.metrics))
+    model = smoe.from_pretrained(options.path)
+    out = to_hf(model, options.out, top_k=options.k, metrics=metrics, tokenizer=options.path)
+    print(f"{out}: {json.loads((out / 'config.json').read_text(encoding='utf-8'))['architectures'][0]}")
+    return 0
+
+
+def _read_metrics(file: Path) -> dict[int, dict[str, float]]:
+    """k -> name -> value from a JSON file."""
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        return {int(k): {name: float(value) for name, value in row.items()} for k, row in rows.items()}
+    except (ValueError, AttributeError, TypeError):
+        raise ValueError(f'--metrics {file}: it must be JSON like {{"8": {{"BPC": 1.21}}}}, by k') from None

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smoe.train.task import equal_share
+
 
 def load_split(data_dir: str | Path, split: str) -> np.memmap:
     """The raw bytes of `split` ("train", "valid" or "test") as a read-only memory map, (bytes,) uint8.
@@ -60,11 +62,6 @@ class SegmentStream:
 
     def __init__(self, data: np.ndarray, batch_size: int, tgt_len: int, rank: int = 0, world_size: int = 1) -> None:
         _check(batch_size, tgt_len, rank, world_size)
-        if batch_size % world_size:
-            raise ValueError(
-                f"batch_size: {batch_size} rows can't be shared equally by {world_size} processes; "
-                f"it must be a multiple of {world_size}"
-            )
         row_length = len(data) // batch_size
         self.segments_per_epoch = (row_length - 1) // tgt_len
         if self.segments_per_epoch < 1:
@@ -73,7 +70,7 @@ class SegmentStream:
                 f"a row holds {row_length}, and tgt_len must be at most {max(row_length - 1, 0)}"
             )
         self.tgt_len = tgt_len
-        self.share = _share(batch_size, rank, world_size)  # of the rows
+        self.share = equal_share(batch_size, rank, world_size)  # of the rows
         self._rows = _rows(data, batch_size, rank, world_size)
 
     def segment(self, step: int) -> tuple[Tensor, Tensor, bool]:

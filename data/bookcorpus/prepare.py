@@ -1,8 +1,8 @@
 """BookCorpus (or books of your own) as blocks of tokens for masked language models.
 
-    python data/bookcorpus/prepare.py --model bert|roberta [--scale paper|hour|cpu|smoke|auto] [--source FILE|FOLDER ...]
-                                      [--tokenizer FOLDER|FILES] [--vocab_size N] [--block_length N]
-                                      [--out DIR] [--force]
+    python data/bookcorpus/prepare.py --model bert|roberta [--scale paper|hour|cpu|smoke|auto]
+                                      [--source FILE|FOLDER ...] [--tokenizer FOLDER|FILES]
+                                      [--vocab_size N] [--block_length N] [--out DIR] [--force]
 
 Writes train.bin, valid.bin and test.bin, tokenizer.json and meta.json to --out, and prints that folder. A block is
 [CLS] 510 tokens [SEP], or <s> ... </s>; documents run on within a split, with one more [SEP] or </s> between them.
@@ -43,7 +43,7 @@ SMALL_VOCABULARY = {"bert": 1024, "roberta": 1024}
 SCALES = {
     "paper": {"vocab_size": {"bert": 30522, "roberta": 50265}, "max_bytes": None, "block_length": 512},
     "hour": {"vocab_size": SMALL_VOCABULARY, "max_bytes": 16_000_000, "block_length": 32},
-    "cpu": {"vocab_size": SMALL_VOCABULARY, "max_bytes": 16_000_000, "block_length": 64},
+    "cpu": {"vocab_size": SMALL_VOCABULARY, "max_bytes": 16_000_000, "block_length": 32},
     "smoke": {"vocab_size": SMALL_VOCABULARY, "max_bytes": 500_000, "block_length": 32},
 }
 

@@ -33,7 +33,7 @@ def save_pretrained(model: nn.Module, path: str | Path) -> Path:
         raise ValueError(f"path is {str(path)!r}, which is a file; it must be a folder, new or not")
     model = bare(model)
     check_whole(model, "save_pretrained")
-    _check_tensors(model)
+    check_tensors(model)
     record = describe(model)
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path, prefix=".part-") as part:
@@ -44,7 +44,7 @@ def save_pretrained(model: nn.Module, path: str | Path) -> Path:
             _save_tensors(model, Path(part) / WEIGHTS)
             settings = {} if record is None else {"smoe": record.to_json()}
             (Path(part) / OWN_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-        _replace(path, Path(part))
+        replace_files(path, Path(part))
     return path
 
 
@@ -60,7 +60,7 @@ def bare(model: nn.Module) -> nn.Module:
             return model
 
 
-def _check_tensors(model: nn.Module) -> None:
+def check_tensors(model: nn.Module) -> None:
     """A ValueError if the state dict is not plain tensors with values, under the model's own names."""
     for name, module in model.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":
@@ -105,7 +105,7 @@ def _save_tensors(model: nn.Module, file: Path) -> None:
     save_file(tensors, str(file), metadata={"format": "pt"})
 
 
-def _replace(path: Path, part: Path) -> None:
+def replace_files(path: Path, part: Path) -> None:
     """Moves the files of ``part`` into ``path`` and removes what is left there of an earlier model."""
     new = {file.name for file in part.iterdir()}
     old = {CONFIG, OWN_CONFIG, WEIGHTS, INDEX}

@@ -27,7 +27,7 @@ class TrainConfig(MethodConfig):
 
     run_dir: str = required("the folder the run lives in")
     _: KW_ONLY
-    scale: str = option("auto", "paper, cpu (two cores, minutes), smoke (seconds); auto: paper with CUDA, else cpu")
+    scale: str = option("auto", "a section of the task's YAML: paper, cpu, smoke, ...; auto: paper with CUDA, else cpu")
     scale_reason: str = ""
     resume: bool = option(False, "continue the run in run_dir from its newest good checkpoint, if there is one")
     precision: Literal["auto", "bf16", "fp32"] = option("auto", "auto: bf16 where the device is fast at it")

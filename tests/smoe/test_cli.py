@@ -82,6 +82,9 @@ def test_saved_modulized_model(capsys, tmp_path, gpt2):
         (["flops", "--model", "nowhere", "--method", "smoe"], "--method has no effect with --model"),
         (["flops", "--arch", "bert", "--step"], "unrecognized arguments: --step"),
         (["report"], "RUN"),
+        (["export", "nowhere", "--to", "hf", "--out", "there"], "'nowhere' holds no config.json"),
+        (["export", "nowhere", "--to", "gguf", "--out", "there"], "invalid choice: 'gguf'"),
+        (["export", "nowhere", "--to", "hf", "--out", "./nowhere"], "--out is ./nowhere, the model itself"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(argv, message, capsys):
@@ -106,6 +109,32 @@ def test_bad_model_folders(capsys, tmp_path, gpt2):
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main(["flops", *argv])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and message in err, err
+
+
+def test_export(capsys, tmp_path, gpt2):
+    from tiny_models import tiny
+
+    model = smoe.modulize(tiny("Llama"), num_experts=4, top_k=2)
+    smoe.save_pretrained(model, tmp_path / "saved")
+    metrics = tmp_path / "metrics.json"
+    metrics.write_text('{"1": {"BPC": 2.5}}')
+    argv = ["export", str(tmp_path / "saved"), "--to", "hf", "--out", str(tmp_path / "out"), "--k", "3"]
+    assert cli.main([*argv, "--metrics", str(metrics)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}: MixtralForCausalLM\n"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_experts_per_tok"] == 3
+    assert "| 2.5000 |" in (tmp_path / "out" / "README.md").read_text()
+
+    metrics.write_text('{"1": 2.5}')
+    smoe.save_pretrained(smoe.modulize(gpt2, num_experts=4), tmp_path / "gpt2")
+    capsys.readouterr()
+    for words, message in (
+        ([*argv, "--metrics", str(metrics)], "it must be JSON like"),
+        (["export", str(tmp_path / "gpt2"), *argv[2:]], "model is a GPT2LMHeadModel; only Transformers' own Llama"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words)
         err = capsys.readouterr().err
         assert stop.value.code == 2 and err.count("\n") == 1 and message in err, err
 

@@ -126,7 +126,7 @@ def test_ranks_together_read_what_one_reads():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((5, 3, 0, 2), "batch_size: 5 .* multiple of 2"),
+        ((5, 3, 0, 2), "batch_size is 5; .* number of processes, 2"),
         ((4, 25), "4 x 25 .* at most 24"),
         ((4, 0), "tgt_len: 0"),
         ((0, 3), "batch_size: 0"),

@@ -1,0 +1,90 @@
+"""The model card of an exported model: how to run it, and what every k costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..flops import count
+from .targets import Plan
+
+CARD = "README.md"
+_MOST_ROWS = 16
+
+_TEXT = """---
+library_name: transformers
+tags:
+- mixture-of-experts
+- smoe
+---
+
+# {architecture} with any number of experts per token
+
+Trained with SMoE-Dropout as a {source} whose MLPs are cut into {num_experts} experts, and exported by `smoe export`.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("folder", num_experts_per_tok={k})
+```
+
+{which_k}
+
+{table}
+
+Parameters that one token passes through, and FLOPs of the linear layers for one token (2 per multiply-add).
+"""
+
+
+def write_card(
+    folder: Path, model: nn.Module, plan: Plan, ks: Sequence[int] | None, metrics: Mapping[int, Mapping[str, float]]
+) -> None:
+    """Writes README.md with a row for each of ``ks``; None: for every k, or where there are many for powers of two."""
+    num_experts = getattr(plan.config, plan.target.num_experts)
+    metrics = {int(k): dict(values) for k, values in metrics.items()}
+    one_k = ks is not None
+    if ks is None:
+        ks = range(1, num_experts + 1)
+        if num_experts > _MOST_ROWS:
+            ks = sorted({2**i for i in range(num_experts.bit_length())} | {num_experts} | metrics.keys())
+    k = plan.config.num_experts_per_tok
+    which_k = (
+        f"The experts' outputs are scaled for k = {k}: no other k is right."
+        if one_k
+        else f"`num_experts_per_tok` is any k from 1 to {num_experts}: fewer experts cost less, more of them predict "
+        f"better. Without it k is {k}."
+    )
+    text = _TEXT.format(
+        architecture=plan.architecture,
+        source=type(model).__name__,
+        num_experts=num_experts,
+        k=k,
+        which_k=which_k,
+        table=_table([_row(model, plan, k, metrics.get(k, {})) for k in ks]),
+    )
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def _row(model: nn.Module, plan: Plan, k: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+    token = torch.empty(1, 1, dtype=torch.int64, device="meta")
+    counted = count(model, {"input_ids": token}, k)
+    # Fixed routers are no parameters of ours, but of the target.
+    routers = sum(layer.router.weight.numel() for layer in plan.layers.values())
+    if any(isinstance(layer.router.weight, nn.Parameter) for layer in plan.layers.values()):
+        routers = 0
+    active = counted.params_active + routers
+    return {"k": k, "active parameters": f"{active:,}", "FLOPs": f"{counted.paper_linear:,}", **metrics}
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
