@@ -9,7 +9,7 @@
 #            the same scale and seed, which is trained first if there is none
 #   --setting paper   as the paper trains: 3 epochs of batches of 64 at its learning rate; of word problems the fold that
 #                     its numbers fit. Other flags win over these.
-#   --setting all     longer than validation needs to stop rising: 40 epochs of word problems, 10 of CSQA
+#   --setting all     until validation no longer rises: 1200 steps for CSQA and word problems; SST-2 as its scale says
 #   --source FOLDER   the data set, instead of a download: for data/TASK/prepare.py
 #
 # The trainer is transformer_xl.classify, bert.multiple_choice or bert.math_word_problems. The run folder is
@@ -69,8 +69,7 @@ case "$setting" in
         [ "$task/$model" != svamp/roberta ] || own+=(--fold 1)
         ;;
     all)
-        [ "$module" != bert.math_word_problems ] || own=(--epochs 40)
-        [ "$module" != bert.multiple_choice ] || own=(--epochs 10)
+        [ "$task" = sst2 ] || own=(--steps 1200)
         ;;
     *)
         echo "error: --setting is $setting; it must be paper or all" >&2

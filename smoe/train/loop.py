@@ -142,16 +142,17 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
     chosen = [(k, progress.best[k_name(k)]) for k in config.eval_ks() if k_name(k) in progress.best]
     if not chosen or chosen[0][0] != config.eval_ks()[0]:
         raise NonFiniteError(f"no evaluation on valid gave a finite {decides.title}: there is no best checkpoint")
-    started, swept = time.perf_counter(), {}
+    started, swept, predicted = time.perf_counter(), {}, {}
     for step in sorted({best["step"] for _, best in chosen}, reverse=True):
         if step != progress.step:  # whose weights the model has
             weights = load_checkpoint(checkpoint_path(folder.checkpoints, step), groups=["model"])
             load_weights(weights, task, processes)
-        swept[step] = sweep(task, processes)
+        predicted[step] = {}
+        swept[step] = sweep(task, processes, predicted[step])
     if processes.is_main:
         sweep_seconds, per_step = time.perf_counter() - started, progress.seconds / config.steps
         seconds = {"training": progress.seconds, "sweep": sweep_seconds, "per_step": per_step}
-        if lines := prediction_lines(swept[chosen[0][1]["step"]], task.splits[-1]):
+        if lines := prediction_lines(predicted[chosen[0][1]["step"]]):
             write_atomic(folder.predictions_path, lines)
         run = {"tokens_per_second": task.tokens_per_step / per_step, "processes": processes.world_size}
         folder.write_result(make_record(task, chosen, swept, seconds=seconds, **run, environment=environment))

@@ -13,7 +13,7 @@ from smoe.flops import parameter_counts
 from smoe.metrics import Metric
 from smoe.train.config import TrainConfig, to_dict
 from smoe.train.evaluation import Measured, k_name
-from smoe.train.task import Task
+from smoe.train.task import Predictions, Task
 
 # Where things were and how they were shown: a record is for others too, and goes without.
 PLACES = ("run_dir", "run", "data", "tokenizer", "resume", "progress", "process_timeout")
@@ -66,13 +66,12 @@ def make_record(
     }
 
 
-def prediction_lines(swept: Sweep, split: str) -> str:
-    """predictions.jsonl: a line per example of ``split``, in which each k has [prediction, 1 if it is right, else 0].
+def prediction_lines(by_k: dict[str, Predictions]) -> str:
+    """predictions.jsonl: a line per example, in which each k has [prediction, 1 if it is right, else 0].
 
     E.g. ``{"id": "12", "8": ["+ number0 number1", 0], "16": ["- number0 number1", 1]}``. With it two runs can be
     compared on the same examples (McNemar's test). Empty for a task that keeps no predictions.
     """
-    by_k = {k: measured.predictions for k, measured in swept[split].items()}
     lines = (
         {"id": name} | {k: [found[name][0], int(found[name][1])] for k, found in by_k.items()}
         for name in next(iter(by_k.values()))

@@ -13,6 +13,8 @@ from smoe.methods import PassOutput
 from smoe.metrics import Metric
 from smoe.train.config import TrainConfig
 
+Predictions = dict[str, tuple[str, bool]]  # the example's name -> (the prediction, whether it is right)
+
 
 class Task:
     """One task: a model, what step s trains on, how a batch is run, how a split is measured.
@@ -43,9 +45,8 @@ class Task:
         # JSON that a checkpoint keeps to rebuild the model without the data, e.g. the vocabulary.
         self.facts: dict[str, Any] = {}
         self.record: dict[str, Any] = {}  # further fields of result.json
-        # By the example's id: what :meth:`passes` has predicted for this process's share, (prediction, whether right).
-        # A task that fills it gets a predictions.jsonl beside its record.
-        self.predictions: dict[str, tuple[str, bool]] = {}
+        # What :meth:`passes` has predicted. A task that fills it gets a predictions.jsonl beside its record.
+        self.predictions: Predictions = {}
 
     # ---- every task -------------------------------------------------------------------------------------------------
     def build_model(self) -> nn.Module:

@@ -31,7 +31,7 @@ def test_bpc_equals_a_naive_pass_with_labels(prepared):
     model, blocks = task.bare().train(), task.corpus
     set_top_k(model, 4)
     data = blocks.sequences("test", 32)
-    measured, _, _ = measure(task, "test", 3, processes)
+    measured, _ = measure(task, "test", 3, processes)
     assert get_top_k(model) == 4
 
     set_top_k(model.eval(), 3)

@@ -43,7 +43,7 @@ def test_bpc_equals_a_naive_pass_over_each_row(data_dir):
     model = task.model.train()
     set_top_k(model, 4)
     data = load_split(data_dir, "test")
-    measured, n, _ = measure(task, "test", 3, processes)
+    measured, n = measure(task, "test", 3, processes)
     assert n == 120
     assert model.training and get_top_k(model) == 4
 
