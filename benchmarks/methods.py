@@ -11,9 +11,6 @@ counts for training is the mean over the schedule: its ends weigh a quarter each
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +18,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.options import parse, timing_parser
-from benchmarks.step import SHARES, Step, measure, training_step
+from benchmarks.options import parse, timing_parser, write_record
+from benchmarks.step import SHARES, VOCABULARY, Step, measure, training_step
 from smoe import set_top_k
 from smoe.flops import count_step
 from smoe.methods import METHODS
@@ -30,8 +27,7 @@ from smoe.train.command import parse_config
 from smoe.train.config import TrainConfig
 
 MODELS = ("transformer_xl", "bert", "roberta")
-VOCABULARY = {"bert": 30522, "roberta": 50265}  # of scale paper
-SMALL_VOCABULARY = 1024  # what data/bookcorpus/prepare.py makes for the smaller scales
+SMALL_VOCABULARY = 1024  # what data/bookcorpus/prepare.py makes below scale paper
 
 
 @dataclass
@@ -120,19 +116,8 @@ def main() -> None:
             k = "-" if row["k"] is None else row["k"]
             costs = f"{row['seconds_per_step'] * 1e3:>11.1f}{row['flops_per_step'] / 1e9:>9.2f}"
             print(f"{model:<16}{row['method']:<24}{k:>8}{costs}", flush=True)
-        if options.json:  # after every model, so that an interrupted run keeps what it has measured
-            record = {
-                "what": "a training step of each method, all taking turns in one process; medians in seconds",
-                "processor": platform.processor() or platform.machine(),
-                "cpus": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-                "clock": options.clock,
-                "torch": torch.__version__,
-                "records": rows,
-            }
-            if options.device == "cuda":
-                record["cuda"] = torch.cuda.get_device_name()
-            options.json.write_text(json.dumps(record, indent=1) + "\n")
+        what = "a training step of each method, all taking turns in one process; medians in seconds"
+        write_record(options, what, records=rows)
 
 
 def _name(contender: Contender) -> str:

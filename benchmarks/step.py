@@ -13,9 +13,6 @@ On a busy machine use `--threads 1 --clock cpu`, which counts processor time.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.options import parse, timing_parser
+from benchmarks.options import parse, timing_parser, write_record
 from benchmarks.transformer_xl_reference import build_reference, run_reference
 from smoe import set_top_k
 from smoe.flops import count_step
@@ -211,20 +208,9 @@ def main() -> None:
             del steps
             here = [row for row in rows if (row["model"], row["precision"]) == (model, precision)]
             print("\n".join(map(_line, here)), flush=True)
-            if options.json:  # after every model, so that an interrupted run keeps what it has measured
-                record = {
-                    "what": f"training step: transformer_xl {options.batch} x {options.length} tokens; bert and "
-                    f"roberta {SEQUENCES} x {SEQUENCE} tokens; medians in seconds, ratios of medians",
-                    "processor": platform.processor() or platform.machine(),
-                    "cpus": os.cpu_count(),
-                    "threads": torch.get_num_threads(),
-                    "clock": options.clock,
-                    "torch": torch.__version__,
-                    "rows": rows,
-                }
-                if options.device == "cuda":
-                    record["cuda"] = torch.cuda.get_device_name()
-                options.json.write_text(json.dumps(record, indent=1) + "\n")
+            what = f"training step: transformer_xl {options.batch} x {options.length} tokens; bert and roberta "
+            what += f"{SEQUENCES} x {SEQUENCE} tokens; medians in seconds, ratios of medians"
+            write_record(options, what, rows=rows)
 
 
 if __name__ == "__main__":
