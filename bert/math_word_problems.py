@@ -29,11 +29,10 @@ from bert import equations
 from bert.equation_decoder import END, EquationDecoder, Problems
 from bert.finetune import FineTuneConfig, FineTuning, build_encoder, encode, pad_ids, split_off_valid
 from smoe.errors import run_main
-from smoe.flops import count, count_step
 from smoe.metrics import Metric
 from smoe.options import option
 from smoe.train.command import run_training
-from smoe.train.examples import evaluation_slices, read_examples
+from smoe.train.examples import count_flops, evaluation_slices, read_examples
 
 _NOT_COUNTED = -100
 
@@ -177,13 +176,11 @@ class MathWordProblems(FineTuning):
     def flops(self, model: nn.Module, k: int | list[int] | None) -> dict[str, int]:
         """Of texts of ``seq_len`` tokens; the decoder reads the whole equation at once, as it does in training."""
         c = self.config
-        weights = {"balance_weight": c.balance_weight, "consistency_weight": c.consistency_weight}
         longest = Problem(
             "", [0.0] * self.max_slots, ["number0"] * (self.max_length - 1), 0.0, [self.vocabulary.unknown] * c.seq_len
         )
         one_pass, batch = (self.collate([longest] * size) for size in (c.eval_batch_size, c.batch_size))
-        counted, step = count(model, one_pass, k), count_step(model, c.method, batch, k, **weights)
-        return {"paper": counted.paper_linear, "true": counted.true, "training_step": step}
+        return count_flops(c, model, one_pass, batch, k)
 
 
 def read_problems(config: MathConfig) -> tuple[dict[str, Any], dict[str, list[Problem]]]:

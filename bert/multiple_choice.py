@@ -25,11 +25,10 @@ from transformers import PreTrainedModel
 from bert.finetune import FineTuneConfig, FineTuning, build_encoder, encode, pad_ids, split_off_valid
 from smoe.dropout import Dropout
 from smoe.errors import run_main
-from smoe.flops import count, count_step
 from smoe.metrics import Metric
 from smoe.options import option
 from smoe.train.command import run_training
-from smoe.train.examples import evaluation_slices, read_examples
+from smoe.train.examples import count_flops, evaluation_slices, read_examples
 
 LABELS = "ABCDE"
 
@@ -150,11 +149,9 @@ class MultipleChoice(FineTuning):
     def flops(self, model: nn.Module, k: int | list[int] | None) -> dict[str, int]:
         """Of pairs of ``seq_len`` tokens."""
         c = self.config
-        weights = {"balance_weight": c.balance_weight, "consistency_weight": c.consistency_weight}
         longest = Encoded([[self.vocabulary.unknown] * c.seq_len] * len(LABELS), 1, 0)
         one_pass, batch = (self.collate([longest] * size) for size in (c.eval_batch_size, c.batch_size))
-        counted, step = count(model, one_pass, k), count_step(model, c.method, batch, k, **weights)
-        return {"paper": counted.paper_linear, "true": counted.true, "training_step": step}
+        return count_flops(c, model, one_pass, batch, k)
 
 
 def read_questions(config: MultipleChoiceConfig) -> tuple[dict[str, Any], dict[str, list[Question]]]:

@@ -21,11 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoe.errors import run_main
-from smoe.flops import count, count_step
 from smoe.metrics import Metric
 from smoe.options import option
 from smoe.train.command import run_training
-from smoe.train.examples import batch_of_step, evaluation_slices, read_examples, where_in_epochs
+from smoe.train.examples import batch_of_step, count_flops, evaluation_slices, read_examples, where_in_epochs
 from smoe.train.finetune import FineTuned, pretrained_record
 from smoe.train.task import Task, equal_share
 from transformer_xl.config import LanguageModelConfig, RunConfig
@@ -123,10 +122,8 @@ class Classification(Task):
 
     def flops(self, model: nn.Module, k: int | list[int] | None) -> dict[str, int]:
         c = self.config
-        weights = {"balance_weight": c.balance_weight, "consistency_weight": c.consistency_weight}
         one_pass, batch = (_padded([(b" " * c.seq_len, 0)] * size) for size in (c.eval_batch_size, c.batch_size))
-        counted, step = count(model, one_pass, k), count_step(model, c.method, batch, k, **weights)
-        return {"paper": counted.paper_linear, "true": counted.true, "training_step": step}
+        return count_flops(c, model, one_pass, batch, k)
 
     def where(self, step: int) -> str:
         return where_in_epochs(len(self.data["train"]), self.config.batch_size, step)

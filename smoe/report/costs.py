@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from smoe.report.records import Record
+from smoe.report.records import Record, parameters_at
 from smoe.report.runs import Cell
 
 STEP_TIMES = "step_times.json"  # in the folder of results; written by benchmarks.methods
@@ -43,8 +43,7 @@ def seconds_of(cell: Cell) -> float | None:
 
 def parameters_of(cell: Cell, key: str) -> float:
     """Parameters that one token uses at this k."""
-    parameters = cell.first.record["parameters"]
-    return parameters["total"] if key == "dense" else parameters["active_per_k"][key]
+    return parameters_at(cell.first.record, key)
 
 
 def read_step_times(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from smoe.methods import METHODS
-from smoe.report.records import Record, check_result, dataset_name, examples_of, split_of, values_of
+from smoe.report.records import Record, check_result, dataset_name, examples_of, parameters_at, split_of, values_of
 
 # Fields of a configuration that change no result: where things are, how often they are said, and how they are computed.
 _NO_RESULT = {"run_dir", "data", "resume", "progress", "process_timeout", "log_interval", "save_interval"}
@@ -56,8 +56,7 @@ class Group:
 
     def parameters(self, key: str) -> float:
         """Parameters that one token uses at this k."""
-        parameters = self.records[0]["parameters"]
-        return parameters["total"] if key == "dense" else parameters["active_per_k"][key]
+        return parameters_at(self.records[0], key)
 
 
 @dataclass
@@ -77,10 +76,8 @@ class Block:
     @property
     def measure(self) -> str:
         """E.g. ``test BPC (bits per byte, lower is better)``."""
-        # "BPC" stays as it is, "Accuracy" is a word within a sentence.
-        title = self.title if self.title[1:2].isupper() else self.title[:1].lower() + self.title[1:]
         unit = "" if self.unit.lower() == self.title.lower() else f"{self.unit}, "
-        return f"{self.split} {title} ({unit}{self.direction} is better)"
+        return f"{self.split} {within_a_sentence(self.title)} ({unit}{self.direction} is better)"
 
     @property
     def name(self) -> str:
@@ -124,6 +121,11 @@ def blocks_of(records: Sequence[Record]) -> list[Block]:
     for block in blocks.values():
         _name_groups(block.groups)
     return list(blocks.values())
+
+
+def within_a_sentence(title: str) -> str:
+    """A metric's title: ``BPC`` stays as it is, ``Accuracy`` is a word."""
+    return title if title[1:2].isupper() else title[:1].lower() + title[1:]
 
 
 def plain(text: Any, longest: int = 100) -> str:

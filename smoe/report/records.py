@@ -117,6 +117,12 @@ def value_at(record: Record, key: str) -> float | None:
     return values_of(record).get(key)
 
 
+def parameters_at(record: Record, key: str) -> float:
+    """Parameters that one token uses at this k."""
+    parameters = record["parameters"]
+    return parameters["total"] if key == "dense" else parameters["active_per_k"][key]
+
+
 def examples_of(record: Record) -> int | None:
     """n: how many examples those values are means over; None where the record does not say."""
     return (record["metrics"][record["metric"]].get("n") or {}).get(split_of(record))

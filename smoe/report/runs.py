@@ -12,7 +12,7 @@ from typing import Any
 from smoe.methods import METHODS
 from smoe.modulize.layers import chosen_layers
 from smoe.paper import SIZES
-from smoe.report.groups import departures, plain, settings_of
+from smoe.report.groups import departures, plain, settings_of, within_a_sentence
 from smoe.report.records import Record, dataset_name, split_of, value_at, values_of
 
 _SIZES = {"num_layers", "num_experts", "d_hidden", "d_hidden_bert", "d_hidden_roberta"}
@@ -117,8 +117,7 @@ class Context:
     @property
     def measure(self) -> str:
         """E.g. ``test BPC (lower is better)``."""
-        title = self.metric["title"]
-        title = title if title[1:2].isupper() else title[:1].lower() + title[1:]
+        title = within_a_sentence(self.metric["title"])
         return f"{self.metric['split']} {title} ({self.metric['direction']} is better)"
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Examples in files of JSON lines: read with a check, some held out, and dealt to steps, passes and processes."""
+"""Tasks of examples: read from JSON lines with a check, some held out, dealt to steps, passes and processes; FLOPs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from torch import nn
+
+from smoe.flops import count, count_step
+from smoe.train.config import TrainConfig
 
 Example = TypeVar("Example")
 
@@ -88,3 +92,12 @@ def evaluation_slices(count: int, batch_size: int, rank: int, ranks: int) -> Ite
     mine = range(rank * count // ranks, (rank + 1) * count // ranks)
     for start in range(0, -(-count // ranks), batch_size):
         yield mine[start : start + batch_size]
+
+
+def count_flops(
+    config: TrainConfig, model: nn.Module, one_pass: Any, batch: Any, k: int | list[int] | None
+) -> dict[str, int]:
+    """What ``Task.flops`` returns, from inputs of an evaluation pass and of a step, of which shapes alone matter."""
+    weights = {"balance_weight": config.balance_weight, "consistency_weight": config.consistency_weight}
+    counted, step = count(model, one_pass, k), count_step(model, config.method, batch, k, **weights)
+    return {"paper": counted.paper_linear, "true": counted.true, "training_step": step}
