@@ -56,9 +56,6 @@ class MaskedLanguageModel(Task):
         )
         self.tokens_per_step = config.batch_size * config.seq_len
         self.step_shape = f"{config.batch_size} x {config.seq_len} tokens"
-        if rank == 0:
-            splits = {split: masked_tokens(self.evaluation_batches(split)) for split in self.splits}
-            self.record["floors"] = floors(self.data["train"], splits, self.vocabulary)
         self.facts = {"vocabulary": dataclasses.asdict(self.vocabulary)}
         torch.manual_seed(config.seed)
         self.model = self.build_model()
@@ -117,6 +114,9 @@ class MaskedLanguageModel(Task):
     def notes(self) -> list[str]:
         note = f" ({self.corpus.meta['note']})" if self.corpus.meta["note"] else ""
         lines = [f"data: {self.corpus.meta['dataset']}{note}, vocabulary of {self.vocabulary.size}"]
+        # Counted here, not in __init__: a run that is only evaluated doesn't need them.
+        splits = {split: masked_tokens(self.evaluation_batches(split)) for split in self.splits}
+        self.record["floors"] = floors(self.data["train"], splits, self.vocabulary)
         told = ", ".join(f"{name} {bits['valid']:.3f}" for name, bits in self.record["floors"].items())
         lines.append(f"floors, in bits per masked token of valid: {told}")
         length, seq_len = self.corpus.block_length, self.config.seq_len

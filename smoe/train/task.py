@@ -101,7 +101,7 @@ class Task:
         return []
 
     def notes(self) -> list[str]:
-        """Further lines for the start of the output."""
+        """Further lines for the start of a training's output; asked once, by the main process."""
         return []
 
 
