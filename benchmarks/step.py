@@ -25,7 +25,7 @@ from benchmarks.transformer_xl_reference import build_reference, run_reference
 from smoe import set_top_k
 from smoe.flops import count_step
 from transformer_xl.config import LanguageModelConfig
-from transformer_xl.flops import step_flops
+from transformer_xl.cost import meta_inputs
 
 MODELS = ("transformer_xl", "bert", "roberta")
 BATCH, LENGTH = 8, 128  # Transformer-XL; defaults of --batch and --length
@@ -67,7 +67,7 @@ def transformer_xl(batch: int, length: int, method: str, dropout: float, device:
     memory = torch.randn(config.num_layers, batch, length, config.d_model, device=device)
 
     def flops(k: int | None) -> int:
-        return step_flops(model, method, k, batch=batch, tgt_len=length, mem_len=length)
+        return count_step(model, method, meta_inputs(model, batch, length, length), k)
 
     adam = lambda parameters: torch.optim.Adam(parameters, lr=2.5e-4, fused=True)  # noqa: E731
     return model, lambda: model(ids, targets, memory, length).loss, adam, flops

@@ -27,6 +27,8 @@ from smoe.options import option
 from smoe.train.examples import batch_of_step, hold_out, where_in_epochs
 from smoe.train.finetune import FineTuned, pretrained_record
 from smoe.train.folder import RunFolder
+from smoe.train.predictions import Predictions
+from smoe.train.processes import Processes
 from smoe.train.task import Task, equal_share
 
 TOKENIZER = "tokenizer.json"
@@ -55,9 +57,6 @@ class FineTuneConfig(FineTuned, RunConfig):
             raise ValueError(f"run: {given['run']} is not of a BERT or RoBERTa, as python -m bert.pretrain leaves it")
         return values
 
-    def for_evaluation(self) -> FineTuneConfig:
-        return dataclasses.replace(super().for_evaluation(), tokenizer=None)
-
     def tokenizer_file(self) -> Path:
         """The file that was named, that of the pretrained run, or the run folder's own (a run that is evaluated)."""
         if self.tokenizer is not None:
@@ -74,6 +73,7 @@ class FineTuning(Task):
         super().__init__(config, rank, world_size)
         self.architecture = self.title = config.model
         self.tokenizer, self.vocabulary = read_tokenizer(config)
+        self.predictions = Predictions()
         self.facts = {"vocabulary": dataclasses.asdict(self.vocabulary)}
         self.data = self.read_data()
         train = self.data["train"]
@@ -121,6 +121,9 @@ class FineTuning(Task):
     def files(self) -> list[Path]:
         own = self.config.run is None and self.config.tokenizer is None
         return [] if own else [self.config.tokenizer_file()]
+
+    def result_files(self, processes: Processes) -> dict[str, str]:
+        return self.predictions.files(self.config.sweep_ks(), processes)
 
     def notes(self) -> list[str]:
         sizes = ", ".join(f"{split} {len(examples)}" for split, examples in self.data.items())

@@ -152,7 +152,7 @@ class MathWordProblems(FineTuning):
         return pad_ids([problem.ids for problem in problems], self.vocabulary.pad), torch.tensor(slots)
 
     def passes(self, model: nn.Module, split: str, device: torch.device) -> Iterator[Tensor]:
-        problems = self.data[split]
+        problems, kept = self.data[split], self.predictions.at(model)
         for mine in evaluation_slices(len(problems), self.config.eval_batch_size, self.rank, self.world_size):
             # Where others have one more pass, a problem that does not count.
             written = self.forward(model, self.texts([problems[i] for i in mine] or problems[:1]), device).tolist()
@@ -160,7 +160,7 @@ class MathWordProblems(FineTuning):
             for i, ids in zip(mine, written, strict=False):
                 equation = self.tokens(ids)
                 right = equations.solves(equation, problems[i].numbers, problems[i].answer)
-                self.predictions[str(i)] = (" ".join(equation), right)
+                kept[str(i)] = (" ".join(equation), right)
                 solved += right
             yield torch.tensor([solved, len(mine)], dtype=torch.float64, device=device)
 

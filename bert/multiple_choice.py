@@ -131,14 +131,14 @@ class MultipleChoice(FineTuning):
         return ids, second.long(), torch.tensor([example.answer for example in examples])
 
     def passes(self, model: nn.Module, split: str, device: torch.device) -> Iterator[Tensor]:
-        questions = self.data[split]
+        questions, kept = self.data[split], self.predictions.at(model)
         for mine in evaluation_slices(len(questions), self.config.eval_batch_size, self.rank, self.world_size):
             # Where others have one more pass, a question that does not count.
             batch = self.collate([questions[i] for i in mine] or questions[:1])
             chosen = self.forward(model, batch, device).logits.argmax(-1).tolist()
             right = 0
             for i, choice in zip(mine, chosen, strict=False):
-                self.predictions[str(i)] = (LABELS[choice], choice == questions[i].answer)
+                kept[str(i)] = (LABELS[choice], choice == questions[i].answer)
                 right += choice == questions[i].answer
             yield torch.tensor([right, len(mine)], dtype=torch.float64, device=device)
 

@@ -26,6 +26,8 @@ from smoe.options import option
 from smoe.train.command import run_training
 from smoe.train.examples import batch_of_step, count_flops, evaluation_slices, read_examples, where_in_epochs
 from smoe.train.finetune import FineTuned, pretrained_record
+from smoe.train.predictions import Predictions
+from smoe.train.processes import Processes
 from smoe.train.task import Task, equal_share
 from transformer_xl.config import LanguageModelConfig, RunConfig
 from transformer_xl.model import TransformerXL
@@ -86,6 +88,7 @@ class Classification(Task):
         if size > len(train):
             raise ValueError(f"batch_size is {size}; it must be at most the {len(train)} sentences to train on")
         self.share = equal_share(size, rank, world_size)
+        self.predictions = Predictions()
         self.tokens_per_step = round(size * sum(len(text) for text, _ in train) / len(train))
         self.step_shape = f"{size} sentences"
         torch.manual_seed(config.seed)
@@ -109,12 +112,15 @@ class Classification(Task):
         return model(*(part.to(device) for part in batch))
 
     def passes(self, model: nn.Module, split: str, device: torch.device) -> Iterator[Tensor]:
-        rows = self.data[split]
+        rows, kept = self.data[split], self.predictions.at(model)
         for mine in evaluation_slices(len(rows), self.config.eval_batch_size, self.rank, self.world_size):
             # Where other processes have one more pass, a sentence that does not count.
             batch = _padded([rows[i] for i in mine] or [(rows[0][0], -100)])
-            right = self.forward(model, batch, device).logits.argmax(-1).cpu() == batch[2]
-            yield torch.stack((right.sum(), (batch[2] >= 0).sum())).double().to(device)
+            chosen = self.forward(model, batch, device).logits.argmax(-1).tolist()
+            found = {str(i): (str(label), label == rows[i][1]) for i, label in zip(mine, chosen, strict=False)}
+            kept |= found
+            right = sum(is_right for _, is_right in found.values())
+            yield torch.tensor([right, len(mine)], dtype=torch.float64, device=device)
 
     def values(self, sums: list[float]) -> dict[str, float]:
         right, examples = sums
@@ -124,6 +130,9 @@ class Classification(Task):
         c = self.config
         one_pass, batch = (_padded([(b" " * c.seq_len, 0)] * size) for size in (c.eval_batch_size, c.batch_size))
         return count_flops(c, model, one_pass, batch, k)
+
+    def result_files(self, processes: Processes) -> dict[str, str]:
+        return self.predictions.files(self.config.sweep_ks(), processes)
 
     def where(self, step: int) -> str:
         return where_in_epochs(len(self.data["train"]), self.config.batch_size, step)

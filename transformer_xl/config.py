@@ -56,10 +56,3 @@ class LanguageModelConfig(RunConfig):
     eval_tgt_len: int = option(128, "tokens of an evaluation segment", at_least=1)
     eval_mem_len: int = option(896, "tokens of memory when evaluating", at_least=0)
     eval_tokens: int | None = option(None, "bytes of valid and of test to evaluate on; null: all of them")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.eval_tokens is not None and self.eval_tokens < self.eval_batch_size:
-            raise ValueError(
-                f"eval_tokens is {self.eval_tokens}; it must be at least eval_batch_size = {self.eval_batch_size}"
-            )

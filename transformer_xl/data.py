@@ -61,7 +61,7 @@ class SegmentStream:
     """
 
     def __init__(self, data: np.ndarray, batch_size: int, tgt_len: int, rank: int = 0, world_size: int = 1) -> None:
-        _check(batch_size, tgt_len, rank, world_size)
+        assert batch_size > 0 and tgt_len > 0 and 0 <= rank < world_size
         row_length = len(data) // batch_size
         self.segments_per_epoch = (row_length - 1) // tgt_len
         if self.segments_per_epoch < 1:
@@ -82,11 +82,6 @@ class SegmentStream:
         start = within * self.tgt_len
         return *_segment(self._rows, start, start + self.tgt_len), within == 0
 
-    def where(self, step: int) -> str:
-        """What `step` reads, for an error message."""
-        epoch, within = divmod(step, self.segments_per_epoch)
-        return f"epoch {epoch}, segment {within} of the data"
-
 
 def evaluation_segments(
     data: np.ndarray,
@@ -106,7 +101,7 @@ def evaluation_segments(
     `max_tokens` bounds the number of targets over all rows and ranks, for a quick look: each row is then read only up
     to its share.
     """
-    _check(batch_size, tgt_len, rank, world_size)
+    assert batch_size > 0 and tgt_len > 0 and 0 <= rank < world_size
     last = len(data) // batch_size - 1
     if last < 1:
         raise ValueError(
@@ -114,7 +109,7 @@ def evaluation_segments(
         )
     if max_tokens is not None:
         if max_tokens < batch_size:
-            raise ValueError(f"max_tokens: {max_tokens}, it must be at least batch_size ({batch_size})")
+            raise ValueError(f"eval_tokens is {max_tokens}; it must be at least eval_batch_size = {batch_size}")
         last = min(last, max_tokens // batch_size)
     rows = _rows(data, batch_size, rank, world_size)
     counts = len(rows) > 0
@@ -133,24 +128,12 @@ def _rows(data: np.ndarray, batch_size: int, rank: int, world_size: int) -> np.n
     """This rank's rows, (rows, row length), a view."""
     row_length = len(data) // batch_size
     rows = data[: batch_size * row_length].reshape(batch_size, row_length)
-    return rows[_share(batch_size, rank, world_size)]
-
-
-def _share(rows: int, rank: int, world_size: int) -> slice:
-    return slice(rank * rows // world_size, (rank + 1) * rows // world_size)
+    return rows[rank * batch_size // world_size : (rank + 1) * batch_size // world_size]
 
 
 def _segment(rows: np.ndarray, start: int, stop: int) -> tuple[Tensor, Tensor]:
     tokens = torch.from_numpy(rows[:, start : stop + 1].astype(np.int64))
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
-def _check(batch_size: int, tgt_len: int, rank: int, world_size: int) -> None:
-    for name, value in (("batch_size", batch_size), ("tgt_len", tgt_len), ("world_size", world_size)):
-        if value < 1:
-            raise ValueError(f"{name}: {value}, it must be at least 1")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank: {rank}, it must be in 0..{world_size - 1}")
 
 
 def _meta(data_dir: str | Path) -> dict[str, Any]:

@@ -10,7 +10,8 @@ loop.py           the loop: learning rate and k, batch, loss, backward, clip, st
   learning_rate.py  log.py  evaluation.py  stop.py
   checkpoint.py     checkpoints that a crash can't spoil; state.py: optimizer and generators as tensors
   resume.py         from a checkpoint back to the run, at any number of processes
-record.py         result.json, predictions of examples
+record.py         result.json
+predictions.py    predictions.jsonl, for tasks whose examples have one
 evaluate.py       the command that measures a finished run at any k
 
 ``import smoe`` imports nothing of this. A new task is one file beside its model: see ``docs/extend.md``.

@@ -15,7 +15,7 @@ from smoe.method_config import MethodConfig
 from smoe.options import option, required
 from smoe.schedule import k_at
 from smoe.train.auto import resolve_precision
-from smoe.train.learning_rate import Decay, learning_rate_at
+from smoe.train.learning_rate import Decay
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,11 @@ class TrainConfig(MethodConfig):
         """Fields that follow from others a user gave, such as the sizes of the run that a fine-tuning starts from."""
         return {}
 
-    def for_evaluation(self) -> TrainConfig:
-        """As a finished run is measured: by one process, whatever trained it."""
-        return dataclasses.replace(self, engine="auto", expert_parallel=1, fsdp=False)
-
     def resolved(self) -> TrainConfig:
         """With precision and engine as what they come to on this machine; ValueError if fmoe can't run here."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         engine = resolve_engine(self.engine) if self.get_method().routed else self.engine
         return dataclasses.replace(self, precision=resolve_precision(self.precision, device), engine=engine)
-
-    def learning_rate_at(self, step: int) -> float:
-        """The learning rate of a training step."""
-        return learning_rate_at(step, self.steps, self.learning_rate, self.warmup_steps, self.decay)
 
     def eval_ks(self) -> list[int | None]:
         """The k that best checkpoints are chosen at: where training ends, then N if that differs; [None] if dense."""

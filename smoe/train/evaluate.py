@@ -22,6 +22,9 @@ from smoe.train.processes import Processes
 from smoe.train.resume import Checkpoint, load_checkpoint, load_latest, load_weights
 from smoe.train.task import Task
 
+# A run is measured by one process, whatever trained it, from its own folder alone.
+_HERE = {"engine": "auto", "expert_parallel": 1, "fsdp": False, "run": None, "tokenizer": None}
+
 Config = TypeVar("Config", bound=TrainConfig)
 
 
@@ -64,8 +67,9 @@ def _read_config(folder: RunFolder, config_class: type[Config], what: str) -> Co
         name: tuple(value) if isinstance(value, list) and _takes_tuple(hints[name]) else value
         for name, value in recorded.items()
     }
+    here = {name: value for name, value in _HERE.items() if name in fields}
     try:
-        return config_class(**values | {"engine": "auto", "run_dir": str(folder.path)}).for_evaluation()
+        return config_class(**values | here | {"run_dir": str(folder.path)})
     except (TypeError, ValueError) as error:
         raise ValueError(f"run: {folder.config_path} is not of {what}: {error}") from None
 

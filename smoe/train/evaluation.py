@@ -8,7 +8,7 @@ import torch
 
 from smoe.control import activated
 from smoe.train.processes import Processes
-from smoe.train.task import Predictions, Task
+from smoe.train.task import Task
 
 
 class Measured(NamedTuple):
@@ -22,13 +22,11 @@ class Measured(NamedTuple):
 def measure(task: Task, split: str, k: int | None, processes: Processes) -> Measured:
     """Measures ``split`` with k activated experts (None: each layer's own, or a dense model); every process calls it.
 
-    Afterwards the model is back in its mode and at its own k, PyTorch's generators are where they were, and
-    ``task.predictions`` has the predictions of all processes.
+    Afterwards the model is back in its mode and at its own k, and PyTorch's generators are where they were.
     """
     model, device = task.model, processes.device
     was_training = model.training
     model.eval()
-    task.predictions = {}
     try:
         with (
             activated(model, k),
@@ -41,7 +39,6 @@ def measure(task: Task, split: str, k: int | None, processes: Processes) -> Meas
         model.train(was_training)
     assert isinstance(sums, torch.Tensor), f"{split}: no pass"
     total = processes.sum(sums).tolist()
-    task.predictions = processes.join(task.predictions)
     return Measured(task.values(total), round(total[-1]))
 
 
@@ -50,19 +47,12 @@ def k_name(k: int | None) -> str:
     return "dense" if k is None else str(k)
 
 
-def sweep(
-    task: Task, processes: Processes, predictions: dict[str, Predictions] | None = None
-) -> dict[str, dict[str, Measured]]:
-    """Every split of the task at every k of the configuration's sweep: split -> k -> what was measured.
-
-    ``predictions``, if given, is filled with the predictions on the last split: k -> ``Task.predictions``.
-    """
+def sweep(task: Task, processes: Processes) -> dict[str, dict[str, Measured]]:
+    """Every split of the task at every k of the configuration's sweep: split -> k -> what was measured."""
     measured: dict[str, dict[str, Measured]] = {split: {} for split in task.splits}
     for k in task.config.sweep_ks():
         for split in task.splits:
             measured[split][k_name(k)] = measure(task, split, k, processes)
-        if predictions is not None:
-            predictions[k_name(k)] = task.predictions
         if processes.is_main:
             decides = task.metrics[0]
             values = (f"{split} {by_k[k_name(k)].values[decides.key]:.4f}" for split, by_k in measured.items())

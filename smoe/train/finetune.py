@@ -48,9 +48,6 @@ class FineTuned:
         k_max = self.num_experts if self.k_max is None else self.k_max
         return k_max if self.k_min is None else self.k_min, k_max, self.schedule or "constant"
 
-    def for_evaluation(self) -> FineTuned:
-        return dataclasses.replace(super().for_evaluation(), run=None)
-
     def resolved(self) -> FineTuned:
         """With the steps that ``epochs`` come to; an epoch leaves out what is less than a batch at its end."""
         config = super().resolved()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from smoe.flops import parameter_counts
 from smoe.metrics import Metric
 from smoe.train.config import TrainConfig, to_dict
 from smoe.train.evaluation import Measured, k_name
-from smoe.train.task import Predictions, Task
+from smoe.train.task import Task
 
 # Where things were and how they were shown: a record is for others too, and goes without.
 PLACES = ("run_dir", "run", "data", "tokenizer", "resume", "progress", "process_timeout")
@@ -21,7 +20,6 @@ PLACES = ("run_dir", "run", "data", "tokenizer", "resume", "progress", "process_
 # Fields that make an ablation of a method.
 _VARIED = ("router", "score", "output_scale", "expert_dropout", "layers", "schedule", "k_min", "k_max")
 _VARIED += ("balance_weight", "consistency_weight")
-
 
 Sweep = dict[str, dict[str, Measured]]  # split -> k -> what was measured
 
@@ -64,19 +62,6 @@ def make_record(
         "config": {field: value for field, value in to_dict(config).items() if field not in PLACES},
         **run,
     }
-
-
-def prediction_lines(by_k: dict[str, Predictions]) -> str:
-    """predictions.jsonl: a line per example, in which each k has [prediction, 1 if it is right, else 0].
-
-    E.g. ``{"id": "12", "8": ["+ number0 number1", 0], "16": ["- number0 number1", 1]}``. With it two runs can be
-    compared on the same examples (McNemar's test). Empty for a task that keeps no predictions.
-    """
-    lines = (
-        {"id": name} | {k: [found[name][0], int(found[name][1])] for k, found in by_k.items()}
-        for name in next(iter(by_k.values()))
-    )
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def _of_metric(metric: Metric, swept: Sweep) -> dict[str, Any]:

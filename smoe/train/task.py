@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from smoe.methods import PassOutput
 from smoe.metrics import Metric
 from smoe.train.config import TrainConfig
-
-Predictions = dict[str, tuple[str, bool]]  # the example's name -> (the prediction, whether it is right)
+from smoe.train.processes import Processes
 
 
 class Task:
@@ -45,8 +44,6 @@ class Task:
         # JSON that a checkpoint keeps to rebuild the model without the data, e.g. the vocabulary.
         self.facts: dict[str, Any] = {}
         self.record: dict[str, Any] = {}  # further fields of result.json
-        # What :meth:`passes` has predicted. A task that fills it gets a predictions.jsonl beside its record.
-        self.predictions: Predictions = {}
 
     # ---- every task -------------------------------------------------------------------------------------------------
     def build_model(self) -> nn.Module:
@@ -99,6 +96,10 @@ class Task:
     def files(self) -> list[Path]:
         """Files that are copied into the run folder, e.g. a tokenizer."""
         return []
+
+    def result_files(self, processes: Processes) -> dict[str, str]:
+        """Texts beside result.json, by file name. Every process calls it, after the sweep of the best weights."""
+        return {}
 
     def notes(self) -> list[str]:
         """Further lines for the start of a training's output; asked once, by the main process."""

@@ -18,6 +18,7 @@ from bert.math_word_problems import MathConfig, MathWordProblems
 from smoe import set_top_k
 from smoe.train.command import parse_config
 from smoe.train.examples import hold_out
+from smoe.train.processes import Processes
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +219,17 @@ def test_writing_takes_the_likeliest_token_each_time():
     assert len(lengths) > 2, "some end early"
 
 
+class Told(torch.nn.Module):
+    """Writes these equations, 7 per pass."""
+
+    def __init__(self, rows: list[list[int]]) -> None:
+        super().__init__()
+        self.answers = iter([torch.tensor(rows[start : start + 7]) for start in range(0, len(rows), 7)])
+
+    def forward(self, *_: object) -> torch.Tensor:
+        return next(self.answers)
+
+
 def test_the_rate_of_the_right_equations_and_of_nonsense(solve_argv, tokenizer):
     """The metric alone: with a model that writes what it is told."""
     task = task_of(solve_argv, tokenizer, "--eval_batch_size", 7)
@@ -227,11 +239,10 @@ def test_the_rate_of_the_right_equations_and_of_nonsense(solve_argv, tokenizer):
     told["nonsense"] = [[rng.randrange(len(task.symbols) + task.max_slots) for _ in row] for row in gold]
     rates = {}
     for name, rows in told.items():
-        answers = iter([torch.tensor(rows[start : start + 7]) for start in range(0, 23, 7)])
-        task.predictions = {}
-        sums = sum(task.passes(lambda *_, answers=answers: next(answers), "test", torch.device("cpu")))
+        sums = sum(task.passes(Told(rows), "test", torch.device("cpu")))
         rates[name] = task.values(sums.tolist())["solving_rate"]
-        assert len(task.predictions) == sums[-1] == 23
+        (content,) = task.predictions.files([None], Processes()).values()
+        assert len(content.splitlines()) == sums[-1] == 23
     assert rates["gold"] == 1 and rates["half"] == 11 / 23 and rates["nonsense"] < 0.3
 
 

@@ -128,16 +128,20 @@ def test_ranks_together_read_what_one_reads():
     [
         ((5, 3, 0, 2), "batch_size is 5; .* number of processes, 2"),
         ((4, 25), "4 x 25 .* at most 24"),
-        ((4, 0), "tgt_len: 0"),
-        ((0, 3), "batch_size: 0"),
         ((101, 3), "101 x 3 .* at most 0"),
-        ((4, 3, 2, 2), "rank: 2"),
     ],
 )
 def test_stream_says_what_is_wrong(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         SegmentStream(numbered(100), *arguments)
     one_line(error)
+
+
+@pytest.mark.parametrize("arguments", [(4, 0), (0, 3), (4, 3, 2, 2), (4, 3, 0, 0)])
+@pytest.mark.parametrize("kind", [SegmentStream, evaluation_segments])
+def test_sizes_that_a_configuration_never_has(kind, arguments):
+    with pytest.raises(AssertionError):
+        kind(numbered(100), *arguments)
 
 
 def rows_of(segments):
@@ -181,7 +185,7 @@ def test_evaluation_of_a_part(max_tokens, a_row):
 def test_evaluation_says_what_is_wrong_at_the_call():
     with pytest.raises(ValueError, match="batch_size: 60 .* at most 50"):
         evaluation_segments(numbered(100), 60, 5)
-    with pytest.raises(ValueError, match="max_tokens: 3"):
+    with pytest.raises(ValueError, match="eval_tokens is 3; it must be at least eval_batch_size = 4"):
         evaluation_segments(numbered(100), 4, 5, max_tokens=3)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from toy_task import Toy, toy, toy_config
@@ -11,7 +9,6 @@ from toy_task import Toy, toy, toy_config
 from smoe import get_top_k, set_top_k
 from smoe.train.evaluation import k_name, measure, sweep
 from smoe.train.processes import Processes
-from smoe.train.record import prediction_lines
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -64,28 +61,6 @@ def test_it_measures_in_evaluation_mode_with_k_experts(tmp_path):
     task.model.train()
     assert measure(task, "test", 3, processes) == ({"accuracy": 3 / 8, "cross_entropy": 1.0}, 8)
     assert seen == [("test", False, 3, False, 0)]
-
-
-def test_the_sweep_keeps_what_was_predicted_on_the_last_split(tmp_path):
-    class Guesses(Toy):
-        def passes(self, model, split, device):
-            assert self.predictions == {}, "of a measurement before"
-            self.predictions["7"] = (f"{split} at {get_top_k(model)}", True)
-            self.predictions["8"] = ('"\u00e9"', False)
-            yield torch.tensor([1.0, 2.0, 4.0]).double()
-
-    processes = Processes()
-    config = toy_config(tmp_path, sweep=(4, 1))
-    processes.configure(config)
-    kept = {}
-    sweep(Guesses(config, 0, 1), processes, kept)
-    first, second = map(json.loads, prediction_lines(kept).splitlines())
-    assert first == {"id": "7", "1": ["test at 1", 1], "4": ["test at 4", 1]}
-    assert second == {"id": "8", "1": ['"\u00e9"', 0], "4": ['"\u00e9"', 0]}
-    task, processes = toy(toy_config(tmp_path))
-    kept = {}
-    sweep(task, processes, kept)
-    assert prediction_lines(kept) == ""
 
 
 def test_the_sweep_measures_every_split_at_every_k(tmp_path, capsys):
