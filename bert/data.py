@@ -6,7 +6,6 @@ sequence is masked on its place in the split alone, so every method and every k 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smoe.prepared import check_file, read_prepared
 from smoe.train.task import equal_share
+
+# What meta.json has, beside the splits.
+_FIELDS = {name: str for name in ("dataset", "model", "dtype", "sha256")}
+_FIELDS |= {"block_length": int, "vocab_size": int, "special_ids": dict, "duplicates_left_out": int}
+_FIELDS |= {"note": (str, type(None)), "origin": list, "tokenizer": dict}
+_DTYPES = ("uint16", "int32")
 
 _ORDER, _MASK, _EVALUATION = 0, 1, 2  # what a generator is for: no two uses share their numbers
 
@@ -56,13 +62,12 @@ class Blocks:
     def __init__(self, folder: str | Path, model: str, scale: str = "auto") -> None:
         self.folder = Path(folder)
         self._advice = f"run: python data/bookcorpus/prepare.py --model {model} --scale {scale} --out {folder}"
-        self.meta = _meta(self.folder, self._advice)
+        self.meta = read_prepared(self.folder, self._advice, ("train", "valid", "test"), _FIELDS, _check)
         if self.meta["model"] != model:
             raise ValueError(f"data: {folder} holds tokens for {self.meta['model']}; {self._advice}")
         self.block_length: int = self.meta["block_length"]
         self.vocabulary = Vocabulary(self.meta["vocab_size"], **self.meta["special_ids"])
-        if not (self.folder / "tokenizer.json").is_file():
-            raise ValueError(f"data: {folder} has no tokenizer.json; {self._advice}")
+        check_file(self.folder / "tokenizer.json", self.meta["tokenizer"]["sha256"], self._advice)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -82,11 +87,7 @@ class Blocks:
                 f"seq_len is {seq_len}; it must divide the data's blocks of {self.block_length} tokens; "
                 f"--block_length {seq_len} of data/bookcorpus/prepare.py makes blocks that fit"
             )
-        part = self.meta["splits"][split]
-        path = self.folder / part["file"]
-        size = path.stat().st_size if path.is_file() else 0
-        if size != part["bytes"]:
-            raise ValueError(f"data: {path} has {size} bytes, but meta.json says {part['bytes']}; {self._advice}")
+        path = self.folder / self.meta["splits"][split]["file"]
         return np.memmap(path, dtype=self.meta["dtype"], mode="r").reshape(-1, seq_len)
 
 
@@ -191,16 +192,14 @@ def _generator(purpose: int, seed: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([purpose, seed, index])))
 
 
-def _meta(folder: Path, advice: str) -> dict[str, Any]:
-    path = folder / "meta.json"
-    try:
-        meta = json.loads(path.read_text())
-        for name in ("model", "block_length", "dtype", "vocab_size", "special_ids", "sha256", "dataset", "tokenizer"):
-            meta[name]
-        if all(isinstance(meta["splits"][name]["bytes"], int) for name in ("train", "valid", "test")):
-            return meta
-    except OSError:
-        raise ValueError(f"data: no prepared data set in {folder}; {advice}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass  # damaged: said below, as for one that lacks fields
-    raise ValueError(f"data: {path} is damaged; {advice} --force")
+def _check(meta: dict[str, Any]) -> None:
+    if meta["dtype"] not in _DTYPES:
+        raise ValueError(f"dtype is {meta['dtype']!r}, not one of {', '.join(_DTYPES)}")
+    for name, least in (("block_length", 3), ("vocab_size", 1)):
+        if meta[name] < least:
+            raise ValueError(f"{name} is {meta[name]}")
+    meta["tokenizer"]["sha256"]
+    special = Vocabulary(meta["vocab_size"], **meta["special_ids"])
+    for name, value in vars(special).items():
+        if name != "size" and (type(value) is not int or not 0 <= value < special.size):
+            raise ValueError(f"the id of {name} is {value!r}")

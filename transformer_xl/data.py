@@ -7,48 +7,30 @@ a slice of a memory-mapped file: nothing is read before it is needed.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from smoe.prepared import read_prepared
 from smoe.train.task import equal_share
 
 
-def load_split(data_dir: str | Path, split: str) -> np.memmap:
-    """The raw bytes of `split` ("train", "valid" or "test") as a read-only memory map, (bytes,) uint8.
+def load_data(data_dir: str | Path) -> tuple[dict[str, np.memmap], dict[str, str]]:
+    """The raw bytes of train, valid and test as read-only memory maps, (bytes,) uint8; and what a record says of them:
+    name and SHA-256 of the whole data set (all splits in order).
 
-    Raises ValueError, in one line, when the folder was not prepared, has no such split, or its file was cut short.
+    Raises ValueError, in one line, when the folder was not prepared or a file holds other bytes than it was.
     """
-    parts = _meta(data_dir)["splits"]
-    if split not in parts:
-        raise ValueError(f"split: {split!r} is not in {data_dir}, which has {', '.join(sorted(parts))}")
-    path = Path(data_dir) / parts[split]["file"]
-    if not path.is_file():
-        raise ValueError(f"data: {path} is missing; {_advice(data_dir)}")
-    size, expected = path.stat().st_size, parts[split]["bytes"]
-    if size != expected:
-        raise ValueError(f"data: {path} has {size} bytes, but meta.json says {expected}; {_advice(data_dir)}")
-    return np.memmap(path, dtype=np.uint8, mode="r")
-
-
-def dataset_record(data_dir: str | Path) -> dict[str, str]:
-    """Name and SHA-256 of the whole data set (all splits in order), as its meta.json has them.
-
-    The bytes of each split are checked first (a fraction of a second), so that what a result says it was trained on
-    is what it was trained on. Raises ValueError in one line when a file is missing or holds other bytes.
-    """
-    meta = _meta(data_dir)
-    for split, part in meta["splits"].items():
-        if hashlib.sha256(load_split(data_dir, split)).hexdigest() != part["sha256"]:
-            path = Path(data_dir) / part["file"]
-            raise ValueError(f"data: {path} has not the SHA-256 of meta.json; {_advice(data_dir, force=True)}")
-    return {"name": meta.get("dataset", "enwik8"), "sha256": meta["sha256"]}
+    folder = Path(data_dir)
+    newlines = " --newlines drop" if "no-newlines" in folder.name else ""
+    advice = f"run: python data/enwik8/prepare.py{newlines} --out {folder}"
+    meta = read_prepared(folder, advice, ("train", "valid", "test"), {"sha256": str})
+    parts = meta["splits"].items()
+    data = {split: np.memmap(folder / part["file"], dtype=np.uint8, mode="r") for split, part in parts}
+    return data, {"name": meta.get("dataset", "enwik8"), "sha256": meta["sha256"]}
 
 
 class SegmentStream:
@@ -134,23 +116,3 @@ def _rows(data: np.ndarray, batch_size: int, rank: int, world_size: int) -> np.n
 def _segment(rows: np.ndarray, start: int, stop: int) -> tuple[Tensor, Tensor]:
     tokens = torch.from_numpy(rows[:, start : stop + 1].astype(np.int64))
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
-def _meta(data_dir: str | Path) -> dict[str, Any]:
-    path = Path(data_dir) / "meta.json"
-    try:
-        meta = json.loads(path.read_text())
-        types = {"file": str, "bytes": int, "sha256": str}
-        if all(isinstance(part[name], types[name]) for part in meta["splits"].values() for name in types):
-            meta["sha256"] = str(meta["sha256"])
-            return meta
-    except OSError:
-        raise ValueError(f"data: no prepared data set in {data_dir}; {_advice(data_dir)}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass  # damaged: said below, as for one that lacks fields
-    raise ValueError(f"data: {path} is damaged; {_advice(data_dir, force=True)}")
-
-
-def _advice(data_dir: str | Path, force: bool = False) -> str:
-    newlines = " --newlines drop" if "no-newlines" in Path(data_dir).name else ""
-    return f"run: python data/enwik8/prepare.py{newlines} --out {data_dir}{' --force' if force else ''}"

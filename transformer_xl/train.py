@@ -22,7 +22,7 @@ from smoe.train.command import run_training
 from smoe.train.task import Task
 from transformer_xl.config import LanguageModelConfig
 from transformer_xl.cost import evaluation_flops, meta_inputs
-from transformer_xl.data import SegmentStream, dataset_record, evaluation_segments, load_split
+from transformer_xl.data import SegmentStream, evaluation_segments, load_data
 from transformer_xl.model import TransformerXL, TransformerXLOutput
 
 
@@ -38,8 +38,7 @@ class LanguageModel(Task):
 
     def __init__(self, config: LanguageModelConfig, rank: int, world_size: int) -> None:
         super().__init__(config, rank, world_size)
-        self.data = {name: load_split(config.data, name) for name in ("train", "valid", "test")}
-        self.dataset = dataset_record(config.data)
+        self.data, self.dataset = load_data(config.data)
         self.stream = SegmentStream(self.data["train"], config.batch_size, config.tgt_len, rank, world_size)
         for split in self.splits:
             self._segments(split)  # whether there are enough bytes

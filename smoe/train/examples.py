@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from smoe.flops import count, count_step
+from smoe.prepared import read_prepared
 from smoe.train.config import TrainConfig
 
 Example = TypeVar("Example")
@@ -29,27 +30,18 @@ def read_examples(
 
     Raises ValueError, in one line, when the folder is not prepared, damaged, or has no examples in a part.
     """
+    meta = read_prepared(folder, advice, parts.values(), {"dataset": str, "sha256": str})
+    data = {split: _read_part(folder / meta["splits"][name]["file"], read, advice) for split, name in parts.items()}
+    return {"name": meta["dataset"], "sha256": meta["sha256"]}, data
+
+
+def _read_part(file: Path, read: Callable[[Any], Example], advice: str) -> list[Example]:
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        there = list(meta["splits"])
-        data = {split: _read_part(folder, meta["splits"][name], read) for split, name in parts.items() if name in there}
-        record = {"name": str(meta["dataset"]), "sha256": str(meta["sha256"])}
-    except OSError as error:
-        raise ValueError(f"data: no prepared data set in {folder} ({error.strerror}); {advice}") from None
+        examples = [read(json.loads(line)) for line in file.read_bytes().splitlines()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"data: {folder} is damaged ({error}); {advice} --force") from None
-    for name in (name for split, name in parts.items() if split not in data):
-        raise ValueError(f"data: {folder} has no {name}; it has {', '.join(there)}")
-    return record, data
-
-
-def _read_part(folder: Path, part: Mapping[str, Any], read: Callable[[Any], Example]) -> list[Example]:
-    content = (folder / part["file"]).read_bytes()
-    if hashlib.sha256(content).hexdigest() != part["sha256"]:
-        raise ValueError(f"{part['file']} has not the SHA-256 of meta.json")
-    examples = [read(json.loads(line)) for line in content.splitlines()]
+        raise ValueError(f"data: {file} is damaged ({error}); {advice} --force") from None
     if not examples:
-        raise ValueError(f"{part['file']} has no examples")
+        raise ValueError(f"data: {file} has no examples; {advice} --force")
     return examples
 
 

@@ -22,7 +22,7 @@ import pytest
 from data.enwik8.prepare import ENWIK8, WITHOUT_NEWLINES, cut, main
 from data.errors import DownloadError
 from data.fetch import LocalPath, Url
-from transformer_xl.data import dataset_record, load_split
+from transformer_xl.data import load_data
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "data/enwik8/prepare.py"
@@ -82,9 +82,12 @@ def test_third_mirror_works(site, tmp_path):
     meta = prepare(tmp_path, *urls(site, "404", "wrong", "good.zip", "404"))
     assert meta["source"] == f"{site}/good.zip"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["meta.json", "test.bin", "train.bin", "valid.bin"]
-    assert bytes(load_split(tmp_path, "train")) == RAW[:9000]
-    assert bytes(load_split(tmp_path, "valid")) == RAW[9000:10_000]
-    assert bytes(load_split(tmp_path, "test")) == RAW[10_000:]
+    data, _ = load_data(tmp_path)
+    assert {split: bytes(part) for split, part in data.items()} == {
+        "train": RAW[:9000],
+        "valid": RAW[9000:10_000],
+        "test": RAW[10_000:],
+    }
     assert json.loads((tmp_path / "meta.json").read_text()) == meta
     assert meta["sha256"] == SHA256 and meta["bytes"] == len(RAW)
     assert meta["splits"]["test"] == {
@@ -299,8 +302,9 @@ def test_newlines_are_dropped_after_splitting(pieces, tmp_path, monkeypatch):
     )
     (tmp_path / "source").write_bytes(LINES)
     meta = small.prepare(tmp_path / "out", [LocalPath(tmp_path / "source")])
-    assert {split: bytes(load_split(tmp_path / "out", split)) for split in splits} == wanted
-    assert dataset_record(tmp_path / "out") == {"name": "enwik8 without newlines", "sha256": small.sha256}
+    data, record = load_data(tmp_path / "out")
+    assert {split: bytes(part) for split, part in data.items()} == wanted
+    assert record == {"name": "enwik8 without newlines", "sha256": small.sha256}
     assert {split: part["dropped"] for split, part in meta["splits"].items()} == {
         split: part.count(b"\n") for split, part in parts.items()
     }
@@ -316,7 +320,7 @@ def test_newlines_of_the_real_data(tmp_path):
     if not ENWIK8.is_prepared(ENWIK8.folder):
         pytest.skip("no enwik8 here: python data/enwik8/prepare.py")
     assert main(["--newlines", "drop", "--out", str(tmp_path)]) == 0
-    splits = {split: load_split(tmp_path, split) for split in ("train", "valid", "test")}
+    splits, _ = load_data(tmp_path)
     assert {split: len(part) for split, part in splits.items()} == {
         "train": 88_982_818,
         "valid": 4_945_742,
