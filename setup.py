@@ -6,8 +6,9 @@ from setuptools import find_packages, setup
 
 TRAIN = ["accelerate>=1.0", "jsonargparse[signatures]>=4.30", "pyyaml>=6", "safetensors>=0.4", "tensorboard", "tqdm"]
 HF = ["datasets>=3.0", "safetensors>=0.4", "tokenizers>=0.20", "transformers>=4.45"]
-REPORT = ["matplotlib>=3.7", "pyyaml>=6"]
-TEST = ["grimp", "hypothesis", "import-linter>=2.6", "pytest>=8", "pytest-xdist", "ruff"]
+REPORT = ["matplotlib>=3.7", "pyyaml>=6", "scipy>=1.15", "vl-convert-python>=1.9"]
+TEST = ["grimp", "hypothesis", "import-linter>=2.6", "markdown-it-py>=3", "onnx", "onnxscript", "peft>=0.18"]
+TEST += ["pytest>=8", "pytest-xdist", "ruff"]
 
 readme = Path(__file__).with_name("README.md")
 
@@ -20,7 +21,11 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["smoe", "smoe.*", "transformer_xl", "transformer_xl.*", "bert", "bert.*"]),
-    package_data={"smoe": ["**/*.yaml"], "transformer_xl": ["configs/*.yaml"], "bert": ["configs/*.yaml"]},
+    package_data={
+        "smoe": ["**/*.yaml", "report/page.html"],
+        "transformer_xl": ["configs/*.yaml"],
+        "bert": ["configs/*.yaml"],
+    },
     # The oldest torch that the tests run with: smoe calls private functions of it (torch._C._functorch,
     # torch._C._autograd, torch._foreach_mul_, torch._disable_dynamo), which other versions may lack or change.
     install_requires=["torch>=2.13", "numpy"],

@@ -19,13 +19,12 @@ take turns). Ends with exit code 1 if a difference is not below --tolerance.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ import numpy as np
 import torch
 
 import smoe
+from benchmarks.options import parse, timing_parser, write_record
 
 EXPERT_COUNT = "llama.expert_used_count"  # GGUF's name for k; a Mixtral's architecture is called llama there
 
@@ -81,34 +81,35 @@ def our_log_probabilities(model: torch.nn.Module, ids: list[int], k: int) -> np.
         return torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), dim=-1).numpy()
 
 
-def speeds(models: dict[int, Any], ids: list[int], repeats: int) -> dict[int, dict[str, float]]:
+def speeds(
+    models: dict[int, Any], ids: list[int], repeats: int, clock: Callable[[], float]
+) -> dict[int, dict[str, float]]:
     """Tokens per second: ``generate``, one token after the other, and ``prompt``, all at once; medians."""
     seconds: dict[int, dict[str, list[float]]] = {k: {"generate": [], "prompt": []} for k in models}
     some = ids[: min(len(ids), 64)]
     for repeat in range(repeats + 1):
         for k, model in models.items():
             model.reset()
-            began = time.perf_counter()
+            began = clock()
             model.eval(ids)
-            read = time.perf_counter()
+            read = clock()
             model.reset()
-            start = time.perf_counter()
+            start = clock()
             for token in some:
                 model.eval([token])
-            end = time.perf_counter()
+            end = clock()
             if repeat:  # the first round warms up
                 seconds[k]["prompt"].append((read - began) / len(ids))
                 seconds[k]["generate"].append((end - start) / len(some))
     return {k: {name: round(1 / statistics.median(s), 1) for name, s in of.items()} for k, of in seconds.items()}
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace, clock: Callable[[], float]) -> dict[str, Any]:
     """The record: one row for each k."""
     import llama_cpp
     import transformers
     from sentencepiece import SentencePieceProcessor
 
-    from smoe.environment import cpu_model
     from smoe.export import to_hf
 
     model = smoe.from_pretrained(args.model)
@@ -117,7 +118,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         gguf = Path(folder) / "model.gguf"
         convert(hf, args.source, gguf)
         size = gguf.stat().st_size
-        models = {k: load(gguf, k, args.tokens, args.threads) for k in args.k}
+        models = {k: load(gguf, k, args.tokens, torch.get_num_threads()) for k in args.k}
         text = args.text.read_bytes()[: 16 * args.tokens].decode("utf-8", errors="ignore")
         ids = SentencePieceProcessor(model_file=str(args.model / "tokenizer.model")).encode(text)[: args.tokens]
         # llama.cpp's own tokenizer must agree, else it would be asked about another text.
@@ -129,18 +130,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             difference = np.abs(ours - cpp)
             row = {"k": k, "mean_difference": float(difference.mean()), "largest_difference": float(difference.max())}
             rows.append({**row, "bits_per_token": round(bits[0], 6), "bits_per_token_llama_cpp": round(bits[1], 6)})
-        for row, speed in zip(rows, speeds(models, ids, args.repeats).values(), strict=True):
+        for row, speed in zip(rows, speeds(models, ids, args.repeats, clock).values(), strict=True):
             row |= {f"{name}_tokens_per_second": value for name, value in speed.items()}
-    versions = {name: module.__version__ for name, module in (("smoe", smoe), ("torch", torch))}
-    versions |= {"transformers": transformers.__version__, "llama-cpp-python": llama_cpp.__version__}
+    versions = {module.__name__: module.__version__ for module in (smoe, transformers, llama_cpp)}
     return {
-        "what": "log-probabilities of next tokens by llama.cpp (GGUF, float32) and by smoe, and llama.cpp's speed",
         "parameters": sum(p.numel() for p in model.parameters()),
         "gguf_bytes": size,
         "tokens": len(ids),
         "same_tokenization": theirs == ids,
-        "cpu": cpu_model(),
-        "threads": args.threads,
         "repeats": args.repeats,
         "versions": versions,
         "by_k": rows,
@@ -148,21 +145,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timing_parser(__doc__)
     parser.add_argument("model", metavar="MODEL", type=Path)
     parser.add_argument("--source", type=Path, required=True, help="the unpacked sdist of llama-cpp-python")
     parser.add_argument("--text", type=Path, required=True, help="a text file to read; its beginning is used")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of the text that are compared")
     parser.add_argument("--k", type=int, nargs="+", default=[2, 4, 8, 16])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tolerance", type=float, default=0.02, help="of the mean difference (default: 0.02)")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
-    args = parser.parse_args()
-    result = measure(args)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    args, clock = parse(parser, tokens=None, k=None)
+    if args.device != "cpu":
+        parser.exit(2, f"error: --device is {args.device}; llama.cpp runs on the CPU here\n")
+    result = measure(args, clock)
+    write_record(args, "log-probabilities of next tokens by llama.cpp (GGUF, float32) and by smoe; its speed", **result)
     for row in result["by_k"]:
         print("  ".join(f"{key} {value:.6g}" for key, value in row.items()))
     if not result["same_tokenization"]:

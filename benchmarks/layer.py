@@ -14,10 +14,8 @@ counter); the time of the bare matrix products of k experts, with rows already g
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import platform
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +30,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from benchmarks.options import parse, timing_parser  # noqa: E402
+from benchmarks.options import parse, timing_parser, write_record  # noqa: E402
 from benchmarks.peers import peers  # noqa: E402
 from smoe import SMoE  # noqa: E402
 from smoe.flops import count  # noqa: E402
@@ -265,14 +263,7 @@ def main() -> None:
             )
             records.append(record)
             print("\n".join(lines(record, options.k)), flush=True)
-            if options.json:  # after every record, so that an interrupted run keeps what it has measured
-                machine = {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count()}
-                machine |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "clock": options.clock}
-                if options.device == "cuda":
-                    machine["cuda"] = torch.cuda.get_device_name()
-                what = "the layer, seconds; ratios of medians to the dense MLP"
-                options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps({"what": what, **machine, "records": records}, indent=1) + "\n")
+            write_record(options, "the layer, seconds; ratios of medians to the dense MLP", records=records)
     if options.png:
         draw(records, options.k, options.png)
 

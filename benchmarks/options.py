@@ -1,11 +1,15 @@
-"""The options that all timing programs share, and their one-line errors."""
+"""What all timing programs share: their options, one-line errors, and the record that --json writes."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,3 +47,18 @@ def parse(parser: argparse.ArgumentParser, **largest: int | None) -> tuple[argpa
     if options.threads:
         torch.set_num_threads(options.threads)
     return options, time.process_time if options.clock == "cpu" else time.perf_counter
+
+
+def write_record(options: argparse.Namespace, what: str, **content: Any) -> None:
+    """Writes ``content`` to --json, if that is given, with the machine and the settings that it was measured with.
+
+    Called after every part, so that an interrupted run keeps what it has measured.
+    """
+    if options.json is None:
+        return
+    record = {"what": what, "processor": platform.processor() or platform.machine(), "cpus": os.cpu_count()}
+    record |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "clock": options.clock}
+    if options.device == "cuda":
+        record["cuda"] = torch.cuda.get_device_name()
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(record | content, indent=1) + "\n")

@@ -13,9 +13,6 @@ On a busy machine use `--threads 1 --clock cpu`, which counts processor time.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -23,12 +20,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.options import parse, timing_parser
+from benchmarks.options import parse, timing_parser, write_record
 from benchmarks.transformer_xl_reference import build_reference, run_reference
 from smoe import set_top_k
 from smoe.flops import count_step
 from transformer_xl.config import LanguageModelConfig
-from transformer_xl.flops import step_flops
+from transformer_xl.cost import meta_inputs
 
 MODELS = ("transformer_xl", "bert", "roberta")
 BATCH, LENGTH = 8, 128  # Transformer-XL; defaults of --batch and --length
@@ -42,7 +39,9 @@ SCHEDULE = "k = 8..16"
 Step = Callable[[], None]
 
 
-def _step(model: nn.Module, loss_of: Callable[[], Tensor], optimizer: type, precision: str, device: str) -> Step:
+def training_step(
+    model: nn.Module, loss_of: Callable[[], Tensor], optimizer: type, precision: str, device: str
+) -> Step:
     """A function that runs one training step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer(parameters)
@@ -68,7 +67,7 @@ def transformer_xl(batch: int, length: int, method: str, dropout: float, device:
     memory = torch.randn(config.num_layers, batch, length, config.d_model, device=device)
 
     def flops(k: int | None) -> int:
-        return step_flops(model, method, k, batch=batch, tgt_len=length, mem_len=length)
+        return count_step(model, method, meta_inputs(model, batch, length, length), k)
 
     adam = lambda parameters: torch.optim.Adam(parameters, lr=2.5e-4, fused=True)  # noqa: E731
     return model, lambda: model(ids, targets, memory, length).loss, adam, flops
@@ -104,7 +103,7 @@ def variants(
     for dropout in dropouts:
         for method in ("dense_dropout", "smoe_dropout"):
             model, loss_of, optimizer, count = build(method, dropout, device)
-            run = _step(model, loss_of, optimizer, precision, device)
+            run = training_step(model, loss_of, optimizer, precision, device)
             if method == "dense_dropout":
                 steps[f"dense, dropout {dropout}"], flops[f"dense, dropout {dropout}"] = run, count(None)
                 continue
@@ -129,7 +128,7 @@ def reference(checkout: str, batch: int, length: int, precision: str, dropout: f
     memories = [torch.randn(length, batch, c.d_model) for _ in range(c.num_layers + 1)]
     # Not fused, unlike ours: its own training script takes this one.
     adam = lambda parameters: torch.optim.Adam(parameters, lr=2.5e-4)  # noqa: E731
-    return _step(model, lambda: run_reference(model, ids, targets, *memories)[0].mean(), adam, precision, "cpu")
+    return training_step(model, lambda: run_reference(model, ids, targets, *memories)[0].mean(), adam, precision, "cpu")
 
 
 def measure(steps: dict[str, Step], repeats: int, clock: Callable[[], float], device: str) -> dict[str, list[float]]:
@@ -209,20 +208,9 @@ def main() -> None:
             del steps
             here = [row for row in rows if (row["model"], row["precision"]) == (model, precision)]
             print("\n".join(map(_line, here)), flush=True)
-            if options.json:  # after every model, so that an interrupted run keeps what it has measured
-                record = {
-                    "what": f"training step: transformer_xl {options.batch} x {options.length} tokens; bert and "
-                    f"roberta {SEQUENCES} x {SEQUENCE} tokens; medians in seconds, ratios of medians",
-                    "processor": platform.processor() or platform.machine(),
-                    "cpus": os.cpu_count(),
-                    "threads": torch.get_num_threads(),
-                    "clock": options.clock,
-                    "torch": torch.__version__,
-                    "rows": rows,
-                }
-                if options.device == "cuda":
-                    record["cuda"] = torch.cuda.get_device_name()
-                options.json.write_text(json.dumps(record, indent=1) + "\n")
+            what = f"training step: transformer_xl {options.batch} x {options.length} tokens; bert and roberta "
+            what += f"{SEQUENCES} x {SEQUENCE} tokens; medians in seconds, ratios of medians"
+            write_record(options, what, rows=rows)
 
 
 if __name__ == "__main__":

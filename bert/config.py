@@ -23,13 +23,16 @@ class RunConfig(TrainConfig):
     d_hidden: int | None = option(None, "width of the MLP; null: d_hidden_bert or d_hidden_roberta")
     d_hidden_bert: int = option(6144, "width of BERT's MLP")
     d_hidden_roberta: int = option(3072, "width of RoBERTa's MLP")
+    init_std: float = option(0.02, "standard deviation of the weights that training starts from", above=0)
+    position_init: Literal["normal", "sinusoid"] = option("normal", "what learned positions start as")
+    key_init: Literal["normal", "query"] = option("normal", "what keys start as; query: the weights of the queries")
     attention_dropout: float = 0.1
     # No hash: token ids don't reach the MLPs of a Hugging Face model.
     router: Literal["random", "learned", "uniform"] | None = None
 
     steps: int = 100_000
     batch_size: int = 64
-    seq_len: int = option(512, "tokens of a sequence; must divide the blocks of the data", at_least=8)
+    seq_len: int = option(512, "tokens of a sequence: best the data's block_length, else it must divide it", at_least=8)
     learning_rate: float = 5e-5
     decay: Decay = "linear"
     clip: float = 1.0

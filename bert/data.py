@@ -6,7 +6,6 @@ sequence is masked on its place in the split alone, so every method and every k 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from smoe.prepared import check_file, read_prepared
+from smoe.train.task import equal_share
+
+# What meta.json has, beside the splits.
+_FIELDS = {name: str for name in ("dataset", "model", "dtype", "sha256")}
+_FIELDS |= {"block_length": int, "vocab_size": int, "special_ids": dict, "duplicates_left_out": int}
+_FIELDS |= {"note": (str, type(None)), "origin": list, "tokenizer": dict}
+_DTYPES = ("uint16", "int32")
 
 _ORDER, _MASK, _EVALUATION = 0, 1, 2  # what a generator is for: no two uses share their numbers
 
@@ -47,39 +55,39 @@ class Vocabulary:
 class Blocks:
     """A folder that data/bookcorpus/prepare.py filled, checked.
 
-    Raises ValueError, in one line, when it isn't one, is for another model, or a file is not as recorded.
+    Raises ValueError, in one line, when it isn't one, is for another model, or a file is not as recorded; the line
+    says how to prepare it for `scale`.
     """
 
-    def __init__(self, folder: str | Path, model: str) -> None:
+    def __init__(self, folder: str | Path, model: str, scale: str = "auto") -> None:
         self.folder = Path(folder)
-        self.meta = _meta(self.folder, model)
+        self._advice = f"run: python data/bookcorpus/prepare.py --model {model} --scale {scale} --out {folder}"
+        self.meta = read_prepared(self.folder, self._advice, ("train", "valid", "test"), _FIELDS, _check)
         if self.meta["model"] != model:
-            raise ValueError(f"data: {folder} holds tokens for {self.meta['model']}; {_advice(self.folder, model)}")
+            raise ValueError(f"data: {folder} holds tokens for {self.meta['model']}; {self._advice}")
         self.block_length: int = self.meta["block_length"]
         self.vocabulary = Vocabulary(self.meta["vocab_size"], **self.meta["special_ids"])
-        if not (self.folder / "tokenizer.json").is_file():
-            raise ValueError(f"data: {folder} has no tokenizer.json; {_advice(self.folder, model)}")
+        check_file(self.folder / "tokenizer.json", self.meta["tokenizer"]["sha256"], self._advice)
 
     @property
     def record(self) -> dict[str, Any]:
         """What result.json says of the data set."""
-        names = ("sha256", "vocab_size", "duplicates_left_out", "note", "origin")
+        names = ("sha256", "vocab_size", "block_length", "duplicates_left_out", "note", "origin")
         record = {"name": self.meta["dataset"]} | {name: self.meta[name] for name in names}
         record["splits"] = {name: part["sha256"] for name, part in self.meta["splits"].items()}
         return record | {"tokenizer": self.meta["tokenizer"]}
 
     def sequences(self, split: str, seq_len: int) -> np.ndarray:
-        """The split as (sequences, seq_len), a read-only view of the file: each block cut into equal parts."""
+        """The split as (sequences, seq_len), a read-only view of the file: each block cut into equal parts.
+
+        Where `seq_len` is less than the block's length, only the first part of a block starts with [CLS].
+        """
         if self.block_length % seq_len:
-            raise ValueError(f"seq_len is {seq_len}; it must divide the data's blocks of {self.block_length} tokens")
-        part = self.meta["splits"][split]
-        path = self.folder / part["file"]
-        size = path.stat().st_size if path.is_file() else 0
-        if size != part["bytes"]:
             raise ValueError(
-                f"data: {path} has {size} bytes, but meta.json says {part['bytes']}; "
-                f"{_advice(self.folder, self.meta['model'])}"
+                f"seq_len is {seq_len}; it must divide the data's blocks of {self.block_length} tokens; "
+                f"--block_length {seq_len} of data/bookcorpus/prepare.py makes blocks that fit"
             )
+        path = self.folder / self.meta["splits"][split]["file"]
         return np.memmap(path, dtype=self.meta["dtype"], mode="r").reshape(-1, seq_len)
 
 
@@ -101,16 +109,11 @@ class TrainingBatches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if batch_size % world_size:
-            raise ValueError(
-                f"batch_size: {batch_size} sequences can't be shared equally by {world_size} processes; "
-                f"it must be a multiple of {world_size}"
-            )
         if len(data) < batch_size:
             raise ValueError(f"batch_size: {batch_size} is more than the {len(data)} sequences there are to train on")
         self.data, self.vocabulary, self.batch_size = data, vocabulary, batch_size
         self.mask_share, self.seed = mask_share, seed
-        self.share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self.share = equal_share(batch_size, rank, world_size)
         self.steps_per_epoch = len(data) // batch_size
         self._order: tuple[int, np.ndarray] | None = None
 
@@ -189,20 +192,14 @@ def _generator(purpose: int, seed: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([purpose, seed, index])))
 
 
-def _meta(folder: Path, model: str) -> dict[str, Any]:
-    path = folder / "meta.json"
-    try:
-        meta = json.loads(path.read_text())
-        for name in ("model", "block_length", "dtype", "vocab_size", "special_ids", "sha256", "dataset", "tokenizer"):
-            meta[name]
-        if all(isinstance(meta["splits"][name]["bytes"], int) for name in ("train", "valid", "test")):
-            return meta
-    except OSError:
-        raise ValueError(f"data: no prepared data set in {folder}; {_advice(folder, model)}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass  # damaged: said below, as for one that lacks fields
-    raise ValueError(f"data: {path} is damaged; {_advice(folder, model)} --force")
-
-
-def _advice(folder: Path, model: str) -> str:
-    return f"run: python data/bookcorpus/prepare.py --model {model} --out {folder}"
+def _check(meta: dict[str, Any]) -> None:
+    if meta["dtype"] not in _DTYPES:
+        raise ValueError(f"dtype is {meta['dtype']!r}, not one of {', '.join(_DTYPES)}")
+    for name, least in (("block_length", 3), ("vocab_size", 1)):
+        if meta[name] < least:
+            raise ValueError(f"{name} is {meta[name]}")
+    meta["tokenizer"]["sha256"]
+    special = Vocabulary(meta["vocab_size"], **meta["special_ids"])
+    for name, value in vars(special).items():
+        if name != "size" and (type(value) is not int or not 0 <= value < special.size):
+            raise ValueError(f"the id of {name} is {value!r}")

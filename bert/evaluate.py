@@ -1,4 +1,4 @@
-"""Bits per masked token of a trained BERT or RoBERTa at any number of activated experts.
+"""Bits per masked token, accuracy or solving rate of a trained BERT or RoBERTa at any number of activated experts.
 
 python -m bert.evaluate RUN --k 1 2 4 8 16 [--split test] [--json]
 """
@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 
 from bert.config import PretrainConfig
 from bert.data import Vocabulary
+from bert.math_word_problems import MathWordProblems
 from bert.model import build_model
+from bert.multiple_choice import MultipleChoice
 from bert.pretrain import MaskedLanguageModel
 from smoe.errors import run_main
 from smoe.train.evaluate import evaluation_command, read_run
@@ -32,7 +34,8 @@ def load_run(path: str | Path, which: str = "best") -> tuple[PretrainConfig, Pre
 
 
 def main(argv: list[str] | None = None) -> None:
-    evaluation_command(MaskedLanguageModel, prog="python -m bert.evaluate", what=_WHAT, argv=argv)
+    tasks = (MaskedLanguageModel, MultipleChoice, MathWordProblems)
+    evaluation_command(*tasks, prog="python -m bert.evaluate", what=_WHAT, argv=argv)
 
 
 if __name__ == "__main__":

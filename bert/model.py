@@ -1,4 +1,13 @@
-"""Hugging Face's BERT and RoBERTa for masked language modelling, with the MLP of any method in every layer."""
+"""Hugging Face's BERT and RoBERTa for masked language modelling, with the MLP of any method in every layer.
+
+What differs from the classes' defaults:
+
+- RoBERTa's layer norms have an epsilon of 1e-5, as the published checkpoint has (``layer_norm_eps`` in roberta-base's
+  config.json, and the default of PyTorch, with which fairseq trained it); ``RobertaConfig`` starts from BERT's 1e-12.
+- A dense MLP drops hidden units between its two linear layers (``DenseMLP``). Hugging Face's BERT has no dropout there.
+  Table 1's rows "Dense w. Dropout", "w. Concrete Dropout" and "w. DropBlock" differ in this dropout alone, so it stays;
+  ``dropout=0`` with ``residual_dropout=0.1`` is Hugging Face's model.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +24,7 @@ from smoe import SMoE
 from smoe.dropout import Dropout
 from smoe.methods import DenseMLP
 
-INIT_STD = 0.02
+SINUSOID_AMPLITUDE = 0.1
 
 
 class MaskedLMOutput(NamedTuple):
@@ -54,7 +63,12 @@ def build_model(config: RunConfig, vocabulary: Vocabulary) -> PreTrainedModel:
     for i, layer in enumerate(model.base_model.encoder.layer):
         layer.intermediate = config.make_mlp(i, activation="gelu")
         layer.output.dense = nn.Identity()
-        _initialise(layer.intermediate)
+        _initialise(layer.intermediate, config.init_std)
+        if config.key_init == "query":
+            attention = layer.attention.self
+            attention.key.load_state_dict(attention.query.state_dict())
+    if config.position_init == "sinusoid":
+        _to_sinusoids(model.base_model.embeddings.position_embeddings)
     _use_fast_dropout(model)
     return model
 
@@ -69,7 +83,7 @@ def _dense(config: RunConfig, vocabulary: Vocabulary) -> PreTrainedModel:
         "intermediate_size": 1,
         "hidden_dropout_prob": config.residual_rate(),
         "attention_probs_dropout_prob": config.attention_dropout,
-        "initializer_range": INIT_STD,
+        "initializer_range": config.init_std,
         "pad_token_id": vocabulary.pad,
         "bos_token_id": vocabulary.start,
         "eos_token_id": vocabulary.end,
@@ -79,21 +93,38 @@ def _dense(config: RunConfig, vocabulary: Vocabulary) -> PreTrainedModel:
     else:
         # RoBERTa counts positions from the padding's id + 1.
         positions = config.seq_len + vocabulary.pad + 1
-        model = RobertaForMaskedLM(RobertaConfig(max_position_embeddings=positions, type_vocab_size=1, **sizes))
+        model = RobertaForMaskedLM(
+            RobertaConfig(max_position_embeddings=positions, type_vocab_size=1, layer_norm_eps=1e-5, **sizes)
+        )
     model.config.intermediate_size = config.d_hidden
     return model
 
 
 @torch.no_grad()
-def _initialise(mlp: nn.Module) -> None:
-    """Weights as the model draws its own: N(0, 0.02), biases 0."""
+def _initialise(mlp: nn.Module, std: float) -> None:
+    """Weights as the model draws its own: N(0, std), biases 0."""
     if isinstance(mlp, SMoE):
-        mlp.reset_parameters(INIT_STD)
+        mlp.reset_parameters(std)
         return
     assert isinstance(mlp, DenseMLP)
     for linear in (mlp.up, mlp.down):
-        nn.init.normal_(linear.weight, 0.0, INIT_STD)
+        nn.init.normal_(linear.weight, 0.0, std)
         nn.init.zeros_(linear.bias)
+
+
+@torch.no_grad()
+def _to_sinusoids(positions: nn.Embedding) -> None:
+    """Fill the table with sines and cosines of the position (Vaswani et al. 2017, 3.5), times SINUSOID_AMPLITUDE.
+
+    Neighbours are alike then, which normal numbers must learn first. The row of padding stays 0.
+    """
+    count, width = positions.weight.shape
+    frequencies = 10_000 ** (-torch.arange(0, width, 2) / width)
+    angles = torch.arange(count).unsqueeze(1) * frequencies
+    sinusoids = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
+    positions.weight.copy_(SINUSOID_AMPLITUDE * sinusoids)
+    if positions.padding_idx is not None:
+        positions.weight[positions.padding_idx] = 0
 
 
 def _use_fast_dropout(model: nn.Module) -> None:

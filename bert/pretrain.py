@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from bert.config import PretrainConfig
 from bert.data import Blocks, MaskedBatch, TrainingBatches, evaluation_batches
+from bert.floors import floors, masked_tokens
 from bert.model import MaskedLM, MaskedLMOutput, build_model
 from smoe.errors import run_main
 from smoe.flops import count, count_step
@@ -40,7 +41,7 @@ class MaskedLanguageModel(Task):
     def __init__(self, config: PretrainConfig, rank: int, world_size: int) -> None:
         super().__init__(config, rank, world_size)
         self.architecture = self.title = config.model
-        self.corpus = Blocks(config.data, config.model)
+        self.corpus = Blocks(config.data, config.model, config.scale)
         self.vocabulary = self.corpus.vocabulary
         self.data = {split: self.corpus.sequences(split, config.seq_len) for split in ("train", *self.splits)}
         self.dataset = self.corpus.record
@@ -69,21 +70,18 @@ class MaskedLanguageModel(Task):
     def batch(self, step: int) -> MaskedBatch:
         return self.batches.batch(step)
 
+    def evaluation_batches(self, split: str, rank: int = 0, world_size: int = 1) -> Iterator[MaskedBatch]:
+        """What ``split`` is measured on."""
+        c = self.config
+        sizes = (c.eval_batch_size, c.mask_share, rank, world_size, c.eval_sequences)
+        return evaluation_batches(self.data[split], self.vocabulary, *sizes)
+
     def forward(self, model: nn.Module, batch: MaskedBatch, device: torch.device) -> MaskedLMOutput:
         return model(*(part.to(device) for part in batch))
 
     def passes(self, model: nn.Module, split: str, device: torch.device) -> Iterator[Tensor]:
         """The masks are always the same."""
-        c = self.config
-        for batch in evaluation_batches(
-            self.data[split],
-            self.vocabulary,
-            c.eval_batch_size,
-            c.mask_share,
-            self.rank,
-            self.world_size,
-            c.eval_sequences,
-        ):
+        for batch in self.evaluation_batches(split, self.rank, self.world_size):
             loss = self.forward(model, batch, device).loss.double()
             tokens = int((batch.targets >= 0).sum())
             nats = loss * tokens if tokens else torch.zeros_like(loss)
@@ -115,7 +113,17 @@ class MaskedLanguageModel(Task):
 
     def notes(self) -> list[str]:
         note = f" ({self.corpus.meta['note']})" if self.corpus.meta["note"] else ""
-        return [f"data: {self.corpus.meta['dataset']}{note}, vocabulary of {self.vocabulary.size}"]
+        lines = [f"data: {self.corpus.meta['dataset']}{note}, vocabulary of {self.vocabulary.size}"]
+        # Counted here, not in __init__: a run that is only evaluated doesn't need them.
+        splits = {split: masked_tokens(self.evaluation_batches(split)) for split in self.splits}
+        self.record["floors"] = floors(self.data["train"], splits, self.vocabulary)
+        told = ", ".join(f"{name} {bits['valid']:.3f}" for name, bits in self.record["floors"].items())
+        lines.append(f"floors, in bits per masked token of valid: {told}")
+        length, seq_len = self.corpus.block_length, self.config.seq_len
+        if length != seq_len:
+            cut = f"each block of {length} tokens is cut into {length // seq_len} sequences of seq_len = {seq_len}"
+            lines.append(f"note: {cut}, of which only the first starts with [CLS] or <s>")
+        return lines
 
 
 def main() -> None:

@@ -88,9 +88,12 @@ class DataSet:
     def _sha256_in(self, folder: Path) -> str:
         return sha256_of(*(folder / file for file in self.files.values()))
 
-    def main(self, arguments: Sequence[str] | None = None) -> int:
-        """The command line; returns the exit status, see `data.errors.run`: 2 is for a --source that won't do."""
-        parser = argparse.ArgumentParser(description=f"Fetch, check and split {self.name}.")
+    def main(self, arguments: Sequence[str] | None = None, parents: Sequence[argparse.ArgumentParser] = ()) -> int:
+        """The command line; returns the exit status, see `data.errors.run`: 2 is for a --source that won't do.
+
+        `parents`: parsers of further options that the caller has read, for --help.
+        """
+        parser = argparse.ArgumentParser(description=f"Fetch, check and split {self.name}.", parents=list(parents))
         parser.add_argument("--source", type=Path, help=f"a local copy instead of a download: {self.local}")
         parser.add_argument("--out", type=Path, default=self.folder, help="default: %(default)s")
         parser.add_argument("--force", action="store_true", help="prepare again even if it is all there")

@@ -109,6 +109,7 @@ class Folder:
         together.mkdir()
         for name, url in self.urls.items():
             try:
+                (together / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(url.fetch(folder), together / name)
             except SourceError as error:
                 raise SourceError(f"{name}: {error}") from error

@@ -3,10 +3,12 @@
 # call it.
 #
 #   bash script/bert.sh NAME --model bert|roberta [flags of python -m bert.pretrain]
-#                            [--source FILE|FOLDER ...] [--tokenizer FOLDER|FILES] [--vocab_size N] [--max_bytes N] [--name NAME]
+#                            [--source FILE|FOLDER ...] [--tokenizer FOLDER|FILES] [--vocab_size N]
+#                            [--block_length N] [--max_bytes N] [--name NAME]
 #
-# Sets up .venv, prepares the text (the flags in the second line are those of data/bookcorpus/prepare.py; without --source
-# it is BookCorpus from the hub, else prose out of enwik8), trains on every GPU there is (else on the CPU), sweeps over k.
+# Sets up .venv, prepares the text (the flags in the last two lines are those of data/bookcorpus/prepare.py; without
+# --source it is BookCorpus from the hub, else prose out of enwik8), trains on every GPU there is (else on the CPU), sweeps
+# over k.
 # The run folder is runs/NAME/<flags>, unless --run_dir says otherwise. Called again with the same flags it goes on where
 # it stopped. --data names data that is prepared already.
 set -euo pipefail
@@ -31,7 +33,7 @@ train=()
 for_prepare=no
 for word in "$@"; do
     case "$word" in
-        --source | --source=* | --tokenizer | --tokenizer=* | --vocab_size | --vocab_size=* | --max_bytes | --max_bytes=* | --name | --name=*)
+        --source | --source=* | --tokenizer | --tokenizer=* | --vocab_size | --vocab_size=* | --max_bytes | --max_bytes=* | --block_length | --block_length=* | --name | --name=*)
             for_prepare=yes
             ;;
         --*) for_prepare=no ;;

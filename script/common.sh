@@ -19,8 +19,23 @@ flag_value() {
     printf '%s' "$value"
 }
 
+# without_flag NAME WORD...: sets the array `words` to the words without --NAME and its value.
+without_flag() {
+    local name=$1 previous="" word
+    shift
+    words=()
+    for word in "$@"; do
+        case "$previous $word" in
+            *" --$name" | *" --$name="* | "--$name "*) ;;
+            *) words+=("$word") ;;
+        esac
+        previous=$word
+    done
+}
+
 # run_dir_of NAME WORD...: runs/NAME/<flags>, one folder per set of flags: "--scale smoke --seed 2" becomes
 # scale-smoke_seed-2; a very long one is cut, and told apart by its checksum. NAME says model and method already.
+# RUNS_DIR in the environment is another folder than runs.
 run_dir_of() {
     local name=$1 flags="" slug word skip=0
     shift
@@ -39,12 +54,21 @@ run_dir_of() {
     if [ "${#slug}" -gt 120 ]; then
         slug=${slug:0:100}-$(printf '%s' "$flags" | cksum | cut -d ' ' -f 1)
     fi
-    printf '%s' "runs/$name/${slug:-default}"
+    printf '%s' "${RUNS_DIR:-runs}/$name/${slug:-default}"
 }
 
-# train_and_report MODULE RUN_DIR FLAG...: trains on every GPU there is (else on the CPU), goes on where it stopped, and
-# prints the table over k and draws it. With several processes torchrun starts them, and starts them again, from the
-# newest good checkpoint, when one of them dies. What may be set in the environment:
+# show_flags FLAG...: with SHOW_FLAGS set in the environment, prints the flags that the trainer would get, --run_dir
+# included, one per line, and ends the script before it has done anything. script/panel.py asks for them.
+show_flags() {
+    if [ -n "${SHOW_FLAGS:-}" ]; then
+        printf '%s\n' "$@"
+        exit
+    fi
+}
+
+# train_and_report MODULE RUN_DIR FLAG...: trains on every GPU there is (else on the CPU), goes on where it stopped,
+# prints the table over k, and draws it and the learning curve. With several processes torchrun starts them, and starts
+# them again, from the newest good checkpoint, when one of them dies. What may be set in the environment:
 #
 #   NPROC_PER_NODE   processes on this machine (default: its GPUs, else 1)
 #   MAX_RESTARTS     how often torchrun may start them again (default 3)
@@ -102,5 +126,5 @@ train_and_report() {
     if [ ! -f "$run_dir/result.json" ]; then # the signal was to a worker, and torchrun takes the end for success
         exit 75
     fi
-    python -m smoe.report "$run_dir" --plot "$run_dir/slimming.png"
+    python -m smoe.report "$run_dir" --plot "$run_dir/slimming.png" --curve "$run_dir/curve.png"
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -128,7 +129,7 @@ class Method:
         balance_weight = self.balance_weight if balance_weight is None else balance_weight
         consistency_weight = self.consistency_weight if consistency_weight is None else consistency_weight
         parts: dict[str, Tensor] = {}
-        with record_routing(model) as routings:
+        with record_routing(model) if balance_weight else nullcontext([]) as routings:
             output = forward()
             task = total = output.loss
             if consistency_weight:
@@ -137,7 +138,7 @@ class Method:
                 parts["consistency"] = symmetric_kl(output.logits, second.logits)
                 total = task + consistency_weight * parts["consistency"]
         balance = [routing.balance_loss for routing in routings if routing.balance_loss is not None]
-        if balance_weight and balance:
+        if balance:
             # A mean over the passes, like the task loss, so that the weight means the same with one pass or two.
             parts["balance"] = torch.stack(balance).sum() / (2 if consistency_weight else 1)
             total = total + balance_weight * parts["balance"]

@@ -7,6 +7,8 @@ import random
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+from .released import released_k
+
 Mode = Literal[
     "linear",
     "linear_decrease",
@@ -77,8 +79,6 @@ def k_at(
     if mode in ("random", "random_per_layer"):
         return random.Random(f"{seed}/{step}/{layer if mode == 'random_per_layer' else 0}").randint(k_min, k_max)
     if mode.startswith("released"):
-        from .released import released_k
-
         return released_k(step, total_steps, k_min, k_max, mode)
     if mode.startswith("multistep"):
         stages = [k_min]

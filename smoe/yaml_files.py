@@ -14,7 +14,8 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key given twice (YAML's reader would silently keep the last one) and reads 1e-4 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        given = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]  # not <<: *other
+        keys = [self.construct_object(key, deep=True) for key in given]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"key {key!r} is given twice")

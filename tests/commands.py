@@ -20,6 +20,8 @@ PRELOAD = [
     "smoe.report",
     "bert.pretrain",
     "bert.evaluate",
+    "bert.multiple_choice",
+    "bert.math_word_problems",
 ]
 # What they would import at their first use.
 PRELOAD += ["transformers.models.bert.modeling_bert", "transformers.models.roberta.modeling_roberta", "torch._dynamo"]

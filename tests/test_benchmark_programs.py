@@ -30,3 +30,31 @@ def test_a_step_is_built_at_the_papers_size(build, method):
             model, _, _, flops = step.masked_lm(build, method, 0.25, "meta")
         assert {module.p for module in model.modules() if "Dropout" in type(module).__name__} - {0.0} == {0.25}
         assert flops(None) > 0 if method == "dense_dropout" else flops(16) > flops(8) > 0
+
+
+def test_every_method_takes_steps_and_its_flops_are_those_of_its_training(tmp_path, monkeypatch, capsys):
+    from benchmarks import methods
+    from smoe.methods import METHODS
+    from smoe.report.costs import read_step_times
+
+    file = tmp_path / "step_times.json"
+    options = ["--scale", "smoke", "--model", "transformer_xl", "--repeats", "1", "--json", str(file)]
+    monkeypatch.setattr("sys.argv", ["methods", *options])
+    methods.main()
+    rows, problems = read_step_times(tmp_path)
+    assert problems == [] and {row["scale"] for row in rows} == {"smoke"}
+    trained = {row["method"]: row for row in rows if row["as_trained"]}
+    assert list(trained) == list(METHODS)
+    assert {name: row["k"] for name, row in trained.items() if METHODS[name].routed} == {
+        "thor": 2,
+        "smoe": 2,
+        "smoe_dropout": "8..16",
+    }
+    growing = [row for row in rows if row["method"] == "smoe_dropout" and not row["as_trained"]]
+    assert [row["k"] for row in growing] == [8, 12, 16]
+    for name in ("seconds_per_step", "flops_per_step"):
+        mean = sum(share * row[name] for share, row in zip((0.25, 0.5, 0.25), growing, strict=True))
+        assert trained["smoe_dropout"][name] == pytest.approx(mean)
+    assert trained["dense_dropout"]["flops_per_step"] > trained["smoe"]["flops_per_step"]
+    assert trained["thor"]["flops_per_step"] > 1.5 * trained["smoe"]["flops_per_step"]  # two passes
+    assert capsys.readouterr().out.count("transformer_xl") == len(rows)

@@ -17,8 +17,19 @@ class RunConfig(TrainConfig):
 
     expert_dropout: float = 0.1  # as released: in every expert, after ReLU
     d_head: int = option(64, "width of a head")
+    d_hidden_share: float | None = option(
+        None, "narrower MLPs, of this share of d_hidden; the record has their d_hidden, and null here"
+    )
 
     def __post_init__(self) -> None:
+        if self.d_hidden_share is not None:
+            width = self.d_hidden * self.d_hidden_share
+            if not width >= 1 or width % 1:
+                allowed = f"its product with d_hidden = {self.d_hidden} must be a whole number of at least 1"
+                raise ValueError(f"d_hidden_share is {self.d_hidden_share}; {allowed}")
+            # Applied once: a configuration that is copied or read back keeps its width.
+            object.__setattr__(self, "d_hidden", int(width))
+            object.__setattr__(self, "d_hidden_share", None)
         self.sizes()
         super().__post_init__()
 
@@ -45,10 +56,3 @@ class LanguageModelConfig(RunConfig):
     eval_tgt_len: int = option(128, "tokens of an evaluation segment", at_least=1)
     eval_mem_len: int = option(896, "tokens of memory when evaluating", at_least=0)
     eval_tokens: int | None = option(None, "bytes of valid and of test to evaluate on; null: all of them")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.eval_tokens is not None and self.eval_tokens < self.eval_batch_size:
-            raise ValueError(
-                f"eval_tokens is {self.eval_tokens}; it must be at least eval_batch_size = {self.eval_batch_size}"
-            )

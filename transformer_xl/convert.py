@@ -37,10 +37,10 @@ _LAYER = {
 }
 _QKV = "dec_attn.qkv_net.weight"
 _DENSE = {
-    "pos_ff.CoreNet.0.weight": "mlp.0.weight",
-    "pos_ff.CoreNet.0.bias": "mlp.0.bias",
-    "pos_ff.CoreNet.3.weight": "mlp.3.weight",
-    "pos_ff.CoreNet.3.bias": "mlp.3.bias",
+    "pos_ff.CoreNet.0.weight": "mlp.up.weight",
+    "pos_ff.CoreNet.0.bias": "mlp.up.bias",
+    "pos_ff.CoreNet.3.weight": "mlp.down.weight",
+    "pos_ff.CoreNet.3.bias": "mlp.down.bias",
 }
 _EXPERTS = {
     "pos_ff.gate.gate.weight": "mlp.router.weight",

@@ -7,46 +7,30 @@ a slice of a memory-mapped file: nothing is read before it is needed.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from smoe.prepared import read_prepared
+from smoe.train.task import equal_share
 
-def load_split(data_dir: str | Path, split: str) -> np.memmap:
-    """The raw bytes of `split` ("train", "valid" or "test") as a read-only memory map, (bytes,) uint8.
 
-    Raises ValueError, in one line, when the folder was not prepared, has no such split, or its file was cut short.
+def load_data(data_dir: str | Path) -> tuple[dict[str, np.memmap], dict[str, str]]:
+    """The raw bytes of train, valid and test as read-only memory maps, (bytes,) uint8; and what a record says of them:
+    name and SHA-256 of the whole data set (all splits in order).
+
+    Raises ValueError, in one line, when the folder was not prepared or a file holds other bytes than it was.
     """
-    parts = _meta(data_dir)["splits"]
-    if split not in parts:
-        raise ValueError(f"split: {split!r} is not in {data_dir}, which has {', '.join(sorted(parts))}")
-    path = Path(data_dir) / parts[split]["file"]
-    if not path.is_file():
-        raise ValueError(f"data: {path} is missing; {_advice(data_dir)}")
-    size, expected = path.stat().st_size, parts[split]["bytes"]
-    if size != expected:
-        raise ValueError(f"data: {path} has {size} bytes, but meta.json says {expected}; {_advice(data_dir)}")
-    return np.memmap(path, dtype=np.uint8, mode="r")
-
-
-def dataset_record(data_dir: str | Path) -> dict[str, str]:
-    """Name and SHA-256 of the whole data set (all splits in order), as its meta.json has them.
-
-    The bytes of each split are checked first (a fraction of a second), so that what a result says it was trained on
-    is what it was trained on. Raises ValueError in one line when a file is missing or holds other bytes.
-    """
-    meta = _meta(data_dir)
-    for split, part in meta["splits"].items():
-        if hashlib.sha256(load_split(data_dir, split)).hexdigest() != part["sha256"]:
-            path = Path(data_dir) / part["file"]
-            raise ValueError(f"data: {path} has not the SHA-256 of meta.json; {_advice(data_dir, force=True)}")
-    return {"name": meta.get("dataset", "enwik8"), "sha256": meta["sha256"]}
+    folder = Path(data_dir)
+    newlines = " --newlines drop" if "no-newlines" in folder.name else ""
+    advice = f"run: python data/enwik8/prepare.py{newlines} --out {folder}"
+    meta = read_prepared(folder, advice, ("train", "valid", "test"), {"sha256": str})
+    parts = meta["splits"].items()
+    data = {split: np.memmap(folder / part["file"], dtype=np.uint8, mode="r") for split, part in parts}
+    return data, {"name": meta.get("dataset", "enwik8"), "sha256": meta["sha256"]}
 
 
 class SegmentStream:
@@ -59,12 +43,7 @@ class SegmentStream:
     """
 
     def __init__(self, data: np.ndarray, batch_size: int, tgt_len: int, rank: int = 0, world_size: int = 1) -> None:
-        _check(batch_size, tgt_len, rank, world_size)
-        if batch_size % world_size:
-            raise ValueError(
-                f"batch_size: {batch_size} rows can't be shared equally by {world_size} processes; "
-                f"it must be a multiple of {world_size}"
-            )
+        assert batch_size > 0 and tgt_len > 0 and 0 <= rank < world_size
         row_length = len(data) // batch_size
         self.segments_per_epoch = (row_length - 1) // tgt_len
         if self.segments_per_epoch < 1:
@@ -73,7 +52,7 @@ class SegmentStream:
                 f"a row holds {row_length}, and tgt_len must be at most {max(row_length - 1, 0)}"
             )
         self.tgt_len = tgt_len
-        self.share = _share(batch_size, rank, world_size)  # of the rows
+        self.share = equal_share(batch_size, rank, world_size)  # of the rows
         self._rows = _rows(data, batch_size, rank, world_size)
 
     def segment(self, step: int) -> tuple[Tensor, Tensor, bool]:
@@ -84,11 +63,6 @@ class SegmentStream:
         within = step % self.segments_per_epoch
         start = within * self.tgt_len
         return *_segment(self._rows, start, start + self.tgt_len), within == 0
-
-    def where(self, step: int) -> str:
-        """What `step` reads, for an error message."""
-        epoch, within = divmod(step, self.segments_per_epoch)
-        return f"epoch {epoch}, segment {within} of the data"
 
 
 def evaluation_segments(
@@ -109,7 +83,7 @@ def evaluation_segments(
     `max_tokens` bounds the number of targets over all rows and ranks, for a quick look: each row is then read only up
     to its share.
     """
-    _check(batch_size, tgt_len, rank, world_size)
+    assert batch_size > 0 and tgt_len > 0 and 0 <= rank < world_size
     last = len(data) // batch_size - 1
     if last < 1:
         raise ValueError(
@@ -117,7 +91,7 @@ def evaluation_segments(
         )
     if max_tokens is not None:
         if max_tokens < batch_size:
-            raise ValueError(f"max_tokens: {max_tokens}, it must be at least batch_size ({batch_size})")
+            raise ValueError(f"eval_tokens is {max_tokens}; it must be at least eval_batch_size = {batch_size}")
         last = min(last, max_tokens // batch_size)
     rows = _rows(data, batch_size, rank, world_size)
     counts = len(rows) > 0
@@ -136,40 +110,9 @@ def _rows(data: np.ndarray, batch_size: int, rank: int, world_size: int) -> np.n
     """This rank's rows, (rows, row length), a view."""
     row_length = len(data) // batch_size
     rows = data[: batch_size * row_length].reshape(batch_size, row_length)
-    return rows[_share(batch_size, rank, world_size)]
-
-
-def _share(rows: int, rank: int, world_size: int) -> slice:
-    return slice(rank * rows // world_size, (rank + 1) * rows // world_size)
+    return rows[rank * batch_size // world_size : (rank + 1) * batch_size // world_size]
 
 
 def _segment(rows: np.ndarray, start: int, stop: int) -> tuple[Tensor, Tensor]:
     tokens = torch.from_numpy(rows[:, start : stop + 1].astype(np.int64))
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
-def _check(batch_size: int, tgt_len: int, rank: int, world_size: int) -> None:
-    for name, value in (("batch_size", batch_size), ("tgt_len", tgt_len), ("world_size", world_size)):
-        if value < 1:
-            raise ValueError(f"{name}: {value}, it must be at least 1")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank: {rank}, it must be in 0..{world_size - 1}")
-
-
-def _meta(data_dir: str | Path) -> dict[str, Any]:
-    path = Path(data_dir) / "meta.json"
-    try:
-        meta = json.loads(path.read_text())
-        types = {"file": str, "bytes": int, "sha256": str}
-        if all(isinstance(part[name], types[name]) for part in meta["splits"].values() for name in types):
-            meta["sha256"] = str(meta["sha256"])
-            return meta
-    except OSError:
-        raise ValueError(f"data: no prepared data set in {data_dir}; {_advice(data_dir)}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass  # damaged: said below, as for one that lacks fields
-    raise ValueError(f"data: {path} is damaged; {_advice(data_dir, force=True)}")
-
-
-def _advice(data_dir: str | Path, force: bool = False) -> str:
-    return f"run: python data/enwik8/prepare.py --out {data_dir}{' --force' if force else ''}"

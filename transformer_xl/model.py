@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smoe.dense_mlp import DenseMLP
 from smoe.dropout import Dropout
 from smoe.options import check_bounds, option
 from transformer_xl.attention import RelativeAttention, relative_distances, sinusoids
@@ -88,7 +89,8 @@ class TransformerXL(nn.Module):
         super().__init__()
         self.config = config
         if make_mlp is None:
-            make_mlp = self._make_dense_mlp
+            rate = config.dropout
+            make_mlp = lambda _: DenseMLP(config.d_model, config.d_hidden, dropout=Dropout(rate))  # noqa: E731
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.content_bias = nn.Parameter(torch.empty(config.num_heads, config.d_head))
         self.position_bias = nn.Parameter(torch.empty(config.num_heads, config.d_head))
@@ -96,15 +98,6 @@ class TransformerXL(nn.Module):
         self.output_bias = nn.Parameter(torch.empty(config.vocab_size))
         self.dropout = Dropout(config.dropout)
         self.reset_parameters()
-
-    def _make_dense_mlp(self, layer_index: int) -> nn.Module:
-        c = self.config
-        return nn.Sequential(
-            nn.Linear(c.d_model, c.d_hidden),
-            nn.ReLU(inplace=True),
-            Dropout(c.dropout),
-            nn.Linear(c.d_hidden, c.d_model),
-        )
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from smoe.errors import run_main
+from smoe.flops import count_step
 from smoe.metrics import BPC
 from smoe.train.command import run_training
 from smoe.train.task import Task
 from transformer_xl.config import LanguageModelConfig
-from transformer_xl.cost import evaluation_flops, step_flops
-from transformer_xl.data import SegmentStream, dataset_record, evaluation_segments, load_split
+from transformer_xl.cost import evaluation_flops, meta_inputs
+from transformer_xl.data import SegmentStream, evaluation_segments, load_data
 from transformer_xl.model import TransformerXL, TransformerXLOutput
 
 
@@ -37,8 +38,7 @@ class LanguageModel(Task):
 
     def __init__(self, config: LanguageModelConfig, rank: int, world_size: int) -> None:
         super().__init__(config, rank, world_size)
-        self.data = {name: load_split(config.data, name) for name in ("train", "valid", "test")}
-        self.dataset = dataset_record(config.data)
+        self.data, self.dataset = load_data(config.data)
         self.stream = SegmentStream(self.data["train"], config.batch_size, config.tgt_len, rank, world_size)
         for split in self.splits:
             self._segments(split)  # whether there are enough bytes
@@ -82,7 +82,7 @@ class LanguageModel(Task):
         c = self.config
         counted = evaluation_flops(model, k, batch=c.eval_batch_size, tgt_len=c.eval_tgt_len, mem_len=c.eval_mem_len)
         weights = {"balance_weight": c.balance_weight, "consistency_weight": c.consistency_weight}
-        step = step_flops(model, c.method, k, batch=c.batch_size, tgt_len=c.tgt_len, mem_len=c.mem_len, **weights)
+        step = count_step(model, c.method, meta_inputs(model, c.batch_size, c.tgt_len, c.mem_len), k, **weights)
         return {"paper": counted["paper"], "true": counted["true"], "training_step": step}
 
     def state(self) -> dict[str, Tensor]:
@@ -95,7 +95,8 @@ class LanguageModel(Task):
             self.memory = state["memory"].transpose(0, 1)[:, self.stream.share].to(device)
 
     def where(self, step: int) -> str:
-        return self.stream.where(step)
+        epoch, within = divmod(step, self.stream.segments_per_epoch)
+        return f"epoch {epoch}, segment {within} of the data"
 
     def _segments(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         c = self.config

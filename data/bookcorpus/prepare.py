@@ -1,10 +1,14 @@
 """BookCorpus (or books of your own) as blocks of tokens for masked language models.
 
-    python data/bookcorpus/prepare.py --model bert|roberta [--scale paper|cpu|smoke|auto] [--source FILE|FOLDER ...]
-                                      [--tokenizer FOLDER|FILES] [--vocab_size N] [--out DIR] [--force]
+    python data/bookcorpus/prepare.py --model bert|roberta [--scale paper|hour|cpu|smoke|auto]
+                                      [--source FILE|FOLDER ...] [--tokenizer FOLDER|FILES]
+                                      [--vocab_size N] [--block_length N] [--out DIR] [--force]
 
 Writes train.bin, valid.bin and test.bin, tokenizer.json and meta.json to --out, and prints that folder. A block is
 [CLS] 510 tokens [SEP], or <s> ... </s>; documents run on within a split, with one more [SEP] or </s> between them.
+Blocks are as long as the scale's sequences in bert/configs/masked_lm.yaml, so that every training sequence starts with
+[CLS] and ends with [SEP]. For another --seq_len give the same number here as --block_length: longer blocks are cut into
+equal sequences, and then only the first of each block starts with [CLS].
 
 Of a folder given with --source, every .txt, .xz and .gz file is a document, in subfolders too; hidden files and those
 about the text (README, LICENSE, SOURCE and the like) are left out and named. Without --source the text is BookCorpus
@@ -34,11 +38,13 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 SPLITS = ("train", "valid", "test")
 BATCH_LENGTH = 1_000_000  # characters tokenised at a time
-# By scale: entries of the vocabulary, and bytes of text (None: all there is).
+SMALL_VOCABULARY = {"bert": 1024, "roberta": 1024}
+# By scale: entries of the vocabulary, bytes of text (None: all there is), and tokens of a block: the scale's seq_len.
 SCALES = {
-    "paper": {"vocab_size": {"bert": 30522, "roberta": 50265}, "max_bytes": None},
-    "cpu": {"vocab_size": {"bert": 1024, "roberta": 1024}, "max_bytes": 16_000_000},
-    "smoke": {"vocab_size": {"bert": 1024, "roberta": 1024}, "max_bytes": 500_000},
+    "paper": {"vocab_size": {"bert": 30522, "roberta": 50265}, "max_bytes": None, "block_length": 512},
+    "hour": {"vocab_size": SMALL_VOCABULARY, "max_bytes": 16_000_000, "block_length": 32},
+    "cpu": {"vocab_size": SMALL_VOCABULARY, "max_bytes": 16_000_000, "block_length": 32},
+    "smoke": {"vocab_size": SMALL_VOCABULARY, "max_bytes": 500_000, "block_length": 32},
 }
 
 
@@ -212,7 +218,7 @@ def _prepare_as_asked(out: Path, options: argparse.Namespace, size: dict[str, An
         "tokenizer": [sha256_of(file) for path in options.tokenizer for file in _files(path)] or None,
         "vocab_size": options.vocab_size or size["vocab_size"][options.model],
         "max_bytes": options.max_bytes or size["max_bytes"],
-        "block_length": options.block_length or 512,
+        "block_length": options.block_length or size["block_length"],
     }
     if options.tokenizer:
         request["vocab_size"] = None
@@ -235,12 +241,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Prepare BookCorpus, or books of your own, for masked language models."
     )
     parser.add_argument("--model", choices=("bert", "roberta"), default="bert", help="whose tokens (default: bert)")
-    parser.add_argument("--scale", choices=(*SCALES, "auto"), default="auto", help="sets vocab_size and max_bytes")
+    parser.add_argument(
+        "--scale", choices=(*SCALES, "auto"), default="auto", help="vocab_size, max_bytes, block_length"
+    )
     parser.add_argument("--source", type=Path, nargs="+", default=[], help="text: files, or folders of .txt, .xz, .gz")
     parser.add_argument("--tokenizer", type=Path, nargs="+", default=[], help="a vocabulary: a folder or its files")
     parser.add_argument("--vocab_size", type=_positive, help="of a vocabulary learned from the text")
     parser.add_argument("--max_bytes", type=_positive, help="of text to use")
-    parser.add_argument("--block_length", type=_positive, help="tokens in a block (default: 512)")
+    parser.add_argument("--block_length", type=_positive, help="tokens of a block: the seq_len to train with")
     parser.add_argument("--name", help="what results call your own text (default: text)")
     parser.add_argument("--out", type=Path, help="default: a folder beside this file, named after model and scale")
     parser.add_argument("--force", action="store_true", help="prepare again even if it is all there")
@@ -259,7 +267,7 @@ def _positive(text: str) -> int:
 def _scale(scale: str) -> str:
     if scale != "auto":
         return scale
-    from smoe.train.scale import resolve_scale
+    from smoe.train.auto import resolve_scale
 
     return resolve_scale(scale, ("paper", "cpu"))[0]
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..experts import Experts
@@ -25,7 +26,7 @@ from .fast_path import FAST_PATHS, FastPath, Inputs, Parameters
 from .function import run
 from .grouping import Grouping, group
 from .hidden import activated, flatten, kept_units, linear_gradients, may_fuse_relu, room_for_gradients, unflatten
-from .products import combine, group_dots, mm_into
+from .products import group_dots, mm_into
 
 
 def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
@@ -193,4 +194,7 @@ def _sum_over_experts(
                 compute_pairs(e, slice(start - first, end - first), rows)
         tokens = slice(chunk.start, chunk.end)
         position = grouping.position_in(chunk, indices)
-        combine(filled, position, None if weights is None else weights[tokens], out[tokens])
+        # One read of every pair, sums in float32, one rounding. On a CPU it is several times faster than adding expert
+        # after expert with `index_add_`, which also rounds or widens each time.
+        factors = None if weights is None else weights[tokens]
+        out[tokens].copy_(F.embedding_bag(position, filled, mode="sum", per_sample_weights=factors))

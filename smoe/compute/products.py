@@ -6,7 +6,6 @@ import functools
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Bytes of the products that `group_dots` sums at a time.
@@ -78,15 +77,6 @@ def mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b, out=out)
     else:
         out.copy_(a @ b)
-
-
-def combine(pairs: Tensor, position: Tensor, weights: Tensor | None, out: Tensor) -> None:
-    """``out[t] = sum_j weights[t, j] * pairs[position[t, j]]``; pairs (P, d), position and weights (T, k), out (T, d).
-
-    This is what an embedding bag does: one read of every pair, sums in float32, one rounding. On a CPU it is several
-    times faster than adding expert after expert with ``index_add_``, which also rounds or widens each time.
-    """
-    out.copy_(F.embedding_bag(position, pairs, mode="sum", per_sample_weights=weights))
 
 
 def scale_(hidden: Tensor, weights: Tensor, out: Tensor) -> Tensor:

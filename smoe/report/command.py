@@ -1,10 +1,13 @@
-"""From finished runs to the paper's self-slimming table and figure.
+"""From finished runs to the paper's self-slimming table and figure, and from all records to the whole report.
 
 python -m smoe.report RUN [RUN ...] [--plot slimming.png] [--json] [--into README.md --block NAME]
+python -m smoe.report RUN --curve curve.png
+python -m smoe.report --all [--results results] [--figures Figs]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -14,6 +17,8 @@ from typing import Any
 
 from smoe.errors import Parser, one_line
 from smoe.files import write_atomic
+from smoe.report.curve import plot_curve
+from smoe.report.everything import write_report
 from smoe.report.figure import plot_slimming
 from smoe.report.groups import Block, Group, blocks_of
 from smoe.report.records import Record, check_result, examples_of, read_result
@@ -23,28 +28,65 @@ from smoe.report.tables import slimming_table, with_block
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see the module's docstring."""
     parser = Parser(prog="python -m smoe.report", description="Compare finished runs: their metric at every k.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder or a result.json")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="a run folder or a result.json")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figure (.png, .pdf or .svg)")
+    parser.add_argument("--curve", type=Path, metavar="FILE", help="also draw the learning curve of the one RUN folder")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--into", type=Path, metavar="FILE", help="also write the table into this Markdown file ...")
     parser.add_argument("--block", metavar="NAME", help="... between the comments `NAME: ...` and `end`")
+    parser.add_argument("--all", action="store_true", help="instead: report all records under --results")
+    parser.add_argument(
+        "--results", metavar="DIR", help="with --all: records; gets REPORT.md and report.html (results)"
+    )
+    parser.add_argument("--figures", metavar="DIR", help="with --all: gets the plots (Figs)")
     options = parser.parse_args(argv)
-    if (options.into is None) != (options.block is None):
-        raise ValueError("--into and --block must be given together: a Markdown file and the name of a block in it")
-    if options.json and options.into is not None:
-        raise ValueError("--into has no effect with --json; leave it out")
+    _check(options)
+    if options.all:
+        return _report_all(options.results or "results", options.figures or "Figs")
     records = _read(options.runs)
     table = slimming_table(records)
     if options.into is not None:  # first of all, since it may not fit
         markdown = with_block(options.into.read_text(encoding="utf-8"), options.block, table)
     if options.plot is not None:
         plot_slimming(records, options.plot)
+    if options.curve is not None:
+        plot_curve(options.runs[0], options.curve)
     if options.into is not None:
         write_atomic(options.into, markdown)
     if options.json:
         print(json.dumps([_entry(block, group) for block in blocks_of(records) for group in block.groups], indent=2))
     else:
-        print(table + (f"\n\nfigure: {options.plot}" if options.plot is not None else ""))
+        drawn = {"learning curve": options.curve, "figure": options.plot}
+        lines = [f"{name}: {file}" for name, file in drawn.items() if file is not None]
+        print("\n\n".join([table, *(["\n".join(lines)] if lines else [])]))
+
+
+def _check(options: argparse.Namespace) -> None:
+    """ValueError for options that do not go together."""
+    if options.all:
+        given = {name: getattr(options, name) for name in ("plot", "curve", "json", "into", "block")}
+        for name in [*(["RUN"] if options.runs else []), *(f"--{name}" for name, value in given.items() if value)]:
+            raise ValueError(f"{name} has no effect with --all; leave it out")
+        return
+    for name in ("results", "figures"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} has no effect without --all; leave it out")
+    if not options.runs:
+        raise ValueError("the following arguments are required: RUN, or --all")
+    if (options.into is None) != (options.block is None):
+        raise ValueError("--into and --block must be given together: a Markdown file and the name of a block in it")
+    if options.json and options.into is not None:
+        raise ValueError("--into has no effect with --json; leave it out")
+    if options.curve is not None and len(options.runs) != 1:
+        raise ValueError(f"--curve is given with {len(options.runs)} runs; it must be one")
+
+
+def _report_all(results: str, figures: str) -> None:
+    """Writes the whole report, and says what it wrote and what it left out."""
+    written, problems = write_report(results, figures)
+    for problem in problems:
+        print(f"warning: left out: {one_line(problem)}", file=sys.stderr)
+    print("\n".join(map(str, written)))
 
 
 def _read(paths: Sequence[str]) -> list[Record]:

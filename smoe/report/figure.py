@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -10,18 +9,7 @@ from typing import Any
 
 from smoe.report.groups import Block, Group, blocks_of, plain
 from smoe.report.records import Record
-
-# Okabe and Ito's palette, which most colour-blind readers can tell apart; each method has its own marker as well.
-STYLES = {
-    "smoe_dropout": ("#0072B2", "o"),
-    "smoe": ("#D55E00", "s"),
-    "thor": ("#009E73", "^"),
-    "dense_dropout": ("#555555", "D"),
-    "dense_concrete_dropout": ("#CC79A7", "v"),
-    "dense_dropblock": ("#B07C00", "P"),
-}
-SPARE = [("#56B4E9", "X"), ("#882255", "<"), ("#117733", ">"), ("#332288", "h"), ("#AA4499", "*"), ("#000000", "d")]
-INK, FAINT = "#222222", "#d9d9d9"
+from smoe.report.style import FAINT, INK, SPARE, STYLES, clean_axes, new_figure, save
 
 
 def plot_slimming(records: Sequence[Record], path: str | Path) -> Path:
@@ -32,21 +20,10 @@ def plot_slimming(records: Sequence[Record], path: str | Path) -> Path:
     a field, matplotlib is missing or the ending is unknown.
     """
     blocks, path = blocks_of(records), Path(path)
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("plot: needs matplotlib; pip install 'smoe[report]'") from None
-    canvas = FigureCanvasAgg(Figure(figsize=(7.6 * len(blocks), 4.6), layout="constrained"))
-    ending = path.suffix.lower().lstrip(".")
-    if ending not in canvas.get_supported_filetypes():
-        raise ValueError(f"plot: {path} ends in {path.suffix!r}; it must be .png, .pdf or .svg")
-    for axes, block in zip(canvas.figure.subplots(1, len(blocks), squeeze=False)[0], blocks, strict=True):
+    figure = new_figure(7.6 * len(blocks), 4.6)
+    for axes, block in zip(figure.subplots(1, len(blocks), squeeze=False)[0], blocks, strict=True):
         _draw_panel(axes, block)
-    drawn = io.BytesIO()
-    canvas.figure.savefig(drawn, format=ending, dpi=200)
-    path.write_bytes(drawn.getvalue())
-    return path
+    return save(figure, path)
 
 
 def _draw_panel(axes: Any, block: Block) -> None:
@@ -54,22 +31,19 @@ def _draw_panel(axes: Any, block: Block) -> None:
     axes.set_title(plain(block.name, 80), fontsize=11, color=INK, loc="left", pad=12, parse_math=False)
     axes.set_xlabel("active parameters (million)", color=INK)
     axes.set_ylabel(plain(block.measure, 60), color=INK, parse_math=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, labelsize=9)
+    clean_axes(axes)
 
     ends, styles, spare = [], dict(STYLES), list(SPARE)
     for group in block.groups:
         # A run with a label of its own is an ablation: it must look different from the method it varies.
         style = None if group.own_label else styles.pop(group.method, None)
-        color, marker = style or (spare.pop(0) if spare else SPARE[-1])
-        ends.append((_draw_group(axes, group, color, marker), plain(group.label, 60), color))
+        color, marker, dashes = style or (spare.pop(0) if spare else SPARE[-1])
+        ends.append((_draw_group(axes, group, color, marker, dashes), plain(group.label, 60), color))
     _mark_experts(axes, block.groups)
     _label_ends(axes, ends)
 
 
-def _draw_group(axes: Any, group: Group, color: str, marker: str) -> tuple[float, float]:
+def _draw_group(axes: Any, group: Group, color: str, marker: str, dashes: Any) -> tuple[float, float]:
     """Draw the curve of one group (mean over its runs) and return its last point, in data units."""
     keys = sorted(group.keys, key=group.parameters)
     xs = [group.parameters(key) / 1e6 for key in keys]
@@ -88,6 +62,7 @@ def _draw_group(axes: Any, group: Group, color: str, marker: str) -> tuple[float
         means,
         color=color,
         marker=marker,
+        linestyle=dashes,
         markersize=6,
         linewidth=1.9,
         markeredgecolor="white",

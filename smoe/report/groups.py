@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from smoe.methods import METHODS
-from smoe.report.records import Record, check_result, dataset_name, examples_of, split_of, values_of
+from smoe.report.records import Record, check_result, dataset_name, examples_of, parameters_at, split_of, values_of
 
 # Fields of a configuration that change no result: where things are, how often they are said, and how they are computed.
 _NO_RESULT = {"run_dir", "data", "resume", "progress", "process_timeout", "log_interval", "save_interval"}
 _NO_RESULT |= {"scale_reason", "engine", "expert_parallel", "fsdp"}
 # Told by other fields of the record: the seed tells the runs of a group apart, what `auto` came to stands outside.
 _TOLD_ELSEWHERE = {"seed", "method", "scale", "model", "precision", "sweep"}
+# Fields that take the method's own value when they are null.
+_OWN = {"router", "schedule", "k_min", "k_max", "balance_weight", "consistency_weight"}
 
 
 @dataclass
@@ -54,8 +56,7 @@ class Group:
 
     def parameters(self, key: str) -> float:
         """Parameters that one token uses at this k."""
-        parameters = self.records[0]["parameters"]
-        return parameters["total"] if key == "dense" else parameters["active_per_k"][key]
+        return parameters_at(self.records[0], key)
 
 
 @dataclass
@@ -75,10 +76,8 @@ class Block:
     @property
     def measure(self) -> str:
         """E.g. ``test BPC (bits per byte, lower is better)``."""
-        # "BPC" stays as it is, "Accuracy" is a word within a sentence.
-        title = self.title if self.title[1:2].isupper() else self.title[:1].lower() + self.title[1:]
         unit = "" if self.unit.lower() == self.title.lower() else f"{self.unit}, "
-        return f"{self.split} {title} ({unit}{self.direction} is better)"
+        return f"{self.split} {within_a_sentence(self.title)} ({unit}{self.direction} is better)"
 
     @property
     def name(self) -> str:
@@ -112,7 +111,7 @@ def blocks_of(records: Sequence[Record]) -> list[Block]:
         where = [record["model"], dataset_name(record), record["scale"], record["metric"], split_of(record)]
         where += [metric["title"], metric["unit"], metric["direction"]]
         block = blocks.setdefault(tuple(where), Block(*map(plain, where)))
-        own_label, settings, sizes = record.get("label"), _settings(record), _sizes(record)
+        own_label, settings, sizes = record.get("label"), settings_of(record), _sizes(record)
         key = (*where, record["method"], own_label, *sorted(settings.items()), *sizes.items())
         if key not in groups:
             groups[key] = Group(record["method"], own_label, settings, sizes)
@@ -124,6 +123,11 @@ def blocks_of(records: Sequence[Record]) -> list[Block]:
     return list(blocks.values())
 
 
+def within_a_sentence(title: str) -> str:
+    """A metric's title: ``BPC`` stays as it is, ``Accuracy`` is a word."""
+    return title if title[1:2].isupper() else title[:1].lower() + title[1:]
+
+
 def plain(text: Any, longest: int = 100) -> str:
     """One line of text that neither Markdown nor a terminal takes for anything else."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
@@ -132,19 +136,14 @@ def plain(text: Any, longest: int = 100) -> str:
 
 
 def _name_groups(groups: Sequence[Group]) -> None:
-    """Labels each group with its name and every setting in which it departs from most groups of its block.
+    """Labels each group with its name and what tells it from the others of its block.
 
-    Where no value is that of most groups, each says its own. Sizes differ from method to method; they are said where
-    settings leave two groups with one label.
+    Sizes differ from method to method; they are said where settings leave two groups with one label.
     """
-    parts = [[group.name] for group in groups]
-    for name in sorted({name for group in groups for name in group.settings}):
-        values = [group.settings.get(name, "null") for group in groups]
-        usual, times = Counter(values).most_common(1)[0]
-        for group, value, said in zip(groups, values, parts, strict=True):
-            departs = value != usual or 2 * times <= len(groups)
-            if departs and f"{name} {value}" not in (group.own_label or "").split(", "):
-                said.append(f"{name} {value}")
+    parts = []
+    for group, said in zip(groups, departures([group.settings for group in groups]), strict=True):
+        known = (group.own_label or "").split(", ")
+        parts.append([group.name, *(setting for setting in said if setting not in known)])
     times_used = Counter(map(tuple, parts))
     for group, said in zip(groups, parts, strict=True):
         if times_used[tuple(said)] > 1:
@@ -152,7 +151,25 @@ def _name_groups(groups: Sequence[Group]) -> None:
         group.label = plain(", ".join(said))
 
 
-def _settings(record: Record) -> dict[str, str]:
+def departures(settings: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """For each of several settings, by name, those in which it departs from most, as text: ``["steps 3000"]``.
+
+    Where no value is that of most, each says its own. A setting that is missing is said only if most have it.
+    """
+    parts: list[list[str]] = [[] for _ in settings]
+    for name in sorted({name for one in settings for name in one}):
+        values = [one.get(name) for one in settings]
+        usual, times = Counter(values).most_common(1)[0]
+        most = 2 * times > len(values)
+        for value, said in zip(values, parts, strict=True):
+            if value is None and usual is not None and most:
+                said.append(f"own {name}" if name in _OWN else f"{name} not set")
+            elif value is not None and (value != usual or not most):
+                said.append(f"{name} {value}")
+    return parts
+
+
+def settings_of(record: Record) -> dict[str, str]:
     """The configuration and what it was read with; a field that is null counts as not there."""
     unsaid = _NO_RESULT | _TOLD_ELSEWHERE
     settings = {name: value for name, value in (record.get("config") or {}).items() if name not in unsaid}

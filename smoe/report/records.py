@@ -83,6 +83,7 @@ def check_result(record: Record, name: str = "result") -> Record:
     _check(isinstance(record["metrics"], Mapping), record["metrics"], f"{name}: metrics", "metrics by name")
     _check_metric(record, f"{name}: metrics.{record['metric']}")
     _check_parameters(record, name)
+    _check_other_checkpoints(record, name)
     return record
 
 
@@ -100,6 +101,26 @@ def split_of(record: Record) -> str:
 def values_of(record: Record) -> Mapping[str, float]:
     """The deciding metric on that split, by k as text (or ``dense``)."""
     return record["metrics"][record["metric"]][split_of(record)]
+
+
+def value_at(record: Record, key: str) -> float | None:
+    """The deciding metric at this k, of the checkpoint that was chosen at this k if there is one; None if not measured.
+
+    SMoE and THOR are chosen at the k that they are trained with. A run that also chose a checkpoint at k = N has that
+    one's values under ``best_at_other_k``; methods are compared at k = N by those.
+    """
+    for best in record.get("best_at_other_k") or ():
+        if str(best["k"]) == key and "metrics" in best:
+            value = best["metrics"][record["metric"]][split_of(record)].get(key)
+            if value is not None:
+                return value
+    return values_of(record).get(key)
+
+
+def parameters_at(record: Record, key: str) -> float:
+    """Parameters that one token uses at this k."""
+    parameters = record["parameters"]
+    return parameters["total"] if key == "dense" else parameters["active_per_k"][key]
 
 
 def examples_of(record: Record) -> int | None:
@@ -131,6 +152,23 @@ def _check_metric(record: Record, name: str) -> None:
     count = examples_of(record)
     whole = isinstance(count, int) and not isinstance(count, bool) and count > 0
     _check(count is None or whole, count, f"{name}.n.{split}", "a whole number of at least 1")
+
+
+def _check_other_checkpoints(record: Record, name: str) -> None:
+    others = record.get("best_at_other_k")
+    _check(others is None or isinstance(others, list), others, f"{name}: best_at_other_k", "a list of checkpoints")
+    for number, best in enumerate(others or ()):
+        where = f"{name}: best_at_other_k.{number}"
+        proper = isinstance(best, Mapping) and isinstance(best.get("k"), int)
+        _check(proper, best, where, "a checkpoint with the k that it was chosen at")
+        if "metrics" in best:
+            metrics, split = best["metrics"], split_of(record)
+            found = metrics.get(record["metric"]) if isinstance(metrics, Mapping) else None
+            values = found.get(split) if isinstance(found, Mapping) else None
+            where = f"{where}.metrics.{record['metric']}.{split}"
+            _check(isinstance(values, Mapping), values, where, "a number for each k")
+            for key, value in values.items():
+                _check_number(value, f"{where}.{key}")
 
 
 def _check_parameters(record: Record, name: str) -> None:

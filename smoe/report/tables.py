@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
 
 from smoe.paper import paper_results
 from smoe.report.groups import Block, Group, blocks_of
+from smoe.report.markdown import mean_and_deviation
 from smoe.report.records import Record
 
 
@@ -28,7 +28,7 @@ def paper_values(block: Block) -> dict[str, dict[str, float]]:
     results = paper_results()
     if block.metric in ("bpc", "bits_per_masked_token"):
         cells = {row: cell["bpc"] for row, cell in results["table1"].get(block.model, {}).items()}
-    elif block.metric == "accuracy":  # a share here, percent there
+    elif block.metric in ("accuracy", "solving_rate"):  # a share here, percent there
         cells = {row: cell / 100 for row, cell in results["table2"].get(block.model, {}).get(block.dataset, {}).items()}
     else:
         cells = {}
@@ -60,7 +60,7 @@ def _block_table(block: Block) -> str:
     rows = [["method", "seed", "parameters", *names, *(["paper"] if paper else [])]]
     for group in block.groups:
         row = [group.label, _seeds(group), f"{group.parameters('dense') / 1e6:.2f}M"]
-        row += [_cell(group, column) if column in group.keys else "-" for column in columns]
+        row += [mean_and_deviation(group.values(column)) if column in group.keys else "-" for column in columns]
         rows.append(row + ([_paper_cell({} if group.own_label else paper.get(group.method, {}), ks)] if paper else []))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -81,11 +81,6 @@ def _block_table(block: Block) -> str:
 def _seeds(group: Group) -> str:
     seeds = ", ".join(map(str, sorted(group.seeds))) or "-"
     return seeds if len(group.records) == 1 else f"{seeds} (n = {len(group.records)})"
-
-
-def _cell(group: Group, key: str) -> str:
-    values = group.values(key)
-    return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def _paper_cell(values: Mapping[str, float], ks: Sequence[int]) -> str:

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,7 +26,7 @@ from smoe.files import fingerprint, fsync_path, hash_json
 from smoe.train.processes import Processes
 
 FORMAT = 2
-_PARTIAL = ".tmp-"
+PARTIAL = ".tmp-"
 
 
 def save_checkpoint(
@@ -46,17 +45,17 @@ def save_checkpoint(
     process's. Raises CheckpointError when the disk is full or fails; the checkpoints before are untouched then.
     """
     processes = processes or Processes()
-    path, partial = checkpoint_path(folder, step), folder / f"{_PARTIAL}{checkpoint_path(folder, step).name}"
+    path, partial = checkpoint_path(folder, step), folder / f"{PARTIAL}{checkpoint_path(folder, step).name}"
     with _one_clear_error(partial, "making a folder"), processes.together():
         if processes.is_main:
-            remove_partial(folder)
+            for left in folder.glob(f"{PARTIAL}*"):  # by an interrupted save
+                shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
     with _one_clear_error(partial, "writing tensors"), processes.together():
         for group, members in tensors.items():
             file = partial / f"{group}.safetensors"
             # Copies: safetensors wants contiguous tensors on the CPU that share no memory.
-            dense = {"memory_format": torch.contiguous_format}
-            save_file({name: tensor.detach().cpu().clone(**dense) for name, tensor in members.items()}, file)
+            save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in members.items()}, file)
             fsync_path(file)
     with _one_clear_error(partial, "sealing"), processes.together():
         if processes.is_main:
@@ -89,12 +88,6 @@ def list_steps(folder: Path) -> list[int]:
     return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{8,}", name))
 
 
-def remove_partial(folder: Path) -> None:
-    """Removes what an interrupted save left (main process)."""
-    for path in folder.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 @contextmanager
 def _one_clear_error(partial: Path, doing: str) -> Iterator[None]:
     """Whatever goes wrong, removes the unfinished folder; makes a disk's error, on any process, one line.
@@ -110,5 +103,5 @@ def _one_clear_error(partial: Path, doing: str) -> Iterator[None]:
         steps = list_steps(partial.parent)
         left = f"the last one there is {checkpoint_path(partial.parent, steps[-1]).name}" if steps else "there is none"
         reason = one_line(getattr(error, "strerror", None) or error)
-        name = partial.name.removeprefix(_PARTIAL)
+        name = partial.name.removeprefix(PARTIAL)
         raise CheckpointError(f"checkpoint {name} in {partial.parent}: {reason} while {doing}; {left}") from None

@@ -16,12 +16,12 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser
 
 from smoe.options import field_metadata
+from smoe.train.auto import resolve_scale
 from smoe.train.config import TrainConfig
 from smoe.train.distributed import DistributedProcesses
 from smoe.train.loop import train
 from smoe.train.mistakes import describe_type, explain, no_such_field
 from smoe.train.processes import Processes
-from smoe.train.scale import resolve_scale
 from smoe.train.task import Task
 from smoe.yaml_files import load_yaml
 
@@ -35,7 +35,8 @@ def run_training(task_class: type[Task], prog: str) -> None:
         config = parse_config(task_class.config_class, prog=prog)
     except ValueError as caught:
         error = caught
-    processes = _join((config or TrainConfig).process_timeout)
+    by_torchrun, timeout = {"RANK", "WORLD_SIZE"} <= os.environ.keys(), (config or TrainConfig).process_timeout
+    processes = DistributedProcesses(timeout) if by_torchrun else Processes()
     with processes.together():
         if error is not None:
             raise error
@@ -45,20 +46,13 @@ def run_training(task_class: type[Task], prog: str) -> None:
     train(task_class, config, processes)
 
 
-def _join(timeout: float) -> Processes:
-    """The processes that torchrun started, or the single one. ``timeout``: seconds that one waits for another."""
-    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        return DistributedProcesses(timeout)
-    return Processes()
-
-
 def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, prog: str | None = None) -> Config:
     """Builds ``config_class``, a frozen dataclass that checks itself, from YAML files and ``argv``.
 
     Its field ``scale`` picks a section of ``config_class.scales_file``; ``--config FILE`` overlays a user's YAML.
     Raises ValueError, in one line, for anything wrong in ``argv`` or the YAML; ``--help`` prints and exits 0.
     """
-    notes, types = field_notes(config_class), get_type_hints(config_class)
+    known, types = field_metadata(config_class), get_type_hints(config_class)
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.name != "scale_reason"}
     hints = {name: types[name] for name in fields}
     parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
@@ -66,7 +60,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, 
     needed = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
     for name, field in fields.items():
         default, note = (None, "required: ") if name in needed else (field.default, "")  # a file may have it
-        parser.add_argument(f"--{name}", type=hints[name], default=default, help=note + notes[name])
+        parser.add_argument(f"--{name}", type=hints[name], default=default, help=note + known[name]["help"])
 
     def checked(values: Mapping[str, Any], source: object) -> dict[str, Any]:
         """What a YAML file says, read by the same types as the flags."""
@@ -100,11 +94,6 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, 
         if name not in values:
             raise ValueError(f"{name}: missing; give --{name} with {describe_type(hints[name])}")
     return config_class(**values)
-
-
-def field_notes(config_class: type) -> dict[str, str]:
-    """The line of ``--help`` for each field."""
-    return {name: known["help"] for name, known in field_metadata(config_class).items() if "help" in known}
 
 
 def _normalise(argv: Sequence[str], hints: Mapping[str, Any]) -> list[str]:

@@ -14,8 +14,8 @@ from smoe.engine import resolve_engine
 from smoe.method_config import MethodConfig
 from smoe.options import option, required
 from smoe.schedule import k_at
-from smoe.train.learning_rate import Decay, learning_rate_at
-from smoe.train.precision import resolve_precision
+from smoe.train.auto import resolve_precision
+from smoe.train.learning_rate import Decay
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TrainConfig(MethodConfig):
 
     run_dir: str = required("the folder the run lives in")
     _: KW_ONLY
-    scale: str = option("auto", "paper, cpu (two cores, minutes), smoke (seconds); auto: paper with CUDA, else cpu")
+    scale: str = option("auto", "a section of the task's YAML: paper, cpu, smoke, ...; auto: paper with CUDA, else cpu")
     scale_reason: str = ""
     resume: bool = option(False, "continue the run in run_dir from its newest good checkpoint, if there is one")
     precision: Literal["auto", "bf16", "fp32"] = option("auto", "auto: bf16 where the device is fast at it")
@@ -42,6 +42,7 @@ class TrainConfig(MethodConfig):
     learning_rate: float = option(2.5e-4, "the largest one", above=0)
     decay: Decay = option("cosine", "how the learning rate falls to 0")
     warmup_steps: int = option(0, "steps in which the learning rate rises to its full value", at_least=0)
+    beta2: float = option(0.999, "of Adam: how slowly its mean of squared gradients moves", at_least=0, below=1)
     weight_decay: float = option(0.0, "of AdamW; 0 is Adam", at_least=0)
     clip: float = option(0.25, "largest norm of the gradient", above=0)
 
@@ -71,19 +72,11 @@ class TrainConfig(MethodConfig):
         """Fields that follow from others a user gave, such as the sizes of the run that a fine-tuning starts from."""
         return {}
 
-    def for_evaluation(self) -> TrainConfig:
-        """As a finished run is measured: by one process, whatever trained it."""
-        return dataclasses.replace(self, engine="auto", expert_parallel=1, fsdp=False)
-
     def resolved(self) -> TrainConfig:
         """With precision and engine as what they come to on this machine; ValueError if fmoe can't run here."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         engine = resolve_engine(self.engine) if self.get_method().routed else self.engine
         return dataclasses.replace(self, precision=resolve_precision(self.precision, device), engine=engine)
-
-    def learning_rate_at(self, step: int) -> float:
-        """The learning rate of a training step."""
-        return learning_rate_at(step, self.steps, self.learning_rate, self.warmup_steps, self.decay)
 
     def eval_ks(self) -> list[int | None]:
         """The k that best checkpoints are chosen at: where training ends, then N if that differs; [None] if dense."""

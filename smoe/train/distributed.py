@@ -132,6 +132,11 @@ class DistributedProcesses(Processes):
             )
         return clip_grad_norm_(model, max_norm, self.groups)
 
+    def join(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        entries: list[Any] = [None] * self.world_size
+        dist.all_gather_object(entries, dict(own))
+        return {name: value for part in entries for name, value in part.items()}
+
     def gather_state(self, tensors: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor] | None:
         return gather_state(tensors, model, self.groups)
 

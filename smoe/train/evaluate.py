@@ -22,14 +22,17 @@ from smoe.train.processes import Processes
 from smoe.train.resume import Checkpoint, load_checkpoint, load_latest, load_weights
 from smoe.train.task import Task
 
+# A run is measured by one process, whatever trained it, from its own folder alone.
+_HERE = {"engine": "auto", "expert_parallel": 1, "fsdp": False, "run": None, "tokenizer": None}
+
 Config = TypeVar("Config", bound=TrainConfig)
 
 
 def read_run(path: str | Path, config_class: type[Config], what: str, which: str = "best") -> tuple[Config, Checkpoint]:
     """The configuration of a run and one of its checkpoints, the weights alone.
 
-    A field that the run's version did not have yet takes its default; engine and processes are those of this machine. A
-    damaged newest checkpoint is said on stderr.
+    A field that the run's version did not have yet takes its default; engine, processes and the run folder's place are
+    those of this machine. A damaged newest checkpoint is said on stderr.
 
     Args:
         what: a model of this kind, for messages, e.g. ``a Transformer-XL``. which: ``best`` or ``last``.
@@ -64,8 +67,9 @@ def _read_config(folder: RunFolder, config_class: type[Config], what: str) -> Co
         name: tuple(value) if isinstance(value, list) and _takes_tuple(hints[name]) else value
         for name, value in recorded.items()
     }
+    here = {name: value for name, value in _HERE.items() if name in fields}
     try:
-        return config_class(**values | {"engine": "auto"}).for_evaluation()
+        return config_class(**values | here | {"run_dir": str(folder.path)})
     except (TypeError, ValueError) as error:
         raise ValueError(f"run: {folder.config_path} is not of {what}: {error}") from None
 
@@ -95,7 +99,10 @@ def evaluation_command(*tasks: type[Task], prog: str, what: str, argv: Sequence[
     arguments = parser.parse_args(argv)
 
     recorded = RunFolder(arguments.run).read_config().keys()
-    task_class = next((task for task in tasks if recorded <= fields[task]), tasks[0])
+    # A run of an earlier version lacks fields; the task with the fewest that it lacks is its own.
+    task_class = min(
+        (task for task in tasks if recorded <= fields[task]), key=lambda t: len(fields[t]), default=tasks[0]
+    )
     config, checkpoint = read_run(arguments.run, task_class.config_class, what, arguments.checkpoint)
     changes = {} if arguments.data is None else {"data": arguments.data}
     for limit in limits:

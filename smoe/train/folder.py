@@ -1,6 +1,6 @@
 """The folder one run lives in.
 
-config.yaml  metrics.jsonl  tensorboard/  checkpoints/step-XXXXXXXX/  result.json
+config.yaml  metrics.jsonl  tensorboard/  checkpoints/step-XXXXXXXX/  result.json  predictions.jsonl (some tasks)
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class Log:
                 part.close()
 
 
-def print_header(task: Task, processes: Processes, parameters: int) -> None:
+def print_header(task: Task, processes: Processes) -> None:
     """Says what is about to run."""
     config, method, k = task.config, task.config.get_method(), ""
     if method.routed:
@@ -115,6 +115,7 @@ def print_header(task: Task, processes: Processes, parameters: int) -> None:
     devices = f"{processes.world_size} x {processes.device.type}"
     devices += f" (experts over {config.expert_parallel})" if config.expert_parallel > 1 else ""
     devices += " (sharded)" if config.fsdp else ""
+    parameters = sum(p.numel() for p in task.model.parameters())
     size = f"{parameters:,} parameters, {config.steps} steps of {task.step_shape}"
     print(f"{task.title}, {method.title}{k}, seed {config.seed}, run folder {config.run_dir}", flush=True)
     print(f"scale {config.scale} ({config.scale_reason}): {size}, {devices}, precision {config.precision}", flush=True)

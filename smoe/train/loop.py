@@ -16,11 +16,13 @@ from torch import Tensor
 from smoe.control import set_top_k
 from smoe.environment import environment_record
 from smoe.errors import NonFiniteError, Stopped
+from smoe.files import write_atomic
 from smoe.parameters import parameter_groups
 from smoe.train.checkpoint import checkpoint_path, save_checkpoint
 from smoe.train.config import TrainConfig
 from smoe.train.evaluation import k_name, measure, sweep
 from smoe.train.folder import open_run
+from smoe.train.learning_rate import learning_rate_at
 from smoe.train.log import Log, at_k, one_or_all, print_header
 from smoe.train.processes import Processes
 from smoe.train.record import make_record
@@ -63,16 +65,16 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
 
     # ---- where it starts --------------------------------------------------------------------------------------------
     method, decides, device = config.get_method(), task.metrics[0], processes.device
-    size = sum(p.numel() for p in task.model.parameters())
+    if processes.is_main:
+        print_header(task, processes)
     model = processes.prepare(task.model, task.blocks, config.fsdp)
     decay = config.weight_decay  # without it AdamW is Adam
     trained = parameter_groups(task.model, decay) if decay else task.model.parameters()
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=decay, fused=True)
+    betas = (0.9, config.beta2)
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=betas, weight_decay=decay, fused=True)
     torch.manual_seed(config.seed + 1000 * processes.rank)  # equal weights everywhere, different dropout
     progress = Progress()
     checkpoint = newest_checkpoint(folder.checkpoints, processes) if config.resume else None
-    if processes.is_main:
-        print_header(task, processes, size)
     if checkpoint is not None:
         progress = Progress(**checkpoint.state["progress"])
         restore(checkpoint, task, optimizer, processes)
@@ -85,7 +87,7 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
         step, started = progress.step, time.perf_counter()  # the first step is 0
 
         # ---- learning rate and k ------------------------------------------------------------------------------------
-        learning_rate = config.learning_rate_at(step)
+        learning_rate = learning_rate_at(step, config.steps, config.learning_rate, config.warmup_steps, config.decay)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         ks = config.ks_at(step)
@@ -140,15 +142,19 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
     chosen = [(k, progress.best[k_name(k)]) for k in config.eval_ks() if k_name(k) in progress.best]
     if not chosen or chosen[0][0] != config.eval_ks()[0]:
         raise NonFiniteError(f"no evaluation on valid gave a finite {decides.title}: there is no best checkpoint")
-    started, swept = time.perf_counter(), {}
-    for step in sorted({best["step"] for _, best in chosen}, reverse=True):
-        if step != progress.step:  # whose weights the model has
+    started, swept, files, weights_of = time.perf_counter(), {}, None, progress.step
+    for step in dict.fromkeys(best["step"] for _, best in chosen):  # the first one is the run's best
+        if step != weights_of:
             weights = load_checkpoint(checkpoint_path(folder.checkpoints, step), groups=["model"])
             load_weights(weights, task, processes)
+            weights_of = step
         swept[step] = sweep(task, processes)
+        files = task.result_files(processes) if files is None else files
     if processes.is_main:
         sweep_seconds, per_step = time.perf_counter() - started, progress.seconds / config.steps
         seconds = {"training": progress.seconds, "sweep": sweep_seconds, "per_step": per_step}
+        for name, content in files.items():
+            write_atomic(folder.path / name, content)
         run = {"tokens_per_second": task.tokens_per_step / per_step, "processes": processes.world_size}
         folder.write_result(make_record(task, chosen, swept, seconds=seconds, **run, environment=environment))
     processes.leave()

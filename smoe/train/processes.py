@@ -70,6 +70,10 @@ class Processes:
         """The tensors of all processes, joined along the first dimension in the order of the ranks, on each."""
         return self.accelerator.gather(tensor)
 
+    def join(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """The entries of all processes, in the order of the ranks, on each."""
+        return dict(own)
+
     def gather_state(self, tensors: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor] | None:
         """Whole tensors of a state dict or an optimizer's state, on the main process."""
         return tensors

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from smoe.errors import CheckpointError, one_line
 from smoe.files import fingerprint, hash_json, write_atomic
-from smoe.train.checkpoint import FORMAT, checkpoint_path, list_steps, remove_partial
+from smoe.train.checkpoint import FORMAT, PARTIAL, checkpoint_path, list_steps
 from smoe.train.processes import Processes
 from smoe.train.task import Task
 
@@ -95,7 +95,8 @@ def newest_checkpoint(folder: Path, processes: Processes) -> Checkpoint | None:
     checkpoint = None
     with processes.together():
         if processes.is_main:
-            remove_partial(folder)
+            for left in folder.glob(f"{PARTIAL}*"):  # by an interrupted save
+                shutil.rmtree(left, ignore_errors=True)
             checkpoint = load_latest(folder)
     with processes.together():
         if not processes.is_main:

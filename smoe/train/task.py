@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from smoe.methods import PassOutput
 from smoe.metrics import Metric
 from smoe.train.config import TrainConfig
+from smoe.train.processes import Processes
 
 
 class Task:
@@ -96,6 +97,18 @@ class Task:
         """Files that are copied into the run folder, e.g. a tokenizer."""
         return []
 
+    def result_files(self, processes: Processes) -> dict[str, str]:
+        """Texts beside result.json, by file name. Every process calls it, after the sweep of the best weights."""
+        return {}
+
     def notes(self) -> list[str]:
-        """Further lines for the start of the output."""
+        """Further lines for the start of a training's output; asked once, by the main process."""
         return []
+
+
+def equal_share(batch_size: int, rank: int, world_size: int) -> slice:
+    """This process's rows of a batch. ValueError unless all have equally many: a mean of their means is the mean."""
+    if batch_size % world_size:
+        allowed = f"a multiple of the number of processes, {world_size}"
+        raise ValueError(f"batch_size is {batch_size}; it must be {allowed}")
+    return slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)

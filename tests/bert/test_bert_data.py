@@ -103,17 +103,78 @@ def test_blocks_are_cut_into_sequences(prepared):
     whole, halves = blocks.sequences("train", 64), blocks.sequences("train", 32)
     assert np.array_equal(halves.reshape(-1, 64), whole)
     assert (whole[:, 0] == blocks.vocabulary.start).all() and (whole[:, -1] == blocks.vocabulary.end).all()
-    with pytest.raises(ValueError, match="seq_len is 48; it must divide the data's blocks of 64"):
+    with pytest.raises(ValueError, match="seq_len is 48; .* blocks of 64 tokens; --block_length 48 of"):
         blocks.sequences("train", 48)
 
 
-def test_damaged_data_is_named(prepared, tmp_path):
-    shutil.copytree(prepared("bert"), tmp_path / "data")
-    (tmp_path / "data" / "valid.bin").write_bytes(b"short")
-    with pytest.raises(ValueError, match="valid.bin has 5 bytes, but meta.json says"):
-        Blocks(tmp_path / "data", "bert").sequences("valid", 64)
-    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
-    del meta["splits"]["test"]
-    (tmp_path / "data" / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match="is damaged; run: python data/bookcorpus/prepare.py --model bert .* --force"):
-        Blocks(tmp_path / "data", "bert")
+def refusal(folder) -> str:
+    with pytest.raises(ValueError) as error:
+        Blocks(folder, "bert", "hour")
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 600
+    return message.replace(f"run: python data/bookcorpus/prepare.py --model bert --scale hour --out {folder}", "ADVICE")
+
+
+@pytest.fixture
+def damaged(prepared, tmp_path):
+    """A copy of the prepared folder, and a function that changes its meta.json."""
+    folder = tmp_path / "data"
+    shutil.copytree(prepared("bert"), folder)
+
+    def change(**fields) -> None:
+        meta = json.loads((folder / "meta.json").read_text())
+        (folder / "meta.json").write_text(json.dumps(meta | fields))
+
+    return folder, change
+
+
+def test_other_tokens_of_the_same_length_are_noticed(damaged):
+    folder, _ = damaged
+    for name in ("train.bin", "tokenizer.json"):
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+        assert f"{name}, {len(content):,} bytes, has not the SHA-256 of meta.json; ADVICE --force" in refusal(folder)
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+    Blocks(folder, "bert")
+    (folder / "valid.bin").write_bytes(b"short")
+    assert "valid.bin, 5 bytes, has not the SHA-256" in refusal(folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "valid.bin").unlink()
+    assert "valid.bin is missing" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("dtype", "object", "dtype is 'object', not one of uint16, int32"),
+        ("dtype", "O", "dtype is 'O'"),
+        ("block_length", 0, "block_length is 0"),
+        ("block_length", "64", "block_length is '64'"),
+        ("block_length", True, "block_length is 'True'"),
+        ("vocab_size", -1, "vocab_size is -1"),
+        ("special_ids", {"pad": 0}, "missing 4 required positional arguments"),
+        (
+            "special_ids",
+            {"pad": 0, "mask": 1, "start": 2, "end": 3, "unknown": 10**9},
+            "the id of unknown is 1000000000",
+        ),
+        ("special_ids", {"pad": 0, "mask": 1.5, "start": 2, "end": 3, "unknown": 4}, "the id of mask is 1.5"),
+        ("origin", None, "origin is 'None'"),
+        ("tokenizer", {}, "it has no 'sha256'"),
+        ("splits", 7, "not iterable"),
+    ],
+)
+def test_a_record_with_absurd_content_is_named(damaged, field, value, reason):
+    folder, change = damaged
+    change(**{field: value})
+    message = refusal(folder)
+    assert "meta.json is damaged (" in message and reason in message and message.endswith("; ADVICE --force")
+
+
+def test_a_split_that_is_not_recorded_is_named(damaged):
+    folder, change = damaged
+    splits = json.loads((folder / "meta.json").read_text())["splits"]
+    change(splits={name: splits[name] for name in ("train", "valid")})
+    assert f"{folder} has no test; it has train, valid" in refusal(folder)

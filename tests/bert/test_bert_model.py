@@ -1,6 +1,7 @@
 """The models: Hugging Face's, with another MLP."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -74,12 +75,66 @@ def test_the_head_at_the_predicted_places_gives_the_models_own_loss(model):
     torch.testing.assert_close(output.logits[5], expected.logits[1, 15])
 
 
+@pytest.mark.parametrize(("model", "epsilon"), [("bert", 1e-12), ("roberta", 1e-5)])
+def test_layer_norms_have_the_epsilon_of_the_published_checkpoint(model, epsilon):
+    norms = [module for module in build(model).modules() if isinstance(module, nn.LayerNorm)]
+    assert len(norms) == 1 + 2 * TINY["num_layers"] + 1, "embeddings, two per layer, head"
+    assert {norm.eps for norm in norms} == {epsilon}
+
+
+def test_a_dense_mlp_has_dropout_between_its_linear_layers_alone_where_hugging_faces_has_none():
+    built = build("bert", "dense_dropout", dropout=0.3, residual_dropout=0.2, attention_dropout=0.1)
+    layer = built.base_model.encoder.layer[0]
+    assert layer.intermediate.dropout.p == 0.3
+    assert layer.output.dropout.p == layer.attention.output.dropout.p == built.base_model.embeddings.dropout.p == 0.2
+    assert layer.attention.self.dropout.p == 0.1
+    x = torch.randn(1, 50, 32)
+    torch.manual_seed(3)
+    y = layer.train().intermediate(x)
+    torch.manual_seed(3)
+    hidden = layer.intermediate.dropout(nn.functional.gelu(layer.intermediate.up(x)))
+    assert 0.2 < (hidden == 0).float().mean() < 0.4
+    torch.testing.assert_close(y, layer.intermediate.down(hidden))
+
+
 def test_weights_are_drawn_as_the_model_draws_its_own():
     for method in ("smoe", "dense_dropout"):
         built = build("bert", method, d_model=64, d_hidden=512)
         for name, weight in built.named_parameters():
             if "intermediate" in name and weight.dim() > 1 and "bias" not in name:
                 assert weight.std().item() == pytest.approx(0.02, rel=0.2), name
+
+
+@pytest.mark.parametrize("method", ["smoe", "dense_dropout"])
+def test_init_std_is_that_of_every_weight(method):
+    built = build("bert", method, d_model=64, d_hidden=512, init_std=0.05)
+    weights = {name: weight for name, weight in built.named_parameters() if weight.dim() > 1 and "bias" not in name}
+    assert len(weights) > 10
+    for name, weight in weights.items():
+        if weight.numel() > 1000:
+            assert weight.std().item() == pytest.approx(0.05, rel=0.2), name
+
+
+@pytest.mark.parametrize("model", VOCABULARIES)
+def test_positions_may_start_as_sinusoids(model):
+    table = build(model, position_init="sinusoid").base_model.embeddings.position_embeddings
+    weight = table.weight.detach()
+    for position in range(len(weight)):
+        for column in range(0, 32, 2):
+            angle = position / 10_000 ** (column / 32)
+            expected = [0.1 * math.sin(angle), 0.1 * math.cos(angle)]
+            if position == table.padding_idx:
+                expected = [0.0, 0.0]
+            assert weight[position, column : column + 2].tolist() == pytest.approx(expected, abs=1e-6)
+    assert table.weight.requires_grad
+    assert build(model).base_model.embeddings.position_embeddings.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_keys_may_start_as_the_queries():
+    for key_init, same in (("query", True), ("normal", False)):
+        for layer in build("bert", key_init=key_init).base_model.encoder.layer:
+            query, key = layer.attention.self.query.weight, layer.attention.self.key.weight
+            assert torch.equal(query, key) == same and query.data_ptr() != key.data_ptr()
 
 
 def test_routers_follow_the_seed_and_differ_from_layer_to_layer():

@@ -10,6 +10,7 @@ import ablations
 import pytest
 import torch
 from runs import assert_one_line, assert_same_weights, lines, losses, result, wait_for_step, weights
+from safetensors.torch import load_file
 
 from bert.config import PretrainConfig
 from bert.pretrain import MaskedLanguageModel
@@ -42,6 +43,8 @@ def test_every_method_trains_and_leaves_a_full_run_folder(model, method, pretrai
     assert record["config"]["d_hidden"] == (128 if model == "bert" else 64)
     assert model in slimming_table([check_result(record)])
     assert not {"run_dir", "data"} & record["config"].keys(), "a record says nothing of places"
+    assert record["floors"].keys() == {"unigram", "two_sided_bigram", "unigram_shown", "two_sided_bigram_shown"}
+    assert all(0 < floor[split] < 9 for floor in record["floors"].values() for split in ("valid", "test"))
     measured = losses(run)
     assert list(measured) == [5, 10, 15, 20]
     assert measured[20] < measured[5] - 0.1, "nothing was learned"
@@ -49,6 +52,17 @@ def test_every_method_trains_and_leaves_a_full_run_folder(model, method, pretrai
     assert extra is None or lines(run)[20][extra] != 0
     assert (run / "tokenizer.json").read_bytes() == (prepared(model) / "tokenizer.json").read_bytes()
     assert not [path for path in run.rglob("*") if path.suffix in (".pt", ".bin", ".pkl", ".pth")]
+
+
+def test_sequences_that_do_not_start_with_their_token_are_said(prepared):
+    def notes(**sizes):
+        options = {"model": "bert", "data": prepared("bert"), "num_layers": 1, "d_model": 16, "num_heads": 2}
+        config = PretrainConfig("smoe_dropout", "unused", d_hidden=32, batch_size=2, **options, **sizes)
+        return MaskedLanguageModel(config, 0, 1).notes()
+
+    cut = notes(seq_len=32)[-1]
+    assert "each block of 64 tokens is cut into 2 sequences of seq_len = 32, of which only the first starts" in cut
+    assert not [line for line in notes(seq_len=64) if "[CLS]" in line]
 
 
 LONG = ("--steps", 30, "--eval_interval", 15, "--save_interval", 3, "--log_interval", 1)
@@ -65,6 +79,22 @@ def test_k_and_learning_rate_follow_the_step_and_the_router_stays_fixed(pretrain
     assert all(torch.equal(early[name], late[name]) for name in routers)
     experts = [name for name in early if ".experts." in name]
     assert experts and not any(torch.equal(early[name], late[name]) for name in experts)
+
+
+def test_beta2_and_the_initialisation_reach_the_training(pretrain, tmp_path):
+    run = tmp_path / "run"
+    flags = ("--steps", 1, "--beta2", 0.75, "--init_std", 0.05, "--position_init", "sinusoid", "--key_init", "query")
+    assert pretrain("bert", "smoe_dropout", run, *flags, "--learning_rate", 1e-9).wait() == 0
+    state = load_file(run / "checkpoints" / "step-00000001" / "optimizer.safetensors")
+    name = "state/cls.predictions.bias"
+    # After one step Adam's means are (1 - beta1) g and (1 - beta2) g^2; its beta1 is 0.9.
+    gradient = state[f"{name}/exp_avg"] / 0.1
+    torch.testing.assert_close(state[f"{name}/exp_avg_sq"], 0.25 * gradient**2)
+    end = weights(run)
+    attention = "bert.encoder.layer.0.attention.self"
+    torch.testing.assert_close(end[f"{attention}.query.weight"], end[f"{attention}.key.weight"])
+    assert end[f"{attention}.query.weight"].std().item() == pytest.approx(0.05, rel=0.1)
+    assert end["bert.embeddings.position_embeddings.weight"][0, 1].item() == pytest.approx(0.1, abs=1e-5)
 
 
 def task_of(run):
@@ -186,7 +216,7 @@ def test_a_bad_configuration_names_field_value_and_what_would_be_right(flags, wo
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
 
 
-@pytest.mark.parametrize("scale", ["paper", "cpu", "smoke"])
+@pytest.mark.parametrize("scale", ["paper", "hour", "cpu", "smoke"])
 def test_scales_are_whole_and_have_a_width_for_each_model(scale):
     for model, width in (("bert", "d_hidden_bert"), ("roberta", "d_hidden_roberta")):
         argv = ["--model", model, "--method", "smoe_dropout", "--scale", scale, "--run_dir", "unused"]

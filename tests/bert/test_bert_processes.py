@@ -42,7 +42,7 @@ def test_a_checkpoint_of_four_processes_goes_on_at_one_two_and_four(trainer, tmp
     [
         ([], ["--mask_share", 0.2], ["mask_share is 0.15 on rank 0, 0.2 on rank 1"]),
         ([], ["--data", "/nowhere"], ["/nowhere", "prepare.py"]),
-        (["--batch_size", 3], [], ["batch_size: 3", "2 processes"]),
+        (["--batch_size", 3], [], ["batch_size is 3", "processes, 2"]),
         (["--expert_parallel", 4], [], ["expert_parallel is 4", "2 processes", "1, 2"]),
     ],
 )

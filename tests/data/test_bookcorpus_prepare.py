@@ -17,8 +17,10 @@ import pytest
 from hypothesis import strategies as st
 
 pytest.importorskip("tokenizers", reason="needs tokenizers: pip install .[hf]")
+import yaml  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
+from bert.data import Blocks  # noqa: E402
 from data.bookcorpus import corpus as corpus_module  # noqa: E402
 from data.bookcorpus import prepare as bookcorpus  # noqa: E402
 from data.bookcorpus.corpus import Store, from_enwik8, from_hub, hold_out, pieces, text_files, unwrap  # noqa: E402
@@ -105,6 +107,27 @@ def test_blocks_hold_the_text_and_whole_documents_are_held_out(model, source, tm
     first = "".join(story(0).lower().split())[:200]
     split = places[0][0]
     assert first in "".join(texts[split].split()).replace(tokenizer.id_to_token(ids["end"]).lower(), "")
+
+
+@pytest.mark.parametrize("scale", bookcorpus.SCALES)
+def test_blocks_are_the_sequences_that_the_scale_trains_on(scale):
+    scales = yaml.safe_load((ROOT / "bert/configs/masked_lm.yaml").read_text())
+    assert scales.keys() == bookcorpus.SCALES.keys()
+    assert bookcorpus.SCALES[scale]["block_length"] == scales[scale]["seq_len"]
+
+
+def test_every_sequence_starts_and_ends_with_its_special_token(source, tmp_path):
+    flags = ["--scale", "smoke", "--source", source, "--out", tmp_path, "--vocab_size", 320]
+    assert run(*flags) == 0
+    meta, _, blocks = read(tmp_path)
+    assert meta["block_length"] == meta["request"]["block_length"] == 32
+    trained = Blocks(tmp_path, "bert").sequences("train", 32)
+    assert np.array_equal(trained, blocks["train"])
+    assert (trained[:, 0] == meta["special_ids"]["start"]).all() and (
+        trained[:, -1] == meta["special_ids"]["end"]
+    ).all()
+    assert run(*flags, "--block_length", 64) == 0
+    assert read(tmp_path)[0]["block_length"] == 64
 
 
 def test_vocabulary_is_learned_from_train_alone(source, tmp_path):

@@ -16,12 +16,13 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from data.enwik8.prepare import ENWIK8, cut
+from data.enwik8.prepare import ENWIK8, WITHOUT_NEWLINES, cut, main
 from data.errors import DownloadError
 from data.fetch import LocalPath, Url
-from transformer_xl.data import load_split
+from transformer_xl.data import load_data
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "data/enwik8/prepare.py"
@@ -81,9 +82,12 @@ def test_third_mirror_works(site, tmp_path):
     meta = prepare(tmp_path, *urls(site, "404", "wrong", "good.zip", "404"))
     assert meta["source"] == f"{site}/good.zip"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["meta.json", "test.bin", "train.bin", "valid.bin"]
-    assert bytes(load_split(tmp_path, "train")) == RAW[:9000]
-    assert bytes(load_split(tmp_path, "valid")) == RAW[9000:10_000]
-    assert bytes(load_split(tmp_path, "test")) == RAW[10_000:]
+    data, _ = load_data(tmp_path)
+    assert {split: bytes(part) for split, part in data.items()} == {
+        "train": RAW[:9000],
+        "valid": RAW[9000:10_000],
+        "test": RAW[10_000:],
+    }
     assert json.loads((tmp_path / "meta.json").read_text()) == meta
     assert meta["sha256"] == SHA256 and meta["bytes"] == len(RAW)
     assert meta["splits"]["test"] == {
@@ -279,6 +283,66 @@ def test_sigterm_leaves_nothing_and_ends_the_download(serve, tmp_path):
         assert ended.wait(10), "the download went on"
     assert process.returncode == 143 and "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
+
+
+LINES = b"one\ntwo\n\n" * 10 + b"three\n" * 5  # 120 bytes
+
+
+@pytest.mark.parametrize("pieces", [7, 1 << 20])
+def test_newlines_are_dropped_after_splitting(pieces, tmp_path, monkeypatch):
+    """The splits are cut at the same places as with newlines, so that each has the same text."""
+    monkeypatch.setattr("data.unpack.CHUNK", pieces)
+    splits = {"train": 95, "valid": 20, "test": 5}
+    parts = {"train": LINES[:95], "valid": LINES[95:115], "test": LINES[115:]}
+    wanted = {split: part.replace(b"\n", b"") for split, part in parts.items()}
+    small = replace(
+        WITHOUT_NEWLINES,
+        sha256=hashlib.sha256(b"".join(wanted.values())).hexdigest(),
+        read=lambda path, folder: cut(path, folder, splits, drop=b"\n"),
+    )
+    (tmp_path / "source").write_bytes(LINES)
+    meta = small.prepare(tmp_path / "out", [LocalPath(tmp_path / "source")])
+    data, record = load_data(tmp_path / "out")
+    assert {split: bytes(part) for split, part in data.items()} == wanted
+    assert record == {"name": "enwik8 without newlines", "sha256": small.sha256}
+    assert {split: part["dropped"] for split, part in meta["splits"].items()} == {
+        split: part.count(b"\n") for split, part in parts.items()
+    }
+    # The same from the folder of the variant with newlines.
+    (tmp_path / "keep").mkdir()
+    assert cut(tmp_path / "source", tmp_path / "keep", splits) == {}
+    small.prepare(tmp_path / "again", [LocalPath(tmp_path / "keep")])
+    assert small.is_prepared(tmp_path / "again", contents=True) and not ENWIK8.is_prepared(tmp_path / "again")
+
+
+def test_newlines_of_the_real_data(tmp_path):
+    """As many tokens as in Dai et al.'s pipeline and in the release, with their vocabulary of 204."""
+    if not ENWIK8.is_prepared(ENWIK8.folder):
+        pytest.skip("no enwik8 here: python data/enwik8/prepare.py")
+    assert main(["--newlines", "drop", "--out", str(tmp_path)]) == 0
+    splits, _ = load_data(tmp_path)
+    assert {split: len(part) for split, part in splits.items()} == {
+        "train": 88_982_818,
+        "valid": 4_945_742,
+        "test": 4_943_417,
+    }
+    values = set().union(*(np.unique(part).tolist() for part in splits.values()))
+    assert len(values) == 204 and ord("\n") not in values
+    assert json.loads((tmp_path / "meta.json").read_text())["source"] == str(ENWIK8.folder)
+
+
+def test_the_variant_without_newlines_has_a_folder_of_its_own(tmp_path, capsys):
+    assert WITHOUT_NEWLINES.folder == ROOT / "data/enwik8-no-newlines"
+    (tmp_path / "source").write_bytes(RAW)
+    arguments = ["--source", str(tmp_path / "source"), "--out", str(tmp_path / "out")]
+    assert main(["--newlines", "drop", *arguments]) == 2
+    assert "error: enwik8 without newlines: source: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--newlines", "no", *arguments])
+    assert "choose from" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "--newlines {keep,drop}" in capsys.readouterr().out
 
 
 def test_script_runs_from_anywhere_and_says_what_to_do(tmp_path):

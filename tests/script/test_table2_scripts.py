@@ -1,56 +1,184 @@
-"""Table 2's scripts at smoke scale, as a user would call them: fine-tune a pretrained run, print its table."""
+"""Table 2's scripts: the flags that each gives its trainer; and at smoke scale, as a user would call them."""
 
 import importlib.util
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from bert.math_word_problems import MathConfig
+from bert.multiple_choice import MultipleChoiceConfig
+from smoe.train.command import parse_config
+from transformer_xl.classify import ClassifyConfig
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted((ROOT / "script" / "table2" / "sst2").glob("*.sh"))
+TABLE2 = ROOT / "script" / "table2"
+SCRIPTS = sorted(TABLE2.glob("*/**/*.sh"))
 METHOD_OF = {"dense_model": "dense_dropout", "smoe_dropout": "smoe_dropout", "smoe": "smoe", "thor": "thor"}
+COLUMNS = ["sst2", "csqa/bert", *(f"{task}/{m}" for task in ("asdiv_a", "mawps", "svamp") for m in ("bert", "roberta"))]
 
 
-def bash(*argv: object) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", *map(str, argv)], capture_output=True, text=True, timeout=300, cwd=ROOT)
+def bash(*argv: object, **environment: str) -> subprocess.CompletedProcess:
+    command = ["bash", *map(str, argv)]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=env)
+
+
+def load(name: str, path: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def task_and_model(script: Path) -> tuple[str, str]:
+    task, *model, _ = script.relative_to(TABLE2).parts
+    return task, model[0] if model else "transformer_xl"
+
+
+def test_there_is_a_script_for_every_row_of_every_column():
+    expected = {TABLE2 / column / f"{method}.sh" for column in COLUMNS for method in METHOD_OF}
+    assert {*SCRIPTS} == expected
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: str(script.relative_to(TABLE2)))
+@pytest.mark.parametrize("setting", ["", "paper", "all"])
+def test_the_flags_of_every_script(script, setting, tmp_path):
+    task, model = task_and_model(script)
+    method = METHOD_OF[script.stem]
+    flags = [*(["--setting", setting] if setting else []), "--scale", "cpu", "--seed", "3", "--source", "somewhere"]
+    shown = bash(script, *flags, SHOW_FLAGS="1", RUNS_DIR=str(tmp_path))
+    assert shown.returncode == 0, shown.stderr
+    argv = shown.stdout.split("\n")[:-1]
+    run = Path(argv[argv.index("--run") + 1])
+    table1 = {"dense_model": "directly_dense_training"}.get(script.stem, script.stem)
+    assert run == tmp_path / "table1" / ("" if task == "sst2" else model) / table1 / "scale-cpu_seed-3"
+    run.mkdir(parents=True)
+    recorded = {"method": method, "num_layers": 2} | ({} if task == "sst2" else {"model": model})
+    (run / "config.yaml").write_text(yaml.safe_dump(recorded))
+    config_class = {"sst2": ClassifyConfig, "csqa": MultipleChoiceConfig}.get(task, MathConfig)
+    config = parse_config(config_class, argv)
+    assert (config.method, config.scale, config.seed, config.data) == (method, "cpu", 3, f"data/{task}")
+    assert config.run_dir.startswith(str(tmp_path / "table2" / script.relative_to(TABLE2).with_suffix("")))
+    if setting == "paper":
+        assert (config.epochs, config.batch_size) == (3, 64)
+        assert config.learning_rate == (1e-4 if task == "sst2" else 2e-5)
+    if setting == "all":
+        assert config.epochs is None and (task == "sst2" or config.steps == 1200)
+    if config_class is MathConfig:
+        fold = {"svamp/bert": "4", "svamp/roberta": "1"}.get(f"{task}/{model}", "0")
+        assert config.fold == (fold if setting == "paper" else "0")
+
+
+def test_all_has_every_cell_in_both_settings():
+    panel = load("panel", "script/panel.py")
+    panels = panel.read_panels("table2")
+    cells = {f"table2/{column}/{method}" for column in COLUMNS for method in METHOD_OF}
+    assert {name: len(set(lines)) for name, lines in panels.items()} == {"paper": 40, "all": 160, "challenge": 10}
+    for name in ("paper", "all"):
+        lines = [line.split() for line in panels[name]]
+        assert {line[0] for line in lines} == cells and all(line[1:3] == ["--setting", name] for line in lines)
+        assert all(line.count("8") for line in lines if "--k_max" in line)
+    folds = [line.partition("--fold ")[2] for line in panels["all"] if line.startswith("table2/mawps/bert/thor")]
+    assert folds == ["0", "1", "2", "3", "4"]
+    assert panel.expanded("a{b,c} d{e,f}g") == ["ab deg", "ab dfg", "ac deg", "ac dfg"]
+    for name, expected in (
+        ("table1/smoe", "LanguageModelConfig"),
+        ("table2/sst2/smoe", "ClassifyConfig"),
+        ("table2/csqa/bert/smoe", "MultipleChoiceConfig"),
+        ("table2/svamp/bert/smoe", "MathConfig"),
+    ):
+        assert panel.config_class(panel.Run(name, (), ())).__name__ == expected
+
+
+def test_a_users_flag_wins_over_the_settings():
+    script = TABLE2 / "svamp/bert/thor.sh"
+    done = bash(script, "--setting", "paper", "--fold", "challenge", "--epochs", 5, SHOW_FLAGS="1")
+    flags = done.stdout.split("\n")
+    last = {name: flags[len(flags) - flags[::-1].index(name)] for name in ("--fold", "--epochs", "--batch_size")}
+    assert last == {"--fold": "challenge", "--epochs": "5", "--batch_size": "64"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--setting", "long"], "error: --setting is long; it must be paper or all\n"),
+        (["--data", "x", "--source", "y"], "so --source has no effect"),
+    ],
+)
+def test_flags_that_do_not_fit_are_one_line(flags, message):
+    done = bash(TABLE2 / "mawps/bert/smoe.sh", *flags)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory):
-    spec = importlib.util.spec_from_file_location("classify_tests", ROOT / "tests/transformer_xl/test_classify.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     folder = tmp_path_factory.mktemp("sst2")
-    module.write(folder, {"train": 40, "valid": 11})
+    load("classify_tests", "tests/transformer_xl/test_classify.py").write(folder, {"train": 40, "valid": 11})
     return folder
 
 
-def test_there_is_a_script_for_every_row():
-    assert {script.stem for script in SCRIPTS} == METHOD_OF.keys()
+COMMON = ["--scale", "smoke", "--progress", "false", "--sweep", "16"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_script_fine_tunes_the_run_it_is_given(script, data_dir, sentences, tmp_path):
+@pytest.mark.parametrize("name", METHOD_OF)
+def test_script_fine_tunes_the_run_it_is_given(name, data_dir, sentences, tmp_path):
     pretrained, run = tmp_path / "pretrained", tmp_path / "run"
-    common = ["--scale", "smoke", "--progress", "false", "--sweep", "16"]
     first = bash(
-        ROOT / "script/transformer_xl.sh", "x", "--method", METHOD_OF[script.stem], "--data", data_dir,
-        "--run_dir", pretrained, *common,
+        ROOT / "script/transformer_xl.sh", "x", "--method", METHOD_OF[name], "--data", data_dir,
+        "--run_dir", pretrained, *COMMON,
     )  # fmt: skip
     assert first.returncode == 0, first.stderr
-    done = bash(script, pretrained / "checkpoints/step-00000020", "--data", sentences, "--run_dir", run, *common)
+    script, checkpoint = TABLE2 / "sst2" / f"{name}.sh", pretrained / "checkpoints/step-00000020"
+    done = bash(script, checkpoint, "--data", sentences, "--run_dir", run, *COMMON)
     assert done.returncode == 0, done.stderr
     record = json.loads((run / "result.json").read_text())
-    assert (record["method"], record["task"]) == (METHOD_OF[script.stem], "classification")
+    assert (record["method"], record["task"]) == (METHOD_OF[name], "classification")
     accuracy = next(iter(record["metrics"]["accuracy"]["valid"].values()))
     assert f"{accuracy:.4f}" in done.stdout and "n = 11" in done.stdout
     assert (run / "slimming.png").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("column", COLUMNS[1:])
+def test_script_fine_tunes_a_bert(column, tmp_path):
+    """With each method in turn, so that every script of a column is not run for every method."""
+    method = [*METHOD_OF][COLUMNS.index(column) % 4]
+    task, model = column.split("/")
+    sys.path.insert(0, str(ROOT / "tests/bert"))
+    import fine_tuning
+
+    stories = load("bert_conftest", "tests/bert/conftest.py").stories(10)
+    (tmp_path / "stories").mkdir()
+    for number, text in enumerate(stories):
+        (tmp_path / f"stories/{number}.txt").write_text(text)
+    blocks, pretrained, run = (tmp_path / name for name in ("blocks", "pretrained", "run"))
+    flags = ["--model", model, "--scale", "smoke", "--source", tmp_path / "stories", "--out", blocks]
+    prepare = [sys.executable, ROOT / "data/bookcorpus/prepare.py", *flags, "--vocab_size", 300, "--block_length", 64]
+    subprocess.run([str(word) for word in prepare], check=True, capture_output=True)
+    flags = ["--model", model, "--method", METHOD_OF[method], "--data", blocks, "--run_dir", pretrained, *COMMON]
+    first = bash(ROOT / "script/bert.sh", "x", *flags)
+    assert first.returncode == 0, first.stderr
+    write = fine_tuning.write_questions if task == "csqa" else fine_tuning.write_problems
+    data = write(tmp_path / task)
+    script = TABLE2 / column / f"{method}.sh"
+    flags = ["--setting", "paper", "--fold", "0"] if task != "csqa" else ["--setting", "paper"]
+    done = bash(script, pretrained, "--data", data, "--run_dir", run, *flags, *COMMON)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((run / "result.json").read_text())
+    assert (record["method"], record["model"]) == (METHOD_OF[method], model)
+    assert "n = 23" in done.stdout and record["config"]["epochs"] == 3
+    assert (run / "slimming.png").exists() and (run / "predictions.jsonl").exists()
+
+
 def test_a_run_that_is_not_there_is_one_line(sentences, tmp_path):
     done = bash(
-        SCRIPTS[0], tmp_path / "nothing", "--scale", "smoke", "--data", sentences, "--run_dir", tmp_path / "run"
-    )
+        TABLE2 / "sst2/smoe.sh", tmp_path / "nothing", "--scale", "smoke", "--data", sentences,
+        "--run_dir", tmp_path / "run",
+    )  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nothing" in done.stderr

@@ -7,7 +7,8 @@ import torch
 import yaml
 
 from smoe import METHODS, smoe_layers
-from smoe.train.command import field_notes, parse_config
+from smoe.options import field_metadata
+from smoe.train.command import parse_config
 from transformer_xl.config import LanguageModelConfig
 
 SCALES = yaml.safe_load(LanguageModelConfig.scales_file.read_text())
@@ -56,10 +57,26 @@ def test_sweep_leaves_out_what_the_model_does_not_have():
     assert config.sweep_ks() == [1, 2, 4, 8]
 
 
+def test_a_share_of_the_width_is_applied_once():
+    argv = ["--method", "smoe_dropout", "--run_dir", "x", "--scale", "paper", "--num_experts", "4"]
+    config = parse_config(LanguageModelConfig, [*argv, "--d_hidden_share", "0.25"])
+    assert config == parse_config(LanguageModelConfig, [*argv, "--d_hidden", "2048"])
+    again = dataclasses.replace(config, seed=2)
+    assert (again.d_hidden, again.d_hidden_share, again.d_hidden // again.num_experts) == (2048, None, 512)
+    with torch.device("meta"):
+        assert smoe_layers(config.build_model())[0][1].d_hidden == 2048
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 0.3, 1 / 16384, float("nan"), float("inf")])
+def test_a_share_that_gives_no_whole_width_is_refused(share):
+    with pytest.raises(ValueError, match="d_hidden_share is .*d_hidden = 8192 must be a whole number of at least 1"):
+        LanguageModelConfig("dense_dropout", "unused", d_hidden_share=share)
+
+
 def test_every_field_is_documented():
-    fields = {field.name for field in dataclasses.fields(LanguageModelConfig)}
-    notes = field_notes(LanguageModelConfig)
-    assert fields - notes.keys() == {"scale_reason"} and all(notes.values())
+    notes = {name: known.get("help") for name, known in field_metadata(LanguageModelConfig).items()}
+    assert notes.keys() == {field.name for field in dataclasses.fields(LanguageModelConfig)}
+    assert [name for name, note in notes.items() if not note] == ["scale_reason"]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +90,6 @@ def test_every_field_is_documented():
         ("thor", {"consistency_weight": float("nan")}, "consistency_weight is nan"),
         ("smoe_dropout", {"sweep": (17, 32)}, r"sweep is \[17, 32\].*num_experts = 16"),
         ("smoe_dropout", {"seed": 10**20}, "seed is 1.*at most"),
-        ("smoe_dropout", {"eval_tokens": 2, "eval_batch_size": 4}, "eval_tokens is 2.*eval_batch_size = 4"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(method, fields, words):

@@ -90,7 +90,7 @@ def test_release_experts_compute_the_same(reference: dict[str, torch.Tensor], to
 
 def test_release_may_mix_dense_and_sparse_layers(reference: dict[str, torch.Tensor]) -> None:
     config, state = from_release(release_weights(reference, layers=(1,)))
-    assert "layers.0.mlp.0.weight" in state and "layers.1.mlp.experts.up" in state
+    assert "layers.0.mlp.up.weight" in state and "layers.1.mlp.experts.up" in state
     assert config.d_hidden == EXPERTS * EXPERT_HIDDEN
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from transformer_xl.data import SegmentStream, dataset_record, evaluation_segments, load_split
+from transformer_xl.data import SegmentStream, evaluation_segments, load_data
 
 
 def _part(name, content):
@@ -29,55 +29,85 @@ def numbered(n):
     return (np.arange(n) % 251).astype(np.uint8)
 
 
+PREPARE = "data/enwik8/prepare.py"
+
+
 def one_line(error):
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_split_is_memory_mapped_raw_bytes(data_dir):
-    train = load_split(data_dir, "train")
+def refusal(folder) -> str:
+    with pytest.raises(ValueError) as error:
+        load_data(folder)
+    return one_line(error)
+
+
+def test_splits_are_memory_mapped_raw_bytes(data_dir):
+    data, record = load_data(str(data_dir))
+    train = data["train"]
     assert isinstance(train, np.memmap) and train.dtype == np.uint8 and not train.flags.writeable
-    assert bytes(train) == bytes(range(200))
-    assert bytes(load_split(str(data_dir), "test")) == b"test" * 5
-    assert dataset_record(data_dir) == {"name": "enwik8", "sha256": "ab" * 32}
+    assert bytes(train) == bytes(range(200)) and bytes(data["test"]) == b"test" * 5
+    assert record == {"name": "enwik8", "sha256": "ab" * 32}
 
 
 def test_missing_folder_names_it_and_the_command(tmp_path):
-    for call in (lambda: load_split(tmp_path / "none", "train"), lambda: dataset_record(tmp_path / "none")):
-        with pytest.raises(ValueError) as error:
-            call()
-        assert f"data/enwik8/prepare.py --out {tmp_path / 'none'}" in one_line(error)
+    folder = tmp_path / "none"
+    assert refusal(folder).endswith(f"in {folder} (No such file or directory); run: python {PREPARE} --out {folder}")
+
+
+def test_the_advice_prepares_the_same_variant(tmp_path):
+    folder = tmp_path / "enwik8-no-newlines"
+    assert refusal(folder).endswith(f"run: python {PREPARE} --newlines drop --out {folder}")
 
 
 def test_missing_or_truncated_file(data_dir):
+    again = f"; run: python {PREPARE} --out {data_dir} --force"
     (data_dir / "valid.bin").unlink()
-    with pytest.raises(ValueError, match=r"valid\.bin is missing.*prepare\.py") as error:
-        load_split(data_dir, "valid")
-    one_line(error)
+    assert refusal(data_dir) == f"data: {data_dir / 'valid.bin'} is missing{again}"
     (data_dir / "train.bin").write_bytes(bytes(150))
-    with pytest.raises(ValueError, match=r"train\.bin has 150 bytes, but meta\.json says 200.*prepare\.py") as error:
-        load_split(data_dir, "train")
-    one_line(error)
+    assert refusal(data_dir) == f"data: {data_dir / 'train.bin'}, 150 bytes, has not the SHA-256 of meta.json{again}"
 
 
 def test_other_bytes_of_the_same_length_are_noticed(data_dir):
     (data_dir / "test.bin").write_bytes(b"tEst" * 5)
-    with pytest.raises(ValueError, match=r"test\.bin has not the SHA-256 of meta\.json.*prepare\.py.*--force") as error:
-        dataset_record(data_dir)
-    one_line(error)
+    assert "test.bin, 20 bytes, has not the SHA-256 of meta.json; run: " in refusal(data_dir)
 
 
-def test_unknown_split_lists_those_there(data_dir):
-    with pytest.raises(ValueError, match="'dev'.*test, train, valid"):
-        load_split(data_dir, "dev")
+@pytest.mark.parametrize("name", ["../test.bin", "/etc/passwd", "", 3])
+def test_a_file_elsewhere_is_not_read(data_dir, name):
+    meta = json.loads((data_dir / "meta.json").read_text())
+    meta["splits"]["test"]["file"] = name
+    (data_dir / "meta.json").write_text(json.dumps(meta))
+    assert "meta.json is damaged (" in refusal(data_dir)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"splits": {"train": 1}, "sha256": ""}', '{"splits": {}}'])
-def test_damaged_record(data_dir, content):
+def test_a_missing_split_is_named_beside_those_there(data_dir):
+    meta = json.loads((data_dir / "meta.json").read_text())
+    del meta["splits"]["test"]
+    (data_dir / "meta.json").write_text(json.dumps(meta))
+    assert refusal(data_dir) == f"data: {data_dir} has no test; it has train, valid"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "Expecting value"),
+        ("{", "Expecting property name"),
+        ("[]", "list indices"),
+        ("{}", "it has no 'sha256'"),
+        ('{"splits": {"train": 1}, "sha256": ""}', "not subscriptable"),
+        ('{"splits": [], "sha256": ""}', "no attribute 'items'"),
+        ('{"splits": {}, "sha256": 3}', "sha256 is '3'"),
+        ("[" * 100_000, "recursion"),
+        ('{"sha256": ' + "1" * 5000 + "}", "4300"),
+    ],
+)
+def test_damaged_record(data_dir, content, reason):
     (data_dir / "meta.json").write_text(content)
-    with pytest.raises(ValueError, match=r"meta\.json is damaged.*--force") as error:
-        load_split(data_dir, "train")
-    one_line(error)
+    message = refusal(data_dir)
+    assert f"{data_dir / 'meta.json'} is damaged (" in message and reason in message and message.endswith("--force")
+    assert len(message) < 500
 
 
 @pytest.mark.parametrize(("n", "batch", "tgt_len"), [(100, 4, 6), (103, 4, 6), (97, 1, 96), (97, 3, 1), (64, 4, 5)])
@@ -120,18 +150,22 @@ def test_ranks_together_read_what_one_reads():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((5, 3, 0, 2), "batch_size: 5 .* multiple of 2"),
+        ((5, 3, 0, 2), "batch_size is 5; .* number of processes, 2"),
         ((4, 25), "4 x 25 .* at most 24"),
-        ((4, 0), "tgt_len: 0"),
-        ((0, 3), "batch_size: 0"),
         ((101, 3), "101 x 3 .* at most 0"),
-        ((4, 3, 2, 2), "rank: 2"),
     ],
 )
 def test_stream_says_what_is_wrong(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         SegmentStream(numbered(100), *arguments)
     one_line(error)
+
+
+@pytest.mark.parametrize("arguments", [(4, 0), (0, 3), (4, 3, 2, 2), (4, 3, 0, 0)])
+@pytest.mark.parametrize("kind", [SegmentStream, evaluation_segments])
+def test_sizes_that_a_configuration_never_has(kind, arguments):
+    with pytest.raises(AssertionError):
+        kind(numbered(100), *arguments)
 
 
 def rows_of(segments):
@@ -175,7 +209,7 @@ def test_evaluation_of_a_part(max_tokens, a_row):
 def test_evaluation_says_what_is_wrong_at_the_call():
     with pytest.raises(ValueError, match="batch_size: 60 .* at most 50"):
         evaluation_segments(numbered(100), 60, 5)
-    with pytest.raises(ValueError, match="max_tokens: 3"):
+    with pytest.raises(ValueError, match="eval_tokens is 3; it must be at least eval_batch_size = 4"):
         evaluation_segments(numbered(100), 4, 5, max_tokens=3)
 
 

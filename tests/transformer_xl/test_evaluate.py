@@ -11,7 +11,7 @@ from smoe import get_top_k, set_top_k
 from smoe.train.evaluation import measure
 from smoe.train.processes import Processes
 from transformer_xl.config import LanguageModelConfig
-from transformer_xl.data import load_split
+from transformer_xl.data import load_data
 from transformer_xl.evaluate import load_run
 from transformer_xl.train import LanguageModel
 
@@ -42,7 +42,7 @@ def test_bpc_equals_a_naive_pass_over_each_row(data_dir):
     task = LanguageModel(config, 0, 1)
     model = task.model.train()
     set_top_k(model, 4)
-    data = load_split(data_dir, "test")
+    data = load_data(data_dir)[0]["test"]
     measured, n = measure(task, "test", 3, processes)
     assert n == 120
     assert model.training and get_top_k(model) == 4

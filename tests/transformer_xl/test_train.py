@@ -147,6 +147,7 @@ def test_finished_run_is_not_trained_again(train, tmp_path):
         ("smoe_dropout", ["--data", "/nowhere"], ["/nowhere", "prepare.py"]),
         ("smoe_dropout", ["--batch_size", "100000"], ["batch", "100000"]),
         ("smoe_dropout", ["--eval_batch_size", "100000"], ["batch", "100000"]),
+        ("smoe_dropout", ["--eval_tokens", "1"], ["eval_tokens is 1", "eval_batch_size"]),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(method, flags, words, train, tmp_path):

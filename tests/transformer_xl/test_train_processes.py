@@ -40,7 +40,7 @@ def test_a_checkpoint_of_four_processes_goes_on_at_one_two_and_four(trainer, tmp
         ([], ["--k_max", 9], ["k_max is None on rank 0, 9 on rank 1"]),
         ([], ["--k_max", 17], ["k_max is 17", "num_experts = 16"]),
         ([], ["--data", "/nowhere"], ["/nowhere", "prepare.py"]),
-        (["--batch_size", 3], [], ["batch_size: 3", "2 processes"]),
+        (["--batch_size", 3], [], ["batch_size is 3", "processes, 2"]),
         (
             ["--num_experts", 6, "--d_hidden", 96, "--expert_parallel", 4],
             [],

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Table 2, Transformer-XL on SST-2: SMoE-Dropout, with all experts activated throughout.
 #
-#   bash script/table2/sst2/smoe_dropout.sh [pretrained run] [flags of python -m transformer_xl.classify]
+#   bash script/table2/sst2/smoe_dropout.sh [pretrained run] [flags]
 #
-# Without a pretrained run it starts from that of script/table1/smoe_dropout.sh. --k_max 8: half of the experts.
-exec bash "$(dirname "$0")/../../sst2.sh" table2/sst2/smoe_dropout smoe_dropout "$@"
+# Without a pretrained run it starts from that of script/table1/smoe_dropout.sh.
+# --k_max 8: half of the experts. script/table2.sh lists the flags.
+exec bash "$(dirname "$0")/../../table2.sh" sst2 transformer_xl smoe_dropout "$@"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Table 2, Transformer-XL on SST-2: THOR, with all experts activated throughout.
 #
-#   bash script/table2/sst2/thor.sh [pretrained run] [flags of python -m transformer_xl.classify]
+#   bash script/table2/sst2/thor.sh [pretrained run] [flags]
 #
-# Without a pretrained run it starts from that of script/table1/thor.sh. --k_max 8: half of the experts.
-exec bash "$(dirname "$0")/../../sst2.sh" table2/sst2/thor thor "$@"
+# Without a pretrained run it starts from that of script/table1/thor.sh.
+# --k_max 8: half of the experts. script/table2.sh lists the flags.
+exec bash "$(dirname "$0")/../../table2.sh" sst2 transformer_xl thor "$@"

@@ -116,6 +116,18 @@ def test_runs_that_differ_in_more_than_the_seed_say_in_what():
     assert labels(short, thor, named)[2] == "SMoE, k_max 16, k_max 1"
 
 
+def test_a_setting_that_is_not_set_is_said_only_where_most_have_it():
+    values = (1.45, 1.32, 1.23, 1.1776, 1.1486)
+    own = result("smoe_dropout", *values, config={"router": None})
+    routed = [result("smoe_dropout", *values, config={"router": router}) for router in ("hash", "uniform")]
+    assert labels(own, routed[0]) == ["SMoE-Dropout", "SMoE-Dropout, router hash"]
+    assert labels(own, *routed) == ["SMoE-Dropout", "SMoE-Dropout, router hash", "SMoE-Dropout, router uniform"]
+    same = [result("smoe_dropout", *values, config={"router": "hash", "residual_dropout": p}) for p in (0.1, 0.2)]
+    assert labels(own, *same)[0] == "SMoE-Dropout, own router"
+    set_in_most = [result("smoe_dropout", *values, config={"decay": "cosine", "steps": steps}) for steps in (2, 3)]
+    assert labels(own, *set_in_most)[0] == "SMoE-Dropout, decay not set, steps 20"
+
+
 def test_the_papers_numbers_stand_beside_its_own_scale_only(results):
     assert "paper" not in slimming_table(results)
     at_paper = [{**content, "scale": "paper"} for content in results]
@@ -282,6 +294,18 @@ def test_figure_shows_every_group_once_and_the_mean_of_seeds(results, tmp_path, 
     assert len(other.lines) == 2
     heights = sorted(text.xyann[1] for text in axes.texts)
     assert min(b - a for a, b in zip(heights, heights[1:], strict=False)) > 0.06  # labels do not overlap
+
+
+def test_lines_differ_without_colour(results, tmp_path, monkeypatch):
+    figures = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    values = (1.45, 1.32, 1.23, 1.1776, 1.1486)
+    runs = [result(method, *values) for method in ("smoe", "thor", "smoe_dropout")]
+    plot_slimming([*runs, results[3]], tmp_path / "a.png")
+    lines = drawn[0].axes[0].lines
+    assert len(lines) == 4
+    assert len({line.get_marker() for line in lines}) == len({str(line._dash_pattern) for line in lines}) == 4
 
 
 @pytest.mark.parametrize("ending, start", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])

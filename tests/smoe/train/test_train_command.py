@@ -14,12 +14,16 @@ import pytest
 from toy_task import ToyConfig
 
 import smoe
-from smoe.options import option, required
-from smoe.train.command import field_notes, parse_config
+from smoe.options import field_metadata, option, required
+from smoe.train.auto import resolve_scale
+from smoe.train.command import parse_config
 from smoe.train.config import to_dict
 from smoe.train.mistakes import describe_type
-from smoe.train.scale import resolve_scale
 from smoe.yaml_files import from_yaml, load_yaml, to_yaml
+
+
+def notes_of(config_class: type) -> dict[str, str]:
+    return {name: known["help"] for name, known in field_metadata(config_class).items() if "help" in known}
 
 
 @dataclass(frozen=True)
@@ -216,12 +220,18 @@ def test_a_scales_own_section_is_checked_too(scales):
         parse_config(Example, ["--data", "d", "--scale", "cpu"])
 
 
+def test_a_section_may_start_from_another_one(tmp_path):
+    user = tmp_path / "user.yaml"
+    user.write_text("a: &a {steps: 1, seed: 2}\nb:\n  <<: *a\n  seed: 3\n")
+    assert load_yaml(user)["b"] == {"steps": 1, "seed": 3}
+
+
 def test_help_shows_the_note_default_and_choices_of_each_field(capsys):
     with pytest.raises(SystemExit) as caught:
         parse_config(Example, ["--help"], prog="trainer")
     said = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0 and said.startswith("usage: trainer ")
-    notes = field_notes(Example)
+    notes = notes_of(Example)
     assert len(notes) == 11 and all(said.count(f"{note} (type: ") == 1 for note in notes.values())
     assert "--config FILE a YAML file of fields; flags win over it" in said
     assert "required: folder of the data" in said and said.count("required: ") == 1
@@ -238,8 +248,8 @@ def test_a_subclass_that_changes_a_default_need_not_repeat_the_note():
         steps: int = 1000
         extra: int = option(1, "one more")
 
-    notes = field_notes(Longer)
-    assert notes == {**field_notes(Example), "extra": "one more"} and notes["steps"] == "optimizer steps"
+    notes = notes_of(Longer)
+    assert notes == {**notes_of(Example), "extra": "one more"} and notes["steps"] == "optimizer steps"
     assert parse_config(Longer, ["--data", "d", "--scale", "cpu"]).steps == 200
 
 

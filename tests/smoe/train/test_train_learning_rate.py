@@ -1,12 +1,15 @@
 """The learning rate of every step, against formulas written out here and Hugging Face's schedule."""
 
+import json
 import math
 
 import pytest
 import torch
-from toy_task import toy_config
+from toy_task import Toy, toy_config
 
 from smoe.train.learning_rate import learning_rate_at
+from smoe.train.loop import train
+from smoe.train.processes import Processes
 
 
 def test_cosine_is_half_a_cosine_times_the_warm_up():
@@ -45,8 +48,10 @@ def test_linear_by_hand():
     assert rates == [0, 0.5, 1, 0.75, 0.5, 0.25, 0]
 
 
-def test_a_configuration_asks_for_its_own(tmp_path):
-    fields = {"steps": 6, "learning_rate": 1.0, "warmup_steps": 2}
-    linear, cosine = (toy_config(tmp_path, decay=decay, **fields) for decay in ("linear", "cosine"))
-    assert [linear.learning_rate_at(step) for step in range(6)] == [0, 0.5, 1, 0.75, 0.5, 0.25]
-    assert [cosine.learning_rate_at(step) for step in (0, 3)] == pytest.approx([0.5, 0.5])
+def test_a_training_steps_with_the_rates_of_its_configuration(tmp_path):
+    for decay, rates in (("linear", [0, 0.05, 0.1, 0.075, 0.05, 0.025]), ("cosine", [0.05, 0.1 * (2 + 3**0.5) / 4])):
+        config = toy_config(tmp_path / decay, decay=decay, steps=6, learning_rate=0.1, warmup_steps=2)
+        train(Toy, config, Processes())
+        lines = map(json.loads, (tmp_path / decay / "metrics.jsonl").read_text().splitlines())
+        logged = [line["train"]["lr"] for line in lines if "train" in line]
+        assert logged[: len(rates)] == pytest.approx(rates) and len(logged) == 6

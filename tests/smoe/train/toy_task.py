@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smoe.flops import count, count_step
 from smoe.metrics import Metric
 from smoe.options import option
 from smoe.train.command import run_training
 from smoe.train.config import TrainConfig
+from smoe.train.examples import count_flops
 from smoe.train.processes import Processes
 from smoe.train.task import Task
 
@@ -102,9 +102,7 @@ class Toy(Task):
 
     def flops(self, model: nn.Module, k: int | list[int] | None) -> dict[str, int]:
         batch = torch.empty(self.config.batch_size, 2), torch.empty(self.config.batch_size, dtype=torch.int64)
-        weights = {name: getattr(self.config, name) for name in ("balance_weight", "consistency_weight")}
-        counted, step = count(model, batch, k), count_step(model, self.config.method, batch, k, **weights)
-        return {"paper": counted.paper_linear, "true": counted.true, "training_step": step}
+        return count_flops(self.config, model, batch, batch, k)
 
 
 def toy_config(run_dir: object, method: str = "smoe_dropout", **fields: object) -> ToyConfig:

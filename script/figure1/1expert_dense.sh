@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Figures 1 and 3, Transformer-XL on enwik8: dense with dropout, as wide as 1 of the 16 experts.
+# Flags are those of python -m transformer_xl.train: --scale NAME (default: paper on a GPU, else cpu), --seed N, ...
+exec bash "$(dirname "$0")/../transformer_xl.sh" figure1/1expert_dense \
+    --method dense_dropout --d_hidden_share 0.0625 "$@"

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# All runs of Figure 3 of the Transformer-XL, which runs.yaml beside this lists:
+# bash script/figure3/all.sh --scale cpu --seeds 1 2 3
+# Finished ones are skipped, what was cut off goes on. --dry_run says what there is to do; --help lists the other flags.
+exec bash "$(dirname "$0")/../panel.sh" figure3 "$@"

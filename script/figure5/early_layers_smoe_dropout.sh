@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Figure 5 (e), Transformer-XL on enwik8: SMoE-Dropout with experts in the first half of the layers.
+# Flags are those of python -m transformer_xl.train: --scale NAME (default: paper on a GPU, else cpu), --seed N, ...
+exec bash "$(dirname "$0")/../transformer_xl.sh" figure5/early_layers_smoe_dropout \
+    --method smoe_dropout --layers early "$@"

@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# Fine-tunes a pretrained model on a data set of Table 2, from nothing to its table; the scripts in table2/ call it.
+#
+#   bash script/table2.sh TASK MODEL METHOD [RUN] [--setting paper|all] [--source FOLDER] [flags of the trainer]
+#
+#   TASK     sst2, csqa, asdiv_a, mawps or svamp        MODEL    transformer_xl, bert or roberta
+#   METHOD   dense_model, smoe_dropout, smoe or thor
+#   RUN      the run folder (or one of its checkpoints) to start from; without it, that of METHOD's script in table1/ at
+#            the same scale and seed, which is trained first if there is none
+#   --setting paper   as the paper trains: 3 epochs of batches of 64 at its learning rate; of word problems the fold that
+#                     its numbers fit. Other flags win over these.
+#   --setting all     until validation no longer rises: 1200 steps for CSQA and word problems; SST-2 as its scale says
+#   --source FOLDER   the data set, instead of a download: for data/TASK/prepare.py
+#
+# The trainer is transformer_xl.classify, bert.multiple_choice or bert.math_word_problems. The run folder is
+# runs/table2/TASK/MODEL/METHOD/<flags> (without the model for sst2), unless --run_dir says otherwise. Called again with
+# the same flags it goes on where it stopped.
+set -euo pipefail
+called_from=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source script/common.sh
+
+task=$1
+model=$2
+method=$3
+shift 3
+name=table2/$task/$model/$method
+table1=table1/$model
+case "$task" in
+    sst2)
+        name=table2/$task/$method
+        table1=table1
+        module=transformer_xl.classify
+        ;;
+    csqa) module=bert.multiple_choice ;;
+    *) module=bert.math_word_problems ;;
+esac
+case "$method" in
+    dense_model) table1=$table1/directly_dense_training ;;
+    *) table1=$table1/$method ;;
+esac
+
+pretrained=""
+if [ $# -gt 0 ] && [[ $1 != --* ]]; then
+    pretrained=${1%%/checkpoints/*}
+    [[ $pretrained == /* ]] || pretrained=$called_from/$pretrained
+    shift
+fi
+data=$(flag_value data "$@")
+run_dir=$(flag_value run_dir "$@")
+source=$(flag_value source "$@")
+setting=$(flag_value setting "$@")
+without_flag source "$@"
+set -- ${words[@]+"${words[@]}"}
+if [ -z "$run_dir" ]; then
+    run_dir=$(run_dir_of "$name" ${pretrained:+--from "$(basename "$pretrained")"} "$@")
+    set -- "$@" --run_dir "$run_dir"
+fi
+without_flag setting "$@"
+set -- "${words[@]}"
+
+own=()
+case "$setting" in
+    "") ;;
+    paper)
+        own=(--epochs 3 --batch_size 64 --learning_rate 2e-5 --warmup_steps 0)
+        [ "$task" != sst2 ] || own=(--epochs 3 --batch_size 64 --learning_rate 1e-4 --warmup_steps 0)
+        [ "$task/$model" != svamp/bert ] || own+=(--fold 4)
+        [ "$task/$model" != svamp/roberta ] || own+=(--fold 1)
+        ;;
+    all)
+        [ "$task" = sst2 ] || own=(--steps 1200)
+        ;;
+    *)
+        echo "error: --setting is $setting; it must be paper or all" >&2
+        exit 2
+        ;;
+esac
+if [ -n "$source" ] && [ -n "$data" ]; then
+    echo "error: --data names data that is prepared already, so --source has no effect; give one of them" >&2
+    exit 2
+fi
+[ -n "$data" ] || own+=(--data "data/$task")
+set -- ${own[@]+"${own[@]}"} "$@"
+
+same=()
+for flag in scale seed; do
+    value=$(flag_value "$flag" "$@")
+    [ -z "$value" ] || same+=("--$flag" "$value")
+done
+first=""
+if [ -z "$pretrained" ]; then
+    first=script/$table1.sh
+    pretrained=$(run_dir_of "$table1" ${same[@]+"${same[@]}"})
+fi
+show_flags --run "$pretrained" "$@"
+
+bash script/setup.sh
+source .venv/bin/activate
+if [ -z "$data" ]; then
+    [[ -z $source || $source == /* ]] || source=$called_from/$source
+    python "data/$task/prepare.py" ${source:+--source "$source"}
+fi
+if [ -n "$first" ]; then
+    # Under the lock of script/panel.py: several of these may start from the same run.
+    mkdir -p "$pretrained"
+    lock=()
+    if command -v flock >/dev/null; then
+        lock=(flock "$pretrained/.lock")
+    fi
+    ${lock[@]+"${lock[@]}"} bash "$first" ${same[@]+"${same[@]}"}
+fi
+
+train_and_report "$module" "$run_dir" --run "$pretrained" "$@"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Table 2, BERT on MAWPS: dense with dropout.
+#
+#   bash script/table2/mawps/bert/dense_model.sh [pretrained run] [flags]
+#
+# Without a pretrained run it starts from that of script/table1/bert/directly_dense_training.sh.
+# script/table2.sh lists the flags.
+exec bash "$(dirname "$0")/../../../table2.sh" mawps bert dense_model "$@"

@@ -1,0 +1,68 @@
+"""All run records under a folder: found, checked, each kind of run and seed once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from smoe.errors import one_line
+from smoe.report.costs import STEP_TIMES, check_costs
+from smoe.report.records import check_result, in_todays_form
+from smoe.report.runs import Run, read_run
+
+# A JSON object with three of these is meant to be a run record; outputs of benchmarks have one at most.
+_MARKS = ("model", "method", "scale", "seed", "dataset", "metrics", "bpc", "best", "config")
+
+
+def collect(folder: str | Path) -> tuple[list[Run], list[str]]:
+    """The runs under ``folder`` and, one line each, the files that were left out and why.
+
+    JSON files that are no run records (outputs of benchmarks) are skipped without a word. A record that is there twice
+    counts once. Of two different records of one kind of run and seed the newer one counts, and the other is named.
+    ValueError when the folder does not exist.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"results: {folder} does not exist; it must be a folder with records of runs")
+    found: dict[tuple, tuple[str, Run]] = {}
+    problems: list[str] = []
+    for path in sorted(folder.rglob("*.json")):
+        if path == folder / STEP_TIMES:  # read_step_times does
+            continue
+        name = path.relative_to(folder).as_posix()
+        try:
+            run = _read(path, name)
+        except ValueError as error:
+            problems.append(one_line(error))
+            continue
+        if run is None:
+            continue
+        key = (run.record["model"], run.record["scale"], run.seed, run.identity)
+        other = found.get(key)
+        if other is None or run.record == other[1].record:
+            found.setdefault(key, (name, run))
+            continue
+        newer, older = sorted([(name, run), other], key=lambda entry: _date(entry[1].record), reverse=True)
+        found[key] = newer
+        problems.append(f"{older[0]}: the same run and seed as {newer[0]}, which is newer")
+    return [run for _, run in found.values()], problems
+
+
+def _read(path: Path, name: str) -> Run | None:
+    """The run in a file; None when it holds something else; ValueError when it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: is not JSON: {error}") from None
+    if not isinstance(content, Mapping) or sum(mark in content for mark in _MARKS) < 3:
+        return None
+    record = check_result(in_todays_form(content, name), name)
+    check_costs(record, name)
+    return read_run(record, name)
+
+
+def _date(record: Mapping[str, Any]) -> str:
+    environment = record.get("environment")
+    return str(environment.get("date", "")) if isinstance(environment, Mapping) else ""

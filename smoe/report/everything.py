@@ -1,0 +1,43 @@
+"""The whole report, from a folder of records: REPORT.md, report.html and the plots."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from smoe.files import write_atomic
+from smoe.report.claims import findings_of
+from smoe.report.collect import collect
+from smoe.report.costs import read_step_times
+from smoe.report.document import document
+from smoe.report.page import page
+from smoe.report.plots import draw, plots_of
+from smoe.report.runs import contexts_of
+
+
+def write_report(results: str | Path, figures: str | Path) -> tuple[list[Path], list[str]]:
+    """Writes ``REPORT.md`` and ``report.html`` into the folder ``results``, the plots into the folder ``figures``.
+
+    Returns the files written and, one line each, the records that were left out and why. ValueError when a folder does
+    not exist, or there is no record of a run.
+    """
+    results, figures = Path(results), Path(figures)
+    if not figures.is_dir():
+        raise ValueError(f"figures: {figures} does not exist; it must be a folder for the plots")
+    runs, problems = collect(results)
+    if not runs:
+        first = f"; the first: {problems[0]}" if problems else ""
+        raise ValueError(f"results: {results} has no record of a run that can be reported{first}")
+    step_times, wrong = read_step_times(results)
+    problems += wrong
+    contexts = contexts_of(runs)
+    plots, findings = plots_of(contexts), findings_of(contexts)
+    where = Path(os.path.relpath(figures, results)).as_posix()
+    texts = {
+        results / "REPORT.md": document(contexts, findings, plots, problems, step_times, where),
+        results / "report.html": page(contexts, step_times),
+    }
+    written = [file for plot in plots for file in draw(plot, figures)]
+    for file, text in texts.items():
+        write_atomic(file, text)
+    return [*texts, *written], problems

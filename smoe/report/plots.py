@@ -1,0 +1,116 @@
+"""The paper's figures from the records of runs: one file per figure and scale, as .png and .svg."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from smoe.report.groups import plain
+from smoe.report.panels import FIGURE5, PRETRAINING, Line, Panel, figure1, figure3, figure4, is_empty
+from smoe.report.runs import Context
+from smoe.report.style import INK, SPARE, STYLES, clean_axes, new_figure, save
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure of the paper at one scale. ``rows``: one list of panels per context for Figure 5, one row otherwise."""
+
+    figure: str
+    scale: str
+    rows: list[list[Panel]]
+
+    @property
+    def stem(self) -> str:
+        """Its file's name without the ending, e.g. ``figure5_cpu``."""
+        return f"{self.figure}_{re.sub('[^A-Za-z0-9]', '_', self.scale)[:40]}"
+
+
+def plots_of(contexts: Sequence[Context]) -> list[Plot]:
+    """The figures that these runs have anything for; a panel of Figure 5 without runs is there, empty."""
+    plots = []
+    for scale in dict.fromkeys(context.scale for context in contexts):
+        here = [context for context in contexts if context.scale == scale]
+        pretrained = [context for context in here if context.task in PRETRAINING]
+        figures = {
+            "figure1": [figure1(context) for context in pretrained if context.model == "transformer_xl"],
+            "figure3": list(map(figure3, pretrained)),
+            "figure4": [figure4(context) for context in here if context.task not in PRETRAINING],
+        }
+        for name, panels in figures.items():
+            if panels := [panel for panel in panels if not is_empty(panel)]:
+                plots.append(Plot(name, scale, [panels]))
+        rows = [[make(context) for make in FIGURE5.values()] for context in pretrained]
+        if rows := [row for row in rows if not all(map(is_empty, row))]:
+            plots.append(Plot("figure5", scale, rows))
+    return sorted(plots, key=lambda plot: plot.figure)
+
+
+def draw(plot: Plot, folder: str | Path) -> list[Path]:
+    """Writes the figure as PNG and SVG into ``folder``, which must exist."""
+    columns = 3 if plot.figure == "figure5" else min(len(plot.rows[0]), 3)
+    lines = -(-len(plot.rows[0]) // columns)
+    figure = new_figure(5.2 * columns, 4.9 * lines * len(plot.rows))
+    for part, row in zip(figure.subfigures(len(plot.rows), 1, squeeze=False)[:, 0], plot.rows, strict=True):
+        all_axes = part.subplots(lines, columns, squeeze=False).flat
+        if plot.figure == "figure5":
+            part.suptitle(plain(row[0].context.label, 120), color=INK, fontsize=12, parse_math=False)
+        for axes in all_axes[len(row) :]:
+            axes.set_visible(False)
+        for axes, panel in zip(all_axes[: len(row)], row, strict=True):
+            title = panel.title if plot.figure == "figure5" else panel.context.label
+            axes.set_title(plain(title, 60), fontsize=11, color=INK, loc="left", parse_math=False)
+            _draw_panel(axes, panel)
+    return [save(figure, Path(folder) / f"{plot.stem}.{ending}") for ending in ("png", "svg")]
+
+
+def _draw_panel(axes: Any, panel: Panel) -> None:
+    clean_axes(axes)
+    axes.set_xlabel(panel.x_label, color=INK)
+    axes.set_ylabel(plain(panel.context.measure, 60), color=INK, parse_math=False)
+    if is_empty(panel):
+        axes.set_xticks([]), axes.set_yticks([])
+        axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center", color=INK)
+        return
+    styles, spare = dict(STYLES), list(SPARE)
+    for line in panel.lines:
+        # The first line of a method looks as the method does, its variants do not.
+        _draw_line(axes, line, styles.pop(line.style, None) or (spare.pop(0) if spare else SPARE[-1]))
+    if not panel.parameters:
+        axes.set_xscale("log", base=2)
+        ticks = sorted({point.x for line in panel.lines for point in line.points})
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.minorticks_off()
+    legend = axes.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=1, fontsize=8.5, frameon=False, handlelength=4
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _draw_line(axes: Any, line: Line, style: tuple[str, str, Any]) -> None:
+    """Means over the seeds, with the standard deviation as bars where there are several seeds."""
+    color, marker, dashes = style
+    points = [point for point in line.points if point.values]
+    values = [point.values for point in points]
+    spread = [stdev(of_seeds) if len(of_seeds) > 1 else 0.0 for of_seeds in values]
+    axes.errorbar(
+        [point.x for point in points],
+        [fmean(of_seeds) for of_seeds in values],
+        yerr=spread if any(spread) else None,
+        color=color,
+        marker=marker,
+        linestyle=dashes,
+        markersize=6,
+        linewidth=1.7,
+        capsize=3,
+        label=plain(line.label, 60) + _seeds(values),
+    )
+
+
+def _seeds(values: Sequence[Sequence[float]]) -> str:
+    counts = sorted({len(of_seeds) for of_seeds in values})
+    return "" if counts in ([], [1]) else f" (n = {' or '.join(map(str, counts))})"
