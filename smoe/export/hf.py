@@ -137,7 +137,8 @@ def _save_config(model: nn.Module, plan: Plan, part: Path) -> None:
 
 def _save_tokenizer(source: Any, part: Path) -> None:
     """The tokenizer itself, or the files of one in a folder, be it given or the one that a model came from."""
-    if isinstance(source, nn.Module):
+    given = not isinstance(source, nn.Module)
+    if not given:
         source = source.name_or_path or None
         if source is None or not Path(source).is_dir():
             return
@@ -145,5 +146,7 @@ def _save_tokenizer(source: Any, part: Path) -> None:
         source.save_pretrained(part)
         return
     files = [Path(source) / name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
+    if given and not files:
+        raise ValueError(f"tokenizer is {str(source)!r}, a folder without a tokenizer's files")
     for file in files:
         shutil.copyfile(file, part / file.name)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .convert import place
-from .find import FoundMLP, find_mlps
-from .folder import CONFIG, brief
+from .find import find_mlps
+from .folder import CONFIG, Header, brief, read_headers
 from .hook import METHOD, NO_RECORD
 from .narrow import narrow_mlp
 from .record import Record, plain_name, read_record
@@ -40,7 +41,9 @@ class SMoEConfig(QuantizationConfigMixin):
 class SMoELoader(HfQuantizer):
     """Exchanges the MLPs of a model on the meta device as its record says, before Transformers loads the weights."""
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         record = read_record(getattr(model.config, "smoe", None), CONFIG)
         if record is None or record.is_empty:
             raise ValueError(NO_RECORD)
@@ -49,7 +52,9 @@ class SMoELoader(HfQuantizer):
                 f"{CONFIG}: {brief(next(iter(record.placed)))} is an SMoE layer that {type(model).__name__} has no "
                 "place for; use smoe.from_pretrained(path, model=...)"
             )
-        exchange_mlps(model, record)
+        sources = exchange_mlps(model, record)
+        if checkpoint_files is not None:  # None: the caller gave a state dict
+            _check_saved(model, sources, read_headers([Path(file) for file in checkpoint_files]))
 
     def postprocess_model(self, model: nn.Module, **kwargs: Any) -> None:
         # From here on it is a modulized model like any other: nothing of it is quantised.
@@ -64,8 +69,8 @@ class SMoELoader(HfQuantizer):
         return True
 
 
-def exchange_mlps(model: nn.Module, record: Record) -> None:
-    """Does to ``model``, on the meta device, what ``record`` says.
+def exchange_mlps(model: nn.Module, record: Record) -> dict[str, str]:
+    """Does to ``model``, on the meta device, what ``record`` says; the names of its SMoE layers -> those in the record.
 
     Where ``model`` is the base of the saved model, or has a head that the saved one lacked, the names differ by the
     name of the base (``model.``).
@@ -87,20 +92,34 @@ def exchange_mlps(model: nn.Module, record: Record) -> None:
         if source in record.widths:
             narrow_mlp(found[name], record.widths[source])
         else:
-            plan.append((found[name], partial(_empty, found[name], record.layers[source])))
+            plan.append((found[name], partial(empty_layer, found[name], record.layers[source])))
     if plan:
         place(model, plan)
-    ignored = {rf"{re.escape(name)}\.weight$" for name, source in names.items() if source in record.layers}
+    layers = {name: source for name, source in names.items() if source in record.layers}
+    ignored = {rf"{re.escape(name)}\.weight$" for name in layers}  # hook.wrong_weights
     model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
+    return layers
+
+
+def _check_saved(model: nn.Module, layers: dict[str, str], saved: dict[str, Header]) -> None:
+    """A ValueError unless the files hold all of every SMoE layer: Transformers would leave what is missing unset.
+
+    layers: as :func:`exchange_mlps` returns them.
+    """
+    saved = {plain_name(name): header for name, header in saved.items()}
+    for name, source in layers.items():
+        for key, tensor in model.get_submodule(name).state_dict().items():
+            header = saved.get(f"{source}.{key}")
+            if header is None or header.shape != tuple(tensor.shape):
+                raise ValueError(
+                    f"the files hold no {brief(f'{source}.{key}')} of shape {tuple(tensor.shape)}, which the record "
+                    "says they do"
+                )
 
 
 def _saved_name(name: str, known: set[str], base: str) -> str | None:
     """What the MLP ``name`` is called in the record; None if it is not there."""
     return next((n for n in (name, f"{base}.{name}", name.removeprefix(f"{base}.")) if n in known), None)
-
-
-def _empty(found: FoundMLP, options: dict[str, Any]) -> nn.Module:
-    return empty_layer(found, options, found.match.up.weight.device)
 
 
 @contextmanager

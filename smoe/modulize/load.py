@@ -10,17 +10,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..control import check_whole, set_top_k
-from ..layer import SMoE
 from ..router import FixedBuffers, check_top_k
 from .build import architecture_of, base_of, build, float32_names, load_dense
 from .convert import place
-from .find import FoundMLP
 from .fit import Fit, fit_parts, fit_whole, listed
 from .folder import CONFIG, OWN_CONFIG, Header, brief, read_headers, read_json, read_tensors, weight_files
 from .hook import NO_RECORD, is_marked, is_transformers_model, is_wrong_weight
@@ -121,11 +118,7 @@ def _change(fit: Fit) -> None:
         layer.output_scale, layer.router.score = options["output_scale"], options["score"]
         layer.top_k = options["top_k"]
     if fit.layers:
-        place(fit.model, [(found, partial(_empty, found, options)) for found, options in fit.layers])
-
-
-def _empty(found: FoundMLP, options: dict[str, Any]) -> SMoE:
-    return empty_layer(found, options, found.match.up.weight.device)
+        place(fit.model, [(found, partial(empty_layer, found, options)) for found, options in fit.layers])
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

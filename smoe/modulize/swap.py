@@ -105,19 +105,19 @@ class Outlet(nn.Module):
 
 def make_layer(found: FoundMLP, options: dict[str, Any]) -> SMoE:
     """The SMoE layer that holds the weights of an MLP. ``options`` of :class:`SMoE` replace what the MLP has."""
-    layer = empty_layer(found, {"d_hidden": found.d_hidden, **options}, found.match.up.weight.device)
+    layer = empty_layer(found, {"d_hidden": found.d_hidden, **options})
     split(layer.experts, _read(found))
     return layer
 
 
-def empty_layer(found: FoundMLP, options: dict[str, Any], device: torch.device | str) -> SMoE:
+def empty_layer(found: FoundMLP, options: dict[str, Any], device: torch.device | str | None = None) -> SMoE:
     """An SMoE layer with the parameters, dtypes and activation that an MLP needs; its weights are drawn at random.
 
-    options: of :class:`SMoE`, ``d_hidden`` among them.
+    options: of :class:`SMoE`, ``d_hidden`` among them. device: None is that of the MLP.
     """
     match, dense = found.match, _read(found)
     options = {"gated": match.gate is not None or match.fused is not None, "dropout": match.dropout, **options}
-    with torch.device(device):
+    with torch.device(match.up.weight.device if device is None else device):
         layer = SMoE(found.d_model, activation=match.activation, **options)
     experts = layer.experts
     for name in ("up", "gate", "down"):

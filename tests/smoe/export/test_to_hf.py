@@ -212,6 +212,10 @@ def test_a_tokenizer_goes_along(tmp_path):
     )
     model = make("llama")
     to_hf(model, tmp_path / "given", tokenizer=tokenizer)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="tokenizer is .*empty', a folder without a tokenizer's files"):
+        to_hf(model, tmp_path / "refused", tokenizer=tmp_path / "empty")
+    assert not list((tmp_path / "refused").iterdir())
     smoe.save_pretrained(model, tmp_path / "source")
     assert not (tmp_path / "source" / "tokenizer.json").exists()
     tokenizer.save_pretrained(tmp_path / "source")

@@ -268,3 +268,19 @@ def test_a_damaged_record_is_one_line(change, message, tmp_path):
     with pytest.raises(ValueError, match=message) as refused:
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("tensor", ["experts.up", "router.bias"])
+def test_files_that_lack_a_part_of_a_layer_are_refused(tensor, tmp_path):
+    """Transformers would warn and leave its memory as it finds it."""
+    from safetensors.torch import load_file, save_file
+
+    saved("Llama", tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    name = f"model.layers.1.mlp.down_proj.mlp.{tensor}"
+    without = {key: value for key, value in whole.items() if key != name}
+    for tensors in (without, {**without, name: whole[name][:-1].clone()}):
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=f"the files hold no {name} of shape") as refused:
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+        assert "\n" not in str(refused.value)
