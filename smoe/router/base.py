@@ -31,7 +31,7 @@ class Routing(NamedTuple):
 class PartialRouting(Routing):
     """A routing with empty slots: an index of -1 is no expert, and the weight there gets gradient 0.
 
-    No router leaves any. Where experts are spread over ranks, a token's choice has gaps on each of them.
+    There are some where tokens have different k, and where experts are spread over ranks, on each of them.
     """
 
     __slots__ = ()
@@ -45,6 +45,12 @@ class LearnedRouting(Routing):
     """
 
     probabilities: Tensor | None
+
+
+class PartialLearnedRouting(LearnedRouting):
+    """A learned router's with empty slots (see :class:`PartialRouting`)."""
+
+    absent = True
 
 
 def check_top_k(top_k: int, num_experts: int) -> int:
@@ -113,18 +119,30 @@ class Router(nn.Module):
     def _all_experts(self, x: Tensor) -> Tensor:
         return torch.arange(self.num_experts, device=x.device).expand(x.shape[0], -1)
 
-    def _weights(self, logits: Tensor, indices: Tensor) -> Tensor:
-        """(T, N) float32 logits and (T, k) indices -> (T, k) float32 weights, by the score rule."""
+    def _routing(self, logits: Tensor | None, indices: Tensor, k_per_token: Tensor | None) -> Routing:
+        """The routing to the chosen experts.
+
+        Args:
+            logits: (T, N) float32; None: all are equal.
+            indices: (T, k), the first choice first where ``k_per_token`` is given.
+            k_per_token: (T,), how many of its choices each token keeps; None: all.
+        """
+        if logits is None:
+            logits = torch.zeros(indices.shape[0], self.num_experts, dtype=torch.float32, device=indices.device)
+        if k_per_token is None:
+            return Routing(indices, self._weights(logits, indices), None)
+        empty = torch.arange(indices.shape[1], device=indices.device) >= k_per_token.unsqueeze(1)
+        weights = self._weights(logits, indices, empty).masked_fill(empty, 0)
+        return PartialRouting(indices.masked_fill(empty, -1), weights, None)
+
+    def _weights(self, logits: Tensor, indices: Tensor, empty: Tensor | None = None) -> Tensor:
+        """(T, N) logits and (T, k) indices -> (T, k) float32 weights, by the score rule; anything where ``empty``."""
         if self.score == "sum":
             return torch.ones(indices.shape, dtype=torch.float32, device=indices.device)
         if self.score == "softmax_before_topk":
             return torch.softmax(logits, dim=-1).gather(1, indices)
-        return torch.softmax(logits.gather(1, indices), dim=-1)
-
-    def _equal_weights(self, indices: Tensor) -> Tensor:
-        """The weights of a router without logits: those of equal logits."""
-        logits = torch.zeros(indices.shape[0], self.num_experts, dtype=torch.float32, device=indices.device)
-        return self._weights(logits, indices)
+        chosen = logits.gather(1, indices)
+        return torch.softmax(chosen if empty is None else chosen.masked_fill(empty, -torch.inf), dim=-1)
 
 
 def generator(seed: int | None) -> torch.Generator | None:
