@@ -82,7 +82,7 @@ def activated(model: nn.Module, k: int | Sequence[int] | Tensor | None) -> Itera
             whole numbers gives every row of the batch its own k, in all layers: (batch,), or (batch, length) for one
             per token. Every row gets the numbers that it would get alone, and the experts compute as many tokens as
             the sum of all k says. The model's inputs have the batch as their first dimension; ``layer.top_k`` is the
-            largest k meanwhile.
+            largest k meanwhile (N where experts are spread over ranks).
 
     With activation checkpointing run ``backward`` within the block, because it computes layers again.
 
@@ -113,7 +113,20 @@ def _set_k_per_row(model: nn.Module, k: Tensor) -> None:
                 raise ValueError(f"k is a tensor, but {type(router).__name__}.forward has no argument k_per_token")
     largest = int(k.max())
     for layer in layers:
-        layer.top_k, layer.k_per_row = largest, k
+        # Ranks that share experts must agree on top_k, and have rows of their own.
+        layer.top_k, layer.k_per_row = largest if layer.dispatch is None else layer.num_experts, k
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block ``model`` is in evaluation mode; afterwards each of its modules is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def get_top_k(model: nn.Module) -> int | list[int]:
