@@ -49,9 +49,6 @@ def fit_budget(
     batches = list(batches)
     if not batches:
         raise ValueError("batches is empty; at least one batch must be measured")
-    costs = _Costs(model, batches[0], sizes)
-    if not costs.of([1] * len(sizes)) <= flops:
-        raise ValueError(f"flops is {flops}; a pass with one expert per layer costs {costs.fixed + sum(costs.expert)}")
     losses: dict[tuple[int, ...], float] = {}
 
     def measure(ks: Sequence[int]) -> float:
@@ -60,10 +57,13 @@ def fit_budget(
             losses[key] = _mean_loss(model, batches, list(ks), loss)
         return losses[key]
 
-    uniform = ([min(k, size) for size in sizes] for k in range(max(sizes), 0, -1))
-    ks = next(ks for ks in uniform if costs.of(ks) <= flops)
-    step = max(max(sizes) // 8, 1)
     with evaluating(model):
+        costs = _Costs(model, batches[0], sizes)
+        if not costs.least <= flops:
+            raise ValueError(f"flops is {flops}; a pass with one expert per layer costs {costs.least}")
+        uniform = ([min(k, size) for size in sizes] for k in range(max(sizes), 0, -1))
+        ks = next(ks for ks in uniform if costs.of(ks) <= flops)
+        step = max(max(sizes) // 8, 1)
         while step:
             ks = _trade(ks, sizes, step, lambda ks: costs.of(ks) <= flops, measure)
             step //= 2
@@ -71,19 +71,17 @@ def fit_budget(
 
 
 class _Costs:
-    """FLOPs of a pass over ``batch``: ``fixed`` ones, and those of one expert in each layer."""
+    """FLOPs of a pass over ``batch``: the ``least``, with one expert per layer, and those of one more in each layer."""
 
     def __init__(self, model: nn.Module, batch: Any, sizes: Sequence[int]) -> None:
         ones = [1] * len(sizes)
-        least = count(model, batch, ones).true
-        self.expert = []
+        self.least, self.expert = count(model, batch, ones).true, []
         for i, size in enumerate(sizes):
             all_of_one = count(model, batch, [*ones[:i], size, *ones[i + 1 :]]).true
-            self.expert.append((all_of_one - least) // max(size - 1, 1))
-        self.fixed = least - sum(self.expert)
+            self.expert.append((all_of_one - self.least) // max(size - 1, 1))
 
     def of(self, ks: Sequence[int]) -> int:
-        return self.fixed + sum(k * cost for k, cost in zip(ks, self.expert, strict=True))
+        return self.least + sum((k - 1) * cost for k, cost in zip(ks, self.expert, strict=True))
 
 
 def _trade(
@@ -127,7 +125,8 @@ def _mean_loss(
     model: nn.Module, batches: Sequence[Any], ks: list[int], loss: Callable[[Any, Any], Tensor] | None
 ) -> float:
     total = 0.0
-    with activated(model, ks), torch.random.fork_rng():
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with activated(model, ks), torch.random.fork_rng(devices):
         torch.manual_seed(0)  # the same draws of a router that draws (THOR) for every ks
         for batch in batches:
             args, kwargs = as_call(batch)
