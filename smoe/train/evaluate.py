@@ -19,7 +19,7 @@ from smoe.train.config import TrainConfig
 from smoe.train.evaluation import k_name, measure
 from smoe.train.folder import RunFolder
 from smoe.train.processes import Processes
-from smoe.train.resume import Checkpoint, load_checkpoint, load_latest, load_weights
+from smoe.train.resume import Checkpoint, load_checkpoint, load_latest, load_weights, read_config
 from smoe.train.task import Task
 
 # A run is measured by one process, whatever trained it, from its own folder alone.
@@ -53,7 +53,7 @@ def read_run(path: str | Path, config_class: type[Config], what: str, which: str
 
 
 def _read_config(folder: RunFolder, config_class: type[Config], what: str) -> Config:
-    recorded = folder.read_config()
+    recorded = read_config(folder.path)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     unknown = sorted(recorded.keys() - fields.keys())
     missing = [name for name, field in fields.items() if name not in recorded and field.default is dataclasses.MISSING]
@@ -98,7 +98,7 @@ def evaluation_command(*tasks: type[Task], prog: str, what: str, argv: Sequence[
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     arguments = parser.parse_args(argv)
 
-    recorded = RunFolder(arguments.run).read_config().keys()
+    recorded = read_config(arguments.run).keys()
     # A run of an earlier version lacks fields; the task with the fewest that it lacks is its own.
     task_class = min(
         (task for task in tasks if recorded <= fields[task]), key=lambda t: len(fields[t]), default=tasks[0]

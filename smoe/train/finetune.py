@@ -11,8 +11,7 @@ from smoe.options import option
 from smoe.schedule import Mode
 from smoe.train.config import TrainConfig
 from smoe.train.evaluate import read_run
-from smoe.train.folder import RunFolder
-from smoe.train.resume import Checkpoint
+from smoe.train.resume import Checkpoint, read_config
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -40,7 +39,7 @@ class FineTuned:
                 raise ValueError(f"epochs is {given['epochs']} and steps is {given['steps']}; give one of them")
             values["epochs"] = None  # a scale's epochs give way to a user's steps
         if given.get("run") is not None:
-            recorded = RunFolder(given["run"]).read_config()
+            recorded = read_config(given["run"])
             values |= {name: recorded[name] for name in cls.of_the_run if name in recorded}
         return values
 
