@@ -6,6 +6,8 @@ Each row: (architecture, kind, the model class, its config's settings, its numbe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 BASE = {
@@ -147,6 +149,19 @@ def tiny(name: str, **more: object) -> torch.nn.Module:
     """The model of the row ``name``, with ``more`` settings."""
     row = next(row for row in MODELS if row[0] == name)
     return build(row[2], {**row[3], **more})
+
+
+def with_lora(
+    model: torch.nn.Module, *, modules: Sequence[str] = (), parameters: Sequence[str] = ()
+) -> torch.nn.Module:
+    """PEFT's adapters with random factors: they change what the model computes, and all factors get gradients."""
+    import peft
+
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        target_modules=list(modules), target_parameters=list(parameters), r=2, init_lora_weights=False
+    )
+    return peft.get_peft_model(model, config)
 
 
 def inputs_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

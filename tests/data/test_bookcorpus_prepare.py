@@ -14,20 +14,18 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+import yaml
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
-pytest.importorskip("tokenizers", reason="needs tokenizers: pip install .[hf]")
-import yaml  # noqa: E402
-from tokenizers import Tokenizer  # noqa: E402
-
-from bert.data import Blocks  # noqa: E402
-from data.bookcorpus import corpus as corpus_module  # noqa: E402
-from data.bookcorpus import prepare as bookcorpus  # noqa: E402
-from data.bookcorpus.corpus import Store, from_enwik8, from_hub, hold_out, pieces, text_files, unwrap  # noqa: E402
-from data.bookcorpus.wikitext import articles, strip_markup  # noqa: E402
-from data.enwik8.prepare import cut  # noqa: E402
-from data.errors import SourceError  # noqa: E402
-from data.fetch import LocalPath  # noqa: E402
+from bert.data import Blocks
+from data.bookcorpus import corpus as corpus_module
+from data.bookcorpus import prepare as bookcorpus
+from data.bookcorpus.corpus import Store, from_enwik8, from_hub, hold_out, pieces, text_files, unwrap
+from data.bookcorpus.wikitext import articles, strip_markup
+from data.enwik8.prepare import cut
+from data.errors import SourceError
+from data.fetch import LocalPath
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 
 import smoe
 from smoe import cli
@@ -37,7 +38,6 @@ def test_arch_by_the_papers_convention(capsys):
 
 @pytest.fixture
 def gpt2():
-    transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32)
     return transformers.GPT2LMHeadModel(config).eval()
 

@@ -8,8 +8,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import smoe
+from smoe.errors import run_main
 from smoe.methods import METHODS, Method, get_method
 from smoe.paper import SIZES, paper_flops
+from smoe.train.command import parse_config
+from smoe.train.config import to_dict
+from smoe.yaml_files import to_yaml
+from transformer_xl.config import LanguageModelConfig
 from transformer_xl.flops import evaluation_flops, main, step_flops
 from transformer_xl.model import TransformerXL, TransformerXLConfig
 
@@ -88,10 +93,6 @@ def test_parameters_and_bytes():
 @pytest.mark.parametrize("scale", ["paper", "cpu", "smoke"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_yaml_costs_what_its_sizes_say(scale, method):
-    pytest.importorskip("jsonargparse")
-    from smoe.train.command import parse_config
-    from transformer_xl.config import LanguageModelConfig
-
     c = parse_config(LanguageModelConfig, ["--method", method, "--run_dir", ".", "--scale", scale])
     with torch.device("meta"):
         model = c.build_model()
@@ -196,7 +197,6 @@ def run_json(capsys, *argv: str) -> dict:
 
 
 def test_command_counts_the_papers_model(capsys):
-    pytest.importorskip("jsonargparse")
     short = ("--batch", "2", "--tgt_len", "4", "--mem_len", "8")
     half, whole = run_json(capsys, "--k", "8", "16", "--step", *short)["rows"]
     assert half["paper"] == paper_flops("transformer_xl", "smoe_dropout", 8, batch=2, tgt_len=4, mem_len=8)
@@ -212,12 +212,6 @@ def test_command_counts_the_papers_model(capsys):
 
 
 def test_command_counts_the_configuration_of_a_run(capsys, tmp_path):
-    pytest.importorskip("jsonargparse")
-    from smoe.train.command import parse_config
-    from smoe.train.config import to_dict
-    from smoe.yaml_files import to_yaml
-    from transformer_xl.config import LanguageModelConfig
-
     argv = ["--method", "thor", "--scale", "smoke", "--run_dir", "runs/x", "--num_experts", "4"]
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(to_dict(parse_config(LanguageModelConfig, argv))))
@@ -246,9 +240,6 @@ def test_command_counts_the_configuration_of_a_run(capsys, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(argv, message, capsys):
-    pytest.importorskip("jsonargparse")
-    from smoe.errors import run_main
-
     with pytest.raises(SystemExit) as stop:
         run_main(main, argv)
     out, err = capsys.readouterr()

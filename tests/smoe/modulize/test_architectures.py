@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tiny_models import MODELS, SPEECH, build, inputs_of, logits_of, tiny
 
 import smoe
 
-transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore:the dense model will compute something else")
 

@@ -7,12 +7,12 @@ import time
 
 import pytest
 import torch
+import transformers
 from tiny_models import tiny
 from torch import nn
 
 import smoe
 
-transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

@@ -1,8 +1,10 @@
 """What is an MLP, what only looks like one, and what is said about it."""
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from tiny_models import tiny
 from torch import nn
 
@@ -10,7 +12,6 @@ import smoe
 from smoe.modulize import register
 from smoe.modulize.find import find_mlps, survey_mlps
 
-transformers = pytest.importorskip("transformers")
 D, H = 16, 64
 
 
@@ -231,7 +232,6 @@ def test_parametrised_layers_are_named():
 
 
 def test_the_real_peft():
-    peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny("BERT"), peft.LoraConfig(target_modules=["query", "value"], r=2))
     assert len(smoe.smoe_layers(smoe.modulize(model, 4))) == 2
     model = peft.get_peft_model(tiny("BERT"), peft.LoraConfig(target_modules=["intermediate.dense"], r=2))

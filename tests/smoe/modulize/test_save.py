@@ -5,12 +5,12 @@ import json
 
 import pytest
 import torch
+import transformers
 from tiny_models import inputs_of, logits_of, tiny
 from torch import nn
 
 import smoe
 
-transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 pytestmark = pytest.mark.filterwarnings("ignore:the dense model will compute something else")

@@ -7,6 +7,7 @@ import json
 from statistics import fmean, stdev
 
 import pytest
+from matplotlib.figure import Figure
 
 from smoe.errors import run_main
 from smoe.report import check_result, main, plot_slimming, read_result, slimming_table, with_block
@@ -263,17 +264,15 @@ def test_text_in_a_record_stays_text(results, tmp_path):
     markdown = "<!-- mine: here -->\n<!-- end -->\nafter\n"
     once = with_block(markdown, "mine", table)
     assert with_block(once, "mine", "short") == "<!-- mine: here -->\n```\nshort\n```\n<!-- end -->\nafter\n"
-    if pytest.importorskip("matplotlib"):
-        assert plot_slimming([record], tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert plot_slimming([record], tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---- figures
 
 
 def test_figure_shows_every_group_once_and_the_mean_of_seeds(results, tmp_path, monkeypatch):
-    figures = pytest.importorskip("matplotlib.figure")
     drawn = []
-    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     narrow = result("dense_dropout", 1.4, parameters={"total": 3.3e6}, config={"d_hidden": 64})
     accuracy = classified(valid=dict(zip(KS, (0.5, 0.6, 0.7, 0.8, 0.9), strict=True)))
     plot_slimming([*results, narrow, result("thor", 2.0, scale="smoke"), accuracy], tmp_path / "a.png")
@@ -297,9 +296,8 @@ def test_figure_shows_every_group_once_and_the_mean_of_seeds(results, tmp_path, 
 
 
 def test_lines_differ_without_colour(results, tmp_path, monkeypatch):
-    figures = pytest.importorskip("matplotlib.figure")
     drawn = []
-    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     values = (1.45, 1.32, 1.23, 1.1776, 1.1486)
     runs = [result(method, *values) for method in ("smoe", "thor", "smoe_dropout")]
     plot_slimming([*runs, results[3]], tmp_path / "a.png")
@@ -310,7 +308,6 @@ def test_lines_differ_without_colour(results, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ending, start", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
 def test_figure_is_written(results, tmp_path, ending, start):
-    pytest.importorskip("matplotlib")
     path = plot_slimming(results[:2], tmp_path / f"a.{ending}")
     assert path.read_bytes().startswith(start)
 
