@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from commands import assert_main_refuses
 
 import smoe
 from bert.flops import main, masked_lm
-from smoe.errors import run_main
 from smoe.flops import count, count_step
 from smoe.paper import paper_flops
 
@@ -90,11 +90,7 @@ def test_command_counts_the_configuration_of_a_run(capsys, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(argv, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run_main(main, argv)
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert_main_refuses(main, argv, message, capsys)
 
 
 def test_other_models_are_refused():

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from commands import assert_main_refuses
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import smoe
-from smoe.errors import run_main
 from smoe.methods import METHODS, Method, get_method
 from smoe.paper import SIZES, paper_flops
 from smoe.train.command import parse_config
@@ -240,8 +240,4 @@ def test_command_counts_the_configuration_of_a_run(capsys, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(argv, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run_main(main, argv)
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert_main_refuses(main, argv, message, capsys)

@@ -7,9 +7,9 @@ import json
 from statistics import fmean, stdev
 
 import pytest
+from commands import assert_main_refuses
 from matplotlib.figure import Figure
 
-from smoe.errors import run_main
 from smoe.report import check_result, main, plot_slimming, read_result, slimming_table, with_block
 
 KS = ("1", "2", "4", "8", "16")
@@ -356,11 +356,7 @@ def test_command_ends_with_one_line_for_bad_input(runs, capsys, tmp_path, argume
     readme, plot = tmp_path / "README.md", tmp_path / "a.png"
     readme.write_text("<!-- cpu: -->\n<!-- end -->\n")
     places = {"RUN": runs[0], "README": str(readme), "PLOT": str(plot)}
-    with pytest.raises(SystemExit) as caught:
-        run_main(main, [places.get(argument, argument) for argument in arguments])
-    error = capsys.readouterr().err
-    assert caught.value.code == 2
-    assert error.startswith("error: ") and words in error and error.count("\n") == 1
+    assert_main_refuses(main, [places.get(argument, argument) for argument in arguments], words, capsys)
     assert not plot.exists()  # nothing half-written
 
 
