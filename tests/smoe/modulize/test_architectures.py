@@ -10,7 +10,6 @@ from tiny_models import MODELS, SPEECH, build, inputs_of, logits_of, tiny
 
 import smoe
 
-transformers.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore:the dense model will compute something else")
 
 DOCS = Path(__file__).parents[3] / "docs" / "modulize.md"

@@ -7,14 +7,10 @@ import time
 
 import pytest
 import torch
-import transformers
 from tiny_models import tiny
 from torch import nn
 
 import smoe
-
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
 
 NAME = "bert.encoder.layer.0.output.dense"
 

@@ -9,18 +9,10 @@ from tiny_models import tiny
 from torch import nn
 
 import smoe
-from smoe.modulize import register
 from smoe.modulize.find import find_mlps, survey_mlps
 
+pytestmark = pytest.mark.usefixtures("registry")
 D, H = 16, 64
-
-
-@pytest.fixture(autouse=True)
-def registry():
-    before = dict(register._registered)
-    yield
-    register._registered.clear()
-    register._registered.update(before)
 
 
 def mlp(h=H, act=nn.GELU):

@@ -9,8 +9,6 @@ from tiny_models import inputs_of, tiny
 
 import smoe
 
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
 pytestmark = pytest.mark.filterwarnings("ignore:the dense model will compute something else")
 
 
