@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from example_data import write_sentences
 
 from bert.math_word_problems import MathConfig
 from bert.multiple_choice import MultipleChoiceConfig
@@ -117,9 +118,7 @@ def test_flags_that_do_not_fit_are_one_line(flags, message):
 
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sst2")
-    load("classify_tests", "tests/transformer_xl/test_classify.py").write(folder, {"train": 40, "valid": 11})
-    return folder
+    return write_sentences(tmp_path_factory.mktemp("sst2"), {"train": 40, "valid": 11})
 
 
 COMMON = ["--scale", "smoke", "--progress", "false", "--sweep", "16"]
