@@ -9,6 +9,7 @@ repeated, and go on learning (Beltagy et al. 2020, section 5).
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,17 +96,17 @@ class FineTuning(Task):
         if config.run is not None:
             self.record["pretrained"] = load_encoder(self.model.encoder, config, self.vocabulary)
 
+    @abstractmethod
     def read_data(self) -> dict[str, Sequence[Any]]:
         """The examples of train and of every split; sets ``dataset``, and adds to ``facts`` and ``record``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lengths(self, example: Any) -> list[int]:
         """The tokens of each sequence that an example has."""
-        raise NotImplementedError
 
+    @abstractmethod
     def collate(self, examples: Sequence[Any]) -> tuple[Tensor, ...]:
         """What the model is called with for these examples."""
-        raise NotImplementedError
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
         train = self.data["train"]

@@ -46,11 +46,14 @@ class LinearRouter(Router):
 
     @torch.no_grad()
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Draws the weights N(0, std) and sets the bias to 0."""
-        # Drawn in float32 on the CPU whatever the device and dtype, so that a seed gives the same router everywhere.
-        draw = torch.randn(self.weight.shape, generator=generator(self.seed), dtype=torch.float32, device="cpu")
-        self.weight.copy_(draw * std)
+        """Draws the weights (see :meth:`draw`) and sets the bias to 0."""
+        with torch.device("cpu"):  # whatever the device and dtype, so that a seed gives the same router everywhere
+            self.weight.copy_(self.draw(std))
         self.bias.zero_()
+
+    def draw(self, std: float) -> Tensor:
+        """The initial weights (N, d), N(0, std), in float32; a router that wants others overrides this."""
+        return std * torch.randn(self.weight.shape, generator=generator(self.seed), dtype=torch.float32)
 
     def logits(self, x: Tensor) -> Tensor:
         """(T, d) -> (T, N), always in float32: rounded logits would change which experts are chosen."""

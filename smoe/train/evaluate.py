@@ -91,7 +91,8 @@ def evaluation_command(*tasks: type[Task], prog: str, what: str, argv: Sequence[
     parser.add_argument("run", help="a run folder")
     parser.add_argument("--k", type=int, nargs="+", help="numbers of activated experts (default: the run's sweep)")
     parser.add_argument("--split", choices=("valid", "test"), help="(default: test, where there is one)")
-    parser.add_argument("--data", help="the folder with the splits (default: the run's)")
+    if any("data" in names for names in fields.values()):
+        parser.add_argument("--data", help="the folder with the splits (default: the run's)")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
     for limit in limits:
         parser.add_argument(f"--{limit}", type=int, help="evaluate on so many (default: as the run did; 0: all)")
@@ -100,11 +101,17 @@ def evaluation_command(*tasks: type[Task], prog: str, what: str, argv: Sequence[
 
     recorded = read_config(arguments.run).keys()
     # A run of an earlier version lacks fields; the task with the fewest that it lacks is its own.
-    task_class = min(
-        (task for task in tasks if recorded <= fields[task]), key=lambda t: len(fields[t]), default=tasks[0]
-    )
+    likely = sorted((task for task in tasks if recorded <= fields[task]), key=lambda task: len(fields[task]))
+    task_class = likely[0] if likely else tasks[0]
     config, checkpoint = read_run(arguments.run, task_class.config_class, what, arguments.checkpoint)
-    changes = {} if arguments.data is None else {"data": arguments.data}
+    name = checkpoint.state.get("task", task_class.name)  # of an earlier version: unknown
+    if name != task_class.name:  # one with the same fields
+        task_class = next((task for task in likely if task.name == name), None)
+        if task_class is None:
+            names = ", ".join(task.name for task in tasks)
+            raise ValueError(f"run: {arguments.run} is of the task {name}; this command measures {names}")
+        config, checkpoint = read_run(arguments.run, task_class.config_class, what, arguments.checkpoint)
+    changes = {"data": arguments.data} if getattr(arguments, "data", None) is not None else {}
     for limit in limits:
         count = getattr(arguments, limit)
         if count is None:
@@ -125,7 +132,7 @@ def evaluation_command(*tasks: type[Task], prog: str, what: str, argv: Sequence[
     processes.configure(config)
     task = task_class(config, 0, 1)
     if task.facts != checkpoint.state["facts"]:
-        raise ValueError(f"data: {config.data} has another vocabulary than the run; give the run's with --data")
+        raise ValueError("data: it has another vocabulary than the run; give the run's with --data")
     load_weights(checkpoint, task, processes)
     task.model.to(processes.device)
 

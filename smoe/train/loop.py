@@ -186,6 +186,6 @@ def save(task: Task, optimizer: torch.optim.Optimizer, progress: Progress, log: 
     tensors = (groups if processes.is_main else {}) | {f"rng-rank{processes.rank}": rng_tensors()}
     state = {"progress": vars(progress), "nats": processes.sum(log.nats).tolist()}
     state |= {"world_size": processes.world_size, "facts": task.facts}
-    state |= {"dataset": task.dataset, "config": to_dict(task.config)}
+    state |= {"task": task.name, "dataset": task.dataset, "config": to_dict(task.config)}
     best = {chosen["step"] for chosen in progress.best.values()}
     save_checkpoint(log.folder.checkpoints, progress.step, tensors, state, processes=processes, protect=best)
