@@ -99,7 +99,7 @@ class Block:
 def blocks_of(records: Sequence[Record]) -> list[Block]:
     """The records, checked, in groups and blocks, in the order given. ValueError when one lacks a field.
 
-    A record that is there twice counts once.
+    A record that is there twice counts once. Another run of a seed that a group has already is a group of its own.
     """
     if not records:
         raise ValueError("results: there are none; it must be at least one")
@@ -113,11 +113,15 @@ def blocks_of(records: Sequence[Record]) -> list[Block]:
         block = blocks.setdefault(tuple(where), Block(*map(plain, where)))
         own_label, settings, sizes = record.get("label"), settings_of(record), _sizes(record)
         key = (*where, record["method"], own_label, *sorted(settings.items()), *sizes.items())
-        if key not in groups:
-            groups[key] = Group(record["method"], own_label, settings, sizes)
-            block.groups.append(groups[key])
-        if record not in groups[key].records:
-            groups[key].records.append(record)
+        repeat, seed = 1, record.get("seed")
+        while (group := groups.get((*key, repeat))) and record not in group.records and seed in group.seeds:
+            repeat += 1  # the same seed with other numbers is no further seed
+        if group is None:
+            settings |= {} if repeat == 1 else {"run": f"{repeat} of seed {seed}"}
+            group = groups[(*key, repeat)] = Group(record["method"], own_label, settings, sizes)
+            block.groups.append(group)
+        if record not in group.records:
+            group.records.append(record)
     for block in blocks.values():
         _name_groups(block.groups)
     return list(blocks.values())

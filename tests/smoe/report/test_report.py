@@ -94,6 +94,14 @@ def test_runs_that_differ_in_the_seed_alone_share_a_row(results):
     assert slimming_table([*three, three[1]]) == slimming_table(three)  # the same record twice is one run
 
 
+def test_another_run_of_a_seed_is_no_further_seed(results):
+    again = result("smoe_dropout", 1.41, 1.30, 1.21, 1.17, 1.14, seed=results[1]["seed"])
+    lines = slimming_table([*results, again]).splitlines()
+    assert "  0, 1 (n = 2)  " in lines[6] and f"{fmean([1.45, 1.43]):.4f}" in lines[6]
+    (row,) = [line for line in lines if line.startswith(f"SMoE-Dropout, run 2 of seed {again['seed']}  ")]
+    assert "1.4100" in row and "±" not in row
+
+
 def test_runs_that_differ_in_more_than_the_seed_say_in_what():
     values = (1.45, 1.32, 1.23, 1.1776, 1.1486)
     short, long = result("smoe", *values), result("smoe", *values, config={"steps": 24})
