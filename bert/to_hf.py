@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, source, checkpoint = load_run(options.run, options.checkpoint)
     if config.get_method().routed:
         smoe.set_top_k(source, config.eval_ks()[0])
+        if config.d_hidden <= config.d_model:
+            # Of a slimmed run: linear layers as narrow as that are not recognised as an MLP, and a wider one fits too.
+            source.config.intermediate_size = 2 * config.d_model
     model = adopt_layers(type(source)(source.config), source)
     tokenizer_file = Path(options.run) / "tokenizer.json"
     if not tokenizer_file.is_file():

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,26 @@ def lock_file(path: Path) -> int:
     os.truncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     return descriptor
+
+
+@contextmanager
+def new_folder(path: Path, name: str) -> Iterator[Path]:
+    """A folder to fill in the block, which takes the place of `path` when the block ends; an error leaves nothing.
+
+    Raises ValueError, naming the option `name`, when `path` is there and is no empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{name}: {path} is there already; name a new folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.absolute().with_name(f".{path.absolute().name}.tmp-{os.getpid()}")
+    aside.mkdir()
+    try:
+        yield aside
+        os.replace(aside, path)
+        fsync_path(path.absolute().parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 def fingerprint(file: Path) -> dict[str, Any]:

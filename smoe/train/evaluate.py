@@ -24,6 +24,7 @@ from smoe.train.task import Task
 
 # A run is measured by one process, whatever trained it, from its own folder alone.
 _HERE = {"engine": "auto", "expert_parallel": 1, "fsdp": False, "run": None, "tokenizer": None}
+_HERE |= {"keep": None, "vote_score": None, "vote_batches": None}
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -78,6 +79,32 @@ def _takes_tuple(hint: Any) -> bool:
     return any(get_origin(kind) is tuple for kind in (hint, *get_args(hint)))
 
 
+def task_of(path: str | Path, tasks: Sequence[type[Task]]) -> type[Task]:
+    """Which of ``tasks`` a run is of, by the fields of its configuration; the first one if it is of none of them.
+
+    A run of an earlier version lacks fields; the task with the fewest that it lacks is its own.
+    """
+    recorded = read_config(path).keys()
+    fields = {task: {field.name for field in dataclasses.fields(task.config_class)} for task in tasks}
+    fitting = (task for task in tasks if recorded <= fields[task])
+    return min(fitting, key=lambda task: len(fields[task]), default=tasks[0])
+
+
+def load_task(task_class: type[Task], config: TrainConfig, checkpoint: Checkpoint, processes: Processes) -> Task:
+    """The task of a run, with a checkpoint's weights, on the device.
+
+    Raises ValueError for data that can't be used, or of another vocabulary.
+    """
+    config = config.resolved()
+    processes.configure(config)
+    task = task_class(config, 0, 1)
+    if task.facts != checkpoint.state["facts"]:
+        raise ValueError(f"data: {config.data} has another vocabulary than the run; give the run's with --data")
+    load_weights(checkpoint, task, processes)
+    task.model.to(processes.device)
+    return task
+
+
 def evaluation_command(*tasks: type[Task], prog: str, what: str, argv: Sequence[str] | None = None) -> None:
     """``python -m MODULE RUN [--k ...] [--split ...] [--data ...] [--checkpoint ...] [--LIMIT n] [--json]``.
 
@@ -98,11 +125,7 @@ def evaluation_command(*tasks: type[Task], prog: str, what: str, argv: Sequence[
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     arguments = parser.parse_args(argv)
 
-    recorded = read_config(arguments.run).keys()
-    # A run of an earlier version lacks fields; the task with the fewest that it lacks is its own.
-    task_class = min(
-        (task for task in tasks if recorded <= fields[task]), key=lambda t: len(fields[t]), default=tasks[0]
-    )
+    task_class = task_of(arguments.run, tasks)
     config, checkpoint = read_run(arguments.run, task_class.config_class, what, arguments.checkpoint)
     changes = {} if arguments.data is None else {"data": arguments.data}
     for limit in limits:
@@ -121,13 +144,8 @@ def evaluation_command(*tasks: type[Task], prog: str, what: str, argv: Sequence[
     if split not in task_class.splits:
         raise ValueError(f"split is {split!r}; the task {task_class.name} has {', '.join(task_class.splits)}")
 
-    config, processes = dataclasses.replace(config, **changes).resolved(), Processes()
-    processes.configure(config)
-    task = task_class(config, 0, 1)
-    if task.facts != checkpoint.state["facts"]:
-        raise ValueError(f"data: {config.data} has another vocabulary than the run; give the run's with --data")
-    load_weights(checkpoint, task, processes)
-    task.model.to(processes.device)
+    processes = Processes()
+    task = load_task(task_class, dataclasses.replace(config, **changes), checkpoint, processes)
 
     report: dict[str, Any] = {"run": str(arguments.run), "step": checkpoint.step, "split": split}
     report |= {"metric": task.metrics[0].key} | {metric.key: {} for metric in task.metrics}
