@@ -60,8 +60,9 @@ def slim_command(*tasks: type[Task], prog: str, what: str, argv: Sequence[str] |
         votes = slim_task(task, options.keep, **voted, token_mask=mask, device=processes.device)
 
         write_atomic(folder / "config.yaml", to_yaml(to_dict(dataclasses.replace(slimmed, run_dir=str(options.out)))))
-        progress = checkpoint.state["progress"] | {"best": {}}  # was measured with all experts
-        state = checkpoint.state | {"progress": progress}
+        # Nothing has been measured yet; and a training refuses to resume from the mark.
+        state = checkpoint.state | {"progress": checkpoint.state["progress"] | {"best": {}}}
+        state["config"] = to_dict(slimmed) | {"slimmed": True}
         save_checkpoint(folder / "checkpoints", checkpoint.step, {"model": task.bare().state_dict()}, state)
         tokenizer = Path(options.run) / _TOKENIZER
         if tokenizer.is_file():
