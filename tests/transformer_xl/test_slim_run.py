@@ -103,6 +103,14 @@ def test_to_keep_all_is_the_identity(pretrained, slim, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("keep", [16, 8])
+def test_its_training_cannot_be_resumed(keep, pretrained, slim, start, tmp_path):
+    out = tmp_path / "out"
+    assert slim(pretrained, out, "--keep", keep, "--batches", 2).wait() == 0
+    command = start("transformer_xl.train", "--config", out / "config.yaml", "--run_dir", out, "--resume")
+    assert_one_line(command, 2, "slimmed", "state.json", "start another run")
+
+
 def test_less_kept_is_smaller_in_every_respect(pretrained, slim, tmp_path):
     sizes = []
     for keep in (16, 8, 2):
