@@ -21,6 +21,7 @@ from benchmarks.layer import peak_bytes
 from benchmarks.options import parse, timing_parser, write_record
 from benchmarks.step import measure as time_in_turns
 from smoe import set_top_k
+from smoe.errors import run_main
 from smoe.slim import VOTE_SCORES
 from smoe.train.evaluate import load_task, read_run
 from smoe.train.evaluation import measure
@@ -79,6 +80,19 @@ def row_of(task: LanguageModel, keep: int, batches: int, processes: Processes) -
     return {**row, "flops": flops["true"], "bpc": bpc}, other.model
 
 
+def table(rows: list[dict]) -> str:
+    """The rows of a record in Markdown."""
+    columns = ["kept", "parameters", "file, MB", "peak, MB", "GFLOPs", "ms", "whole, k = kept", *VOTE_SCORES]
+    lines = [f"| {' | '.join(columns)} |"]
+    lines.append("|" + " ---: |" * 10)
+    for row in rows:
+        cells = [row["keep"], f"{row['parameters']:,}", f"{row['file_mb']:.2f}", f"{row['peak_mb']:.1f}"]
+        cells += [f"{row['flops'] / 1e9:.2f}", f"{row['ms_slimmed']:.0f}"]
+        cells += [f"{row['bpc'][name]:.3f}" for name in ("whole, k = keep", *VOTE_SCORES)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = timing_parser(__doc__)
     parser.add_argument("run", help="a run folder of the Transformer-XL")
@@ -107,14 +121,8 @@ def main() -> None:
     for row in rows:
         for kind in ("slimmed", "whole"):
             row[f"ms_{kind}"] = statistics.median(seconds[f"{row['keep']} {kind}"]) * 1e3
-        print(
-            f"keep {row['keep']:2}: {row['parameters']:,} parameters, file {row['file_mb']:.2f} MB, "
-            f"peak {row['peak_mb']:.1f} MB, {row['flops'] / 1e9:.2f} GFLOPs, {row['ms_slimmed']:.1f} ms "
-            f"(whole at k = keep {row['ms_whole']:.1f})"
-        )
-    what = (
-        "slimming: evaluation passes of a Transformer-XL over kept experts, all active; medians of interleaved passes"
-    )
+    print(table(rows))
+    what = "slimming: an evaluation pass of a Transformer-XL over kept experts, all active; medians of passes in turns"
     about = {"scale": config.scale, "precision": task.config.precision, "output_scale": config.output_scale}
     about |= {"method": config.method, "num_experts": config.num_experts, "step": checkpoint.step}
     about |= {"batches": options.batches, "repeats": options.repeats, "dataset": task.dataset}
@@ -123,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -116,21 +116,20 @@ class FineTuneTask(Task):
             return
         recorded = read_config(c.run)
         for name, value in slimmed_fields(recorded, c.keep, c.run).items():
-            if name in c.of_the_run and getattr(c, name) != value:
-                asked = getattr(self.config, name)
+            asked = getattr(c, name)
+            if name in c.of_the_run and asked != value:
                 raise ValueError(f"{name} is {asked!r}; with {c.keep} of the experts of {c.run} it must be {value!r}")
+        # The same task with all experts, whose batches are those of this one.
         whole_fields = {name: recorded[name] for name in c.of_the_run if name in recorded}
         whole = type(self)(dataclasses.replace(c, **whole_fields, keep=None, vote_score=None, vote_batches=None), 0, 1)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         whole.model.to(device)
-        voted = {"score": c.vote_score or "count", "batches": min(c.vote_batches or 64, whole.steps_per_epoch())}
+        epoch = c.training_examples() // c.batch_size
+        voted = {"score": c.vote_score or "count", "batches": min(c.vote_batches or 64, epoch)}
         torch.manual_seed(c.seed)  # of what a router draws at random (THOR)
         slim_task(whole, c.keep, **voted, device=device, token_mask=whole.token_mask)
         self.model.encoder.load_state_dict(whole.model.encoder.state_dict())
         self.record["pretrained"] = whole.record["pretrained"] | {"num_experts": recorded["num_experts"], "vote": voted}
-
-    def steps_per_epoch(self) -> int:
-        return self.config.training_examples() // self.config.batch_size
 
 
 def pretrained_record(pretrained: TrainConfig, checkpoint: Checkpoint) -> dict[str, Any]:
