@@ -82,12 +82,12 @@ def row_of(task: LanguageModel, keep: int, batches: int, processes: Processes) -
 
 def table(rows: list[dict]) -> str:
     """The rows of a record in Markdown."""
-    columns = ["kept", "parameters", "file, MB", "peak, MB", "GFLOPs", "ms", "whole, k = kept", *VOTE_SCORES]
-    lines = [f"| {' | '.join(columns)} |"]
-    lines.append("|" + " ---: |" * 10)
+    columns = ["kept", "parameters", "file, MB", "peak, MB", "GFLOPs", "ms", "ms, whole"]
+    columns += [f"bits, {name}" for name in ("whole", *VOTE_SCORES)]
+    lines = [f"| {' | '.join(columns)} |", "|" + " ---: |" * len(columns)]
     for row in rows:
         cells = [row["keep"], f"{row['parameters']:,}", f"{row['file_mb']:.2f}", f"{row['peak_mb']:.1f}"]
-        cells += [f"{row['flops'] / 1e9:.2f}", f"{row['ms_slimmed']:.0f}"]
+        cells += [f"{row['flops'] / 1e9:.2f}", f"{row['ms_slimmed']:.0f}", f"{row['ms_whole']:.0f}"]
         cells += [f"{row['bpc'][name]:.3f}" for name in ("whole, k = keep", *VOTE_SCORES)]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
