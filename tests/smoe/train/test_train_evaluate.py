@@ -39,7 +39,7 @@ def test_of_tasks_with_the_same_fields_it_takes_the_one_that_the_run_names(own, 
     (other,) = {Toy, Opposite} - {own}
     with pytest.raises(ValueError) as error:
         measure(capsys, tmp_path, other)
-    assert str(error.value) == f"run: {tmp_path} is of the task {own.name}; this command measures {other.name}"
+    assert str(error.value) == f"run: {tmp_path} is of the task {own.name}; it must be of {other.name}"
 
 
 def test_a_task_without_a_folder_of_data_has_no_such_flag(tmp_path, capsys):
