@@ -29,6 +29,7 @@ def save(folder: Path) -> None:
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     names = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL, strict=True))
+    names["add_prefix_space"] = False  # llama.cpp would put a space before the text
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     (folder / "tokenizer.model").write_bytes(_sentencepiece(pieces))
 

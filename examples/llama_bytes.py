@@ -1,7 +1,7 @@
 """A small Llama learns bytes with a growing number of experts, and leaves as a Mixtral that runs without smoe.
 
     python data/enwik8/prepare.py
-    python -m examples.llama_bytes --out runs/llama_bytes [--steps 300]
+    python -m examples.llama_bytes --out runs/llama_bytes [--steps 1000]
 
 Writes ``smoe/`` (the modulized model), ``hf/`` (the exported one, with a tokenizer that llama.cpp reads too) and
 ``result.json``: bits per byte on the validation text at every k, by both.
@@ -28,16 +28,16 @@ KS = (1, 2, 4, 8, 16)
 
 
 def build(seed: int) -> torch.nn.Module:
-    """A Llama of 4 layers whose MLPs are 16 experts each."""
+    """A Llama of 3 layers whose MLPs are 16 experts each."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=192,
-        intermediate_size=1536,
-        num_hidden_layers=4,
-        num_attention_heads=6,
+        hidden_size=128,
+        intermediate_size=1024,
+        num_hidden_layers=3,
+        num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
@@ -84,10 +84,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("data/enwik8"), help="folder with train.bin and valid.bin")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
     parser.add_argument("--length", type=int, default=128, help="bytes of a sequence")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--eval_bytes", type=int, default=32_768)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()

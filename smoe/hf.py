@@ -1,10 +1,14 @@
-"""Hugging Face: k during ``transformers.Trainer``, saving and loading."""
+"""Hugging Face: k during ``transformers.Trainer``, saving and loading.
+
+After ``import smoe.hf`` Transformers' own ``from_pretrained`` loads modulized models (``AutoModel...``, pipelines, and
+whatever else calls it). Without it, and before version 5 of Transformers, they are refused there.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, __version__
 
 from .control import set_top_k, smoe_layers
 from .modulize.hook import record_when_saving
@@ -15,6 +19,8 @@ from .schedule import MODES, ks_at
 __all__ = ["TopKCallback", "from_pretrained", "save_pretrained"]
 
 record_when_saving()
+if int(__version__.partition(".")[0]) >= 5:  # earlier versions would round the routers to the dtype of the model
+    from .modulize import auto  # noqa: F401 (registers with Transformers)
 
 
 class TopKCallback(TrainerCallback):

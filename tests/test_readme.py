@@ -22,7 +22,7 @@ BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.S))
 BLOCKS = re.findall(r"```python\n(.*?)```", EXTEND, flags=re.S)
 # The example of a task is a module with a main; the other blocks stand alone.
 EXAMPLES = [block for block in BLOCKS if "__main__" not in block]
-FOLDERS = "script|data|docs|Figs|results|benchmarks|smoe|transformer_xl|bert|tests"
+FOLDERS = "script|data|docs|examples|Figs|results|benchmarks|smoe|transformer_xl|bert|tests"
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, flags=re.S))
@@ -64,7 +64,9 @@ def test_the_example_of_a_task_trains_and_is_reported(tmp_path):
     assert_close_runs(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/extend.md", "benchmarks/README.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "docs/extend.md", "docs/ship.md", "benchmarks/README.md"]
+)
 def test_every_file_it_names_exists(name):
     text = (ROOT / name).read_text()
     named = {ROOT / path for path in re.findall(rf"(?<![\w/])(?:{FOLDERS})/[\w./-]*[\w/]", text)}

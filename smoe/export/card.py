@@ -27,9 +27,9 @@ tags:
 Trained with SMoE-Dropout as a {source} whose MLPs are cut into {num_experts} experts, and exported by `smoe export`.
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
-model = AutoModelForCausalLM.from_pretrained("folder", num_experts_per_tok={k})
+model = {auto_class}.from_pretrained("folder", num_experts_per_tok={k})
 ```
 
 {which_k}
@@ -60,6 +60,7 @@ def write_card(
     )
     text = _TEXT.format(
         architecture=plan.architecture,
+        auto_class="AutoModelForCausalLM" if plan.architecture.endswith("ForCausalLM") else plan.architecture,
         source=type(model).__name__,
         num_experts=num_experts,
         k=k,
@@ -72,11 +73,10 @@ def write_card(
 def _row(model: nn.Module, plan: Plan, k: int, metrics: Mapping[str, float]) -> dict[str, Any]:
     token = torch.empty(1, 1, dtype=torch.int64, device="meta")
     counted = count(model, {"input_ids": token}, k)
-    # Fixed routers are no parameters of ours, but of the target.
-    routers = sum(layer.router.weight.numel() for layer in plan.layers.values())
-    if any(isinstance(layer.router.weight, nn.Parameter) for layer in plan.layers.values()):
-        routers = 0
-    active = counted.params_active + routers
+    routers = [layer.router for layer in plan.layers.values()]
+    # Of the target the routers' weights are parameters, fixed or not, and there are no biases.
+    active = counted.params_active + sum(router.weight.numel() for router in routers)
+    active -= sum(parameter.numel() for router in routers for parameter in router.parameters())
     return {"k": k, "active parameters": f"{active:,}", "FLOPs": f"{counted.paper_linear:,}", **metrics}
 
 

@@ -124,8 +124,9 @@ def _save_config(model: nn.Module, plan: Plan, part: Path) -> None:
     plan.config.save_pretrained(part)
     if model.can_generate():
         model.generation_config.save_pretrained(part)
-    # Software that follows Transformers before version 5 reads the positions here.
+    # Software that follows Transformers before version 5 reads the positions and Qwen3-MoE's N here.
     config = json.loads((part / CONFIG).read_text(encoding="utf-8"))
+    config[plan.target.num_experts] = getattr(plan.config, plan.target.num_experts)
     rope = dict(config.get("rope_parameters") or {})
     if "rope_theta" in rope:
         config["rope_theta"] = rope.pop("rope_theta")
@@ -136,7 +137,8 @@ def _save_config(model: nn.Module, plan: Plan, part: Path) -> None:
 
 def _save_tokenizer(source: Any, part: Path) -> None:
     """The tokenizer itself, or the files of one in a folder, be it given or the one that a model came from."""
-    if isinstance(source, nn.Module):
+    given = not isinstance(source, nn.Module)
+    if not given:
         source = source.name_or_path or None
         if source is None or not Path(source).is_dir():
             return
@@ -144,5 +146,7 @@ def _save_tokenizer(source: Any, part: Path) -> None:
         source.save_pretrained(part)
         return
     files = [Path(source) / name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
+    if given and not files:
+        raise ValueError(f"tokenizer is {str(source)!r}, a folder without a tokenizer's files")
     for file in files:
         shutil.copyfile(file, part / file.name)

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import one_line
 from .folder import CONFIG, Header, brief
+from .hook import forget
 from .record import Record
 
 # What sets how many layers or labels are built, one by one: too many would take forever, whatever their size.
@@ -53,7 +54,7 @@ def build(path: Path, settings: Mapping[str, Any], saved: Mapping[str, Header], 
     _check_counts(settings, len(saved))
     with _OneLine(f"{CONFIG} describes no model that can be built"):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-        vars(config).pop("smoe", None)
+        forget(config)
         shells = []
         for options in _constructor_options(model_class):
             with torch.device("meta"):

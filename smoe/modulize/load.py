@@ -10,20 +10,17 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..control import check_whole, set_top_k
-from ..layer import SMoE
 from ..router import FixedBuffers, check_top_k
 from .build import architecture_of, base_of, build, float32_names, load_dense
 from .convert import place
-from .find import FoundMLP
 from .fit import Fit, fit_parts, fit_whole, listed
 from .folder import CONFIG, OWN_CONFIG, Header, brief, read_headers, read_json, read_tensors, weight_files
-from .hook import is_transformers_model
+from .hook import NO_RECORD, is_marked, is_transformers_model, is_wrong_weight
 from .narrow import keep_experts, narrow_mlp
 from .record import Record, plain_name, read_record
 from .save import bare
@@ -63,8 +60,14 @@ def from_pretrained(
         raise ValueError(f"{str(path)!r} holds no {CONFIG}; it must be a folder that smoe.save_pretrained wrote")
     settings = read_json(settings_file)
     record = read_record(settings.get("smoe"), settings_file.name) or Record({}, {}, {})
+    if record.is_empty and is_marked(settings):
+        raise ValueError(NO_RECORD)
     files = weight_files(path)
-    saved = {plain_name(name): header for name, header in read_headers(files).items()}
+    saved = {
+        plain_name(name): header
+        for name, header in read_headers(files).items()
+        if not is_wrong_weight(plain_name(name), header.shape, record)
+    }
     given = model is not None
     if not given:
         if own:
@@ -115,11 +118,7 @@ def _change(fit: Fit) -> None:
         layer.output_scale, layer.router.score = options["output_scale"], options["score"]
         layer.top_k = options["top_k"]
     if fit.layers:
-        place(fit.model, [(found, partial(_empty, found, options)) for found, options in fit.layers])
-
-
-def _empty(found: FoundMLP, options: dict[str, Any]) -> SMoE:
-    return empty_layer(found, options, found.match.up.weight.device)
+        place(fit.model, [(found, partial(empty_layer, found, options)) for found, options in fit.layers])
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

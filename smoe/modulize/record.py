@@ -36,6 +36,10 @@ class Record:
     placed: dict[str, dict[str, Any]]
     widths: dict[str, int]
 
+    @property
+    def is_empty(self) -> bool:
+        return not (self.layers or self.placed or self.widths)
+
     def to_json(self) -> dict[str, Any]:
         return {"version": VERSION, "layers": self.layers, "placed": self.placed, "widths": self.widths}
 

@@ -51,9 +51,19 @@ class Inlet(nn.Module):
     The input goes to the outlet. The placeholder that it returns only keeps the model's code in between running.
     """
 
-    def __init__(self, dense: nn.Module, channel: _Channel, width: int) -> None:
+    def __init__(self, dense: nn.Module, channel: _Channel, width: int, mlp: nn.Module) -> None:
         super().__init__()
         self._dense, self._channel, self._width = (dense,), channel, width
+        self._mlp = (mlp,)  # in a tuple: it is the outlet's submodule
+
+    @property
+    def weight(self) -> Tensor:
+        """For models that look at their first linear layer: its dtype, or whether it is initialised (T5)."""
+        return unwrap(self._mlp[0].experts, Experts)[0].up
+
+    @property
+    def bias(self) -> Tensor | None:
+        return unwrap(self._mlp[0].experts, Experts)[0].up_bias
 
     def forward(self, x: Tensor) -> Tensor:
         self._channel.put(x)
@@ -78,8 +88,16 @@ class Outlet(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """For models that read the dtype of their last linear layer (T5)."""
+        """For models that look at their last linear layer: its dtype, or whether it is initialised (T5)."""
         return unwrap(self.mlp.experts, Experts)[0].down
+
+    @property
+    def bias(self) -> Tensor | None:
+        return unwrap(self.mlp.experts, Experts)[0].down_bias
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        state_dict.pop(f"{prefix}weight", None)  # one of hook.wrong_weights
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.mlp(self._channel.take().to(hidden.dtype))
@@ -87,19 +105,19 @@ class Outlet(nn.Module):
 
 def make_layer(found: FoundMLP, options: dict[str, Any]) -> SMoE:
     """The SMoE layer that holds the weights of an MLP. ``options`` of :class:`SMoE` replace what the MLP has."""
-    layer = empty_layer(found, {"d_hidden": found.d_hidden, **options}, found.match.up.weight.device)
+    layer = empty_layer(found, {"d_hidden": found.d_hidden, **options})
     split(layer.experts, _read(found))
     return layer
 
 
-def empty_layer(found: FoundMLP, options: dict[str, Any], device: torch.device | str) -> SMoE:
+def empty_layer(found: FoundMLP, options: dict[str, Any], device: torch.device | str | None = None) -> SMoE:
     """An SMoE layer with the parameters, dtypes and activation that an MLP needs; its weights are drawn at random.
 
-    options: of :class:`SMoE`, ``d_hidden`` among them.
+    options: of :class:`SMoE`, ``d_hidden`` among them. device: None is that of the MLP.
     """
     match, dense = found.match, _read(found)
     options = {"gated": match.gate is not None or match.fused is not None, "dropout": match.dropout, **options}
-    with torch.device(device):
+    with torch.device(match.up.weight.device if device is None else device):
         layer = SMoE(found.d_model, activation=match.activation, **options)
     experts = layer.experts
     for name in ("up", "gate", "down"):
@@ -159,9 +177,9 @@ def exchange(slots: Slots, found: FoundMLP, layer: SMoE) -> Outlet:
     """Puts ``layer`` in place of the MLP's linear layers, which lose their weights."""
     match, channel = found.match, _Channel()
     outlet = Outlet(found, channel, layer)
-    _put(slots, match.up, Inlet(match.up, channel, 2 if match.fused else 1))
+    _put(slots, match.up, Inlet(match.up, channel, 2 if match.fused else 1, layer))
     if match.gate is not None:
-        _put(slots, match.gate, Inlet(match.gate, channel, 1))
+        _put(slots, match.gate, Inlet(match.gate, channel, 1, layer))
     _put(slots, match.down, outlet)
     for linear in (match.up, match.gate, match.down):
         for name, parameter in [] if linear is None else list(linear.named_parameters()):

@@ -149,6 +149,7 @@ def test_files_have_the_names_that_other_software_knows(exported):
     config = json.loads((folder / "llama_tied_llama3" / "config.json").read_text())
     assert config["rope_theta"] == 5e4 and config["rope_scaling"]["factor"] == 8.0  # as before Transformers 5
     assert config["rope_parameters"]["rope_theta"] == 5e4
+    assert json.loads((folder / "qwen3" / "config.json").read_text())["num_experts"] == 8
 
 
 def test_the_source_is_left_as_it_was_and_an_earlier_export_goes(tmp_path):
@@ -181,6 +182,14 @@ def test_a_scale_by_k_is_right_at_that_k_alone_and_says_so(tmp_path):
     assert smoe.get_top_k(model) == 3
 
 
+def test_the_card_of_a_learned_router_counts_its_weights_once(tmp_path):
+    to_hf(make("llama_learned"), tmp_path)
+    native = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    total = sum(p.numel() for p in native.parameters())
+    card = (tmp_path / "README.md").read_text()
+    assert f"| 8 | {total:,} |" in card and "AutoModelForCausalLM.from_pretrained" in card
+
+
 def test_the_card_counts_what_one_token_uses(tmp_path):
     to_hf(make("qwen3_some_dense"), tmp_path, metrics={2: {"BPC": 1.5, "accuracy": 0.25}, 8: {"BPC": 1.25}})
     lines = (tmp_path / "README.md").read_text().splitlines()
@@ -203,6 +212,10 @@ def test_a_tokenizer_goes_along(tmp_path):
     )
     model = make("llama")
     to_hf(model, tmp_path / "given", tokenizer=tokenizer)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="tokenizer is .*empty', a folder without a tokenizer's files"):
+        to_hf(model, tmp_path / "refused", tokenizer=tmp_path / "empty")
+    assert not list((tmp_path / "refused").iterdir())
     smoe.save_pretrained(model, tmp_path / "source")
     assert not (tmp_path / "source" / "tokenizer.json").exists()
     tokenizer.save_pretrained(tmp_path / "source")
