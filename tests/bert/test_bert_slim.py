@@ -13,6 +13,7 @@ from bert.finetune import encode
 from bert.math_word_problems import MathConfig, MathWordProblems
 from bert.multiple_choice import MultipleChoice, MultipleChoiceConfig
 from smoe.train.command import parse_config
+from smoe.train.slimming import slim_task
 
 
 @pytest.fixture
@@ -80,7 +81,11 @@ def test_fine_tuning_keeps_the_experts_that_its_examples_vote_for(task_class, ru
         pairs = zip(types, rows, second, strict=True)
         types = [{**batch, "types": kinds[row != pad][None]} for batch, row, kinds in pairs]
     reader = Alone()
-    smoe.slim(reader, smoe.vote(reader, types), keep=5)
+    votes = smoe.vote(reader, types)
+    other = task_class(parse_config(config_class, argv), 0, 1)
+    found = slim_task(other, 5, batches=2, device=torch.device("cpu"), token_mask=other.token_mask)
+    assert found.keys() == votes.keys() and all(torch.equal(found[name], value) for name, value in votes.items())
+    smoe.slim(reader, votes, keep=5)
     mine = task.model.encoder.state_dict()
     assert all(torch.equal(mine[name], value) for name, value in encoder.state_dict().items())
     assert (task.config.num_experts, task.config.output_scale, task.config.ks_at(0)) == (5, 16.0, [5, 5])

@@ -11,6 +11,7 @@ from runs import assert_one_line, lines, result, weights
 
 import smoe
 from smoe.train.command import parse_config
+from smoe.train.slimming import slim_task
 from transformer_xl.classify import Classification, ClassifyConfig
 from transformer_xl.cost import evaluation_flops
 from transformer_xl.evaluate import load_run
@@ -154,7 +155,11 @@ def test_fine_tuning_keeps_the_experts_that_its_sentences_vote_for(pretrained, s
         (ids[:n][None], n[None], c[None]) for step in range(3) for ids, n, c in zip(*whole.batch(step), strict=True)
     ]
     smoe.set_top_k(whole.model, 5)
-    smoe.slim(whole.model, smoe.vote(whole.model, alone), keep=5)
+    votes = smoe.vote(whole.model, alone)
+    other = Classification(parse_config(ClassifyConfig, argv), 0, 1)
+    found = slim_task(other, 5, batches=3, device=torch.device("cpu"), token_mask=other.token_mask)
+    assert found.keys() == votes.keys() and all(torch.equal(found[name], value) for name, value in votes.items())
+    smoe.slim(whole.model, votes, keep=5)
     mine, expected = task.model.encoder.state_dict(), whole.model.encoder.state_dict()
     assert mine.keys() == expected.keys() and all(torch.equal(mine[name], value) for name, value in expected.items())
     config = task.config
