@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from smoe.options import option, required
+from smoe.router import CLASSES
 from smoe.train.config import TrainConfig
 from smoe.train.learning_rate import Decay
+
+# Token ids don't reach the MLPs of a Hugging Face model.
+_ROUTERS = tuple(name for name, router in CLASSES.items() if not router.needs_token_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +31,7 @@ class RunConfig(TrainConfig):
     position_init: Literal["normal", "sinusoid"] = option("normal", "what learned positions start as")
     key_init: Literal["normal", "query"] = option("normal", "what keys start as; query: the weights of the queries")
     attention_dropout: float = 0.1
-    # No hash: token ids don't reach the MLPs of a Hugging Face model.
-    router: Literal["random", "learned", "uniform"] | None = None
+    router: Literal[_ROUTERS] | None = None
 
     steps: int = 100_000
     batch_size: int = 64

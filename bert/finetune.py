@@ -9,6 +9,7 @@ repeated, and go on learning (Beltagy et al. 2020, section 5).
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,11 @@ from bert.data import Vocabulary
 from bert.model import build_model
 from smoe.options import option
 from smoe.train.examples import batch_of_step, hold_out, where_in_epochs
-from smoe.train.finetune import FineTuned, pretrained_record
+from smoe.train.finetune import FineTuned, FineTuneTask, pretrained_record
 from smoe.train.folder import RunFolder
 from smoe.train.predictions import Predictions
 from smoe.train.processes import Processes
-from smoe.train.task import Task, equal_share
+from smoe.train.task import equal_share
 
 TOKENIZER = "tokenizer.json"
 _SPECIAL = {
@@ -64,7 +65,7 @@ class FineTuneConfig(FineTuned, RunConfig):
         return RunFolder(self.run or self.run_dir).path / TOKENIZER
 
 
-class FineTuning(Task):
+class FineTuning(FineTuneTask):
     """What these tasks share. What an example is, is up to the task."""
 
     config: FineTuneConfig
@@ -92,20 +93,26 @@ class FineTuning(Task):
         torch.manual_seed(config.seed)
         self.model = self.build_model()
         self.blocks = self.model.encoder.encoder.layer
-        if config.run is not None:
-            self.record["pretrained"] = load_encoder(self.model.encoder, config, self.vocabulary)
+        self.load_pretrained()
 
+    @abstractmethod
     def read_data(self) -> dict[str, Sequence[Any]]:
         """The examples of train and of every split; sets ``dataset``, and adds to ``facts`` and ``record``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lengths(self, example: Any) -> list[int]:
         """The tokens of each sequence that an example has."""
-        raise NotImplementedError
 
+    @abstractmethod
     def collate(self, examples: Sequence[Any]) -> tuple[Tensor, ...]:
         """What the model is called with for these examples."""
-        raise NotImplementedError
+
+    def load_run(self) -> dict[str, Any]:
+        return load_encoder(self.model.encoder, self.config, self.vocabulary)
+
+    def token_mask(self, batch: tuple[Tensor, ...]) -> Tensor:
+        rows = batch[0].flatten(0, -2)
+        return rows != self.vocabulary.pad
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
         train = self.data["train"]

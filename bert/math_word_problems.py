@@ -1,7 +1,8 @@
 """Fine-tunes a BERT or RoBERTa to solve math word problems (ASDiv-A, MAWPS and SVAMP of Table 2).
 
     python -m bert.math_word_problems --run RUN --data data/mawps --fold 0 --run_dir runs/mawps
-    python -m bert.math_word_problems --run RUN --k_max 8 ...            # with half of the experts
+    python -m bert.math_word_problems --run RUN --k_max 8 ...            # with 8 experts per token
+    python -m bert.math_word_problems --run RUN --keep 8 ...             # with the 8 experts that it votes for
     python -m bert.math_word_problems --method smoe --model bert --tokenizer FILE ...      # without pretraining
 
 An attention decoder, trained from scratch, writes the equation in prefix form: operators, constants that train has, and

@@ -1,7 +1,8 @@
 """Fine-tunes a BERT or RoBERTa to choose one of several answers (CommonsenseQA, Table 2).
 
     python -m bert.multiple_choice --run RUN --run_dir runs/csqa             # its method, sizes and weights
-    python -m bert.multiple_choice --run RUN --k_max 8 --run_dir runs/half   # with half of the experts
+    python -m bert.multiple_choice --run RUN --k_max 8 --run_dir runs/half   # with 8 experts per token
+    python -m bert.multiple_choice --run RUN --keep 8 --run_dir runs/kept    # with the 8 experts that it votes for
     python -m bert.multiple_choice --method smoe --model bert --tokenizer FILE --run_dir runs/scratch
 
 As Hugging Face's ``run_swag`` and ``BertForMultipleChoice``: question and choice are read as a pair, once per choice,

@@ -9,15 +9,19 @@ tokenizer lies beside it: ``AutoTokenizer.from_pretrained(DIR)``.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
 import smoe
+from bert.config import PretrainConfig
 from bert.evaluate import load_run
 from smoe.errors import Parser, run_main
 from smoe.modulize.adopt import adopt_layers
+from smoe.new_folder import new_folder
+from smoe.train.resume import Checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,11 +31,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
     options = parser.parse_args(argv)
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise ValueError(f"out: {options.out} is there already; name a new folder")
+    with new_folder(options.out, "out") as folder:
+        config, checkpoint = _write(options, folder)
+    print(f"{config.model} after step {checkpoint.step}, {config.get_method().title}: {options.out}")
+
+
+def _write(options: argparse.Namespace, folder: Path) -> tuple[PretrainConfig, Checkpoint]:
     config, source, checkpoint = load_run(options.run, options.checkpoint)
     if config.get_method().routed:
         smoe.set_top_k(source, config.eval_ks()[0])
+        if config.d_hidden <= config.d_model:
+            # Of a slimmed run: linear layers as narrow as that are not recognised as an MLP, and a wider one fits too.
+            source.config.intermediate_size = 2 * config.d_model
     model = adopt_layers(type(source)(source.config), source)
     tokenizer_file = Path(options.run) / "tokenizer.json"
     if not tokenizer_file.is_file():
@@ -41,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     roles = {"cls": "start", "sep": "end", "pad": "pad", "mask": "mask", "unk": "unknown"}
     named = {f"{name}_token": tokenizer.convert_ids_to_tokens(ids[role]) for name, role in roles.items()}
     tokenizer.add_special_tokens(named)
-    smoe.save_pretrained(model, options.out)
-    tokenizer.save_pretrained(options.out)
-    print(f"{config.model} after step {checkpoint.step}, {config.get_method().title}: {options.out}")
+    smoe.save_pretrained(model, folder)
+    tokenizer.save_pretrained(folder)
+    return config, checkpoint
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@
 #                            [--block_length N] [--max_bytes N] [--name NAME]
 #
 # Sets up .venv, prepares the text (the flags in the last two lines are those of data/bookcorpus/prepare.py; without
-# --source it is BookCorpus from the hub, else prose out of enwik8), trains on every GPU there is (else on the CPU), sweeps
-# over k.
-# The run folder is runs/NAME/<flags>, unless --run_dir says otherwise. Called again with the same flags it goes on where
-# it stopped. --data names data that is prepared already.
+# --source it is BookCorpus from the hub, else prose out of enwik8), trains on every GPU there is (else on the CPU),
+# sweeps over k.
+# The run folder is runs/NAME/<flags>, unless --run_dir says otherwise. Called again with the same flags it goes on
+# where it stopped. --data names data that is prepared already.
 set -euo pipefail
 called_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,4 +1,5 @@
-# What script/transformer_xl.sh and script/bert.sh share; to be sourced, with `set -euo pipefail`, at the repository's root.
+# What script/transformer_xl.sh and script/bert.sh share; to be sourced, with `set -euo pipefail`, at the repository's
+# root.
 
 # Without cached bytecode every process would compile torch anew, a matter of seconds.
 unset PYTHONDONTWRITEBYTECODE
@@ -78,8 +79,8 @@ show_flags() {
 #   NODE_RANK        0 on the machine that prints the table (default: SLURM_NODEID, else 0)
 #   PREPARE_ONLY     1: set up and prepare the data, train nothing: for one machine, before all of them call the script
 #
-# Every other setting of torchrun has a variable PET_... of its own. Exit code 75: stopped by a signal, with a checkpoint
-# that the same command goes on from.
+# Every other setting of torchrun has a variable PET_... of its own. Exit code 75: stopped by a signal, with a
+# checkpoint that the same command goes on from.
 train_and_report() {
     local module=$1 run_dir=$2 processes=${NPROC_PER_NODE:-0} nodes=${NNODES:-1} launch child status=0 stopped=""
     shift 2

@@ -7,8 +7,8 @@
 #   METHOD   dense_model, smoe_dropout, smoe or thor
 #   RUN      the run folder (or one of its checkpoints) to start from; without it, that of METHOD's script in table1/ at
 #            the same scale and seed, which is trained first if there is none
-#   --setting paper   as the paper trains: 3 epochs of batches of 64 at its learning rate; of word problems the fold that
-#                     its numbers fit. Other flags win over these.
+#   --setting paper   as the paper trains: 3 epochs of batches of 64 at its learning rate; of word problems the fold
+#                     that its numbers fit. Other flags win over these.
 #   --setting all     until validation no longer rises: 1200 steps for CSQA and word problems; SST-2 as its scale says
 #   --source FOLDER   the data set, instead of a download: for data/TASK/prepare.py
 #

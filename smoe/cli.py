@@ -1,4 +1,7 @@
-"""The ``smoe`` command: what a model costs, how fast it is, what runs have shown, export. Imports come when used."""
+"""The ``smoe`` command: what a model costs, how fast it is, what runs have shown, slimming, export.
+
+Imports come when used.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import BAD_INPUT, clean_exit
+from .slim_options import add_slim_options
 
-_DESCRIPTION = "Sparse mixtures of experts as a training technique: counts, benchmarks, reports and export."
+_DESCRIPTION = "Sparse mixtures of experts as a training technique: counts, benchmarks, reports, slimming and export."
 _LENGTHS = {
     "batch": "sequences",
     "seq_len": "tokens of a sequence",
@@ -50,13 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return report(argv[1:]) or 0
         options = _build_parser().parse_args(argv)
-        return {"flops": _flops, "export": _export}[options.command](options)
+        return {"flops": _flops, "slim": _slim, "export": _export}[options.command](options)
 
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="smoe", description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{flops,export,bench,report}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{flops,slim,export,bench,report}")
     flops = commands.add_parser(
         "flops",
         allow_abbrev=False,
@@ -70,6 +74,22 @@ def _build_parser() -> argparse.ArgumentParser:
     source.add_argument("--arch", choices=("transformer_xl", "bert", "roberta"), help="a model at the paper's sizes")
     source.add_argument("--model", metavar="PATH", help="a saved Hugging Face model (folder with config.json)")
     add_flops_options(flops, *_LENGTHS)
+    slim = commands.add_parser(
+        "slim",
+        allow_abbrev=False,
+        help="write a model with fewer experts, those that data vote for",
+        description="Keeps the experts of each layer that the data vote for and removes the others: fewer parameters, "
+        "less memory, smaller files. Nothing is trained: fine-tune the result, with all of its experts active.",
+    )
+    source = slim.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", metavar="RUN", help="a run folder of transformer_xl or bert")
+    source.add_argument(
+        "--model", metavar="PATH", help="a saved Hugging Face model with SMoE layers, and its tokenizer"
+    )
+    votes = "with --run a folder like that of the run (default: the run's); with --model a file, one text per line"
+    slim.add_argument("--data", metavar="PATH", help=f"what votes: {votes}")
+    slim.add_argument("--checkpoint", choices=("best", "last"), help="of the run (default: best)")
+    add_slim_options(slim)
     export = commands.add_parser(
         "export",
         allow_abbrev=False,
@@ -89,12 +109,16 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _bench(argv: list[str]) -> int:
-    checkout = Path(__file__).resolve().parents[1]
-    if not (checkout / "benchmarks" / "layer.py").is_file():
-        raise ValueError("bench: there is no benchmarks/layer.py beside the smoe package; run it from a checkout")
+    return _run_beside("bench", "benchmarks.layer", argv)
+
+
+def _run_beside(command: str, module: str, argv: list[str]) -> int:
+    """``python -m MODULE ARGV``, a module of the checkout that lies beside the smoe package; its exit code."""
+    checkout, file = Path(__file__).resolve().parents[1], f"{module.replace('.', '/')}.py"
+    if not (checkout / file).is_file():
+        raise ValueError(f"{command}: there is no {file} beside the smoe package; run it from a checkout")
     path = os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "benchmarks.layer", *argv]
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
+    return subprocess.run([sys.executable, "-m", module, *argv], env={**os.environ, "PYTHONPATH": path}).returncode
 
 
 # ---- what every command that counts FLOPs shares
@@ -272,6 +296,36 @@ def _own_k(model: Any) -> int | None:
 
     k = get_top_k(model) if smoe_layers(model) else None
     return None if isinstance(k, list) else k
+
+
+# ---- smoe slim
+
+
+def _slim(options: argparse.Namespace) -> int:
+    if options.run is not None:
+        return _slim_run(options)
+    if options.checkpoint is not None:
+        raise ValueError("--checkpoint has no effect with --model; leave it out")
+    if options.data is None:
+        raise ValueError("--data is missing; give a file with one text per line, which votes for the experts")
+    need("transformers", "hf")
+    from .slim_saved import slim_saved
+
+    slim_saved(Path(options.model), Path(options.data), options)
+    return 0
+
+
+def _slim_run(options: argparse.Namespace) -> int:
+    """By the program that the run is of: this package knows no model."""
+    need("accelerate", "train")
+    from .train.resume import read_config as recorded_config
+
+    module = "bert.slim" if "model" in recorded_config(options.run) else "transformer_xl.slim"
+    names = ("keep", "out", "data", "checkpoint", "k", "score", "batches")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return _run_beside(
+        "slim", module, [options.run, *(word for name, v in given.items() for word in (f"--{name}", str(v)))]
+    )
 
 
 # ---- smoe export

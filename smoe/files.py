@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,27 @@ def write_atomic(path: Path, content: str) -> None:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def lock_file(path: Path) -> int:
+    """Creates ``path`` and locks it: the descriptor that holds the lock until it is closed or this process ends.
+
+    Raises ValueError when another process holds it, which is named. A file system without locks locks nothing.
+    """
+    import fcntl
+
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace")
+        os.close(descriptor)
+        raise ValueError(f"{path.parent} is in use by {holder or 'another process'}; wait for it or stop it") from None
+    except OSError:  # no locks here
+        return descriptor
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    return descriptor
 
 
 def fingerprint(file: Path) -> dict[str, Any]:

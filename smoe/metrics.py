@@ -25,9 +25,9 @@ class Metric:
     nats: bool = False
 
     def better(self, value: float, than: float | None) -> bool:
-        """Whether ``value`` is strictly better than ``than``; any number is better than None."""
-        if than is None:
-            return not math.isnan(value)
+        """Whether ``value`` is finite and strictly better than ``than``; any number is better than None."""
+        if than is None or not math.isfinite(value):
+            return math.isfinite(value)
         return value < than if self.direction == "lower" else value > than
 
     def shown(self, values: Mapping[str, float]) -> str:

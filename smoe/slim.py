@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,38 +17,54 @@ from .modulize.narrow import keep_experts
 from .router import Routing
 
 Votes = dict[str, Tensor]
+VoteScore = Literal["count", "weight", "reap"]
+VOTE_SCORES: tuple[str, ...] = get_args(VoteScore)
 Key = str | int  # of an entry of a batch: the name in a mapping, the index in a tuple or list
+Mask = Key | Mapping[str, Key] | Literal[False] | None
+Pass = tuple[Routing, Tensor | None]  # what a layer's router chose, and the layer's input (T, d) where a score needs it
 
 
 @torch.no_grad()
-def vote(model: nn.Module, batches: Iterable[Any], mask: Key | Mapping[str, Key] | None = None) -> Votes:
-    """Counts how often each expert is chosen while ``model`` reads ``batches``, in evaluation mode, at its current k.
+def vote(model: nn.Module, batches: Iterable[Any], mask: Mask = None, score: VoteScore = "count") -> Votes:
+    """Scores every expert while ``model`` reads ``batches``, in evaluation mode, at its current k.
 
     Args:
         batches: what the model is called with: mappings (``model(**batch)``), tuples or lists (``model(*batch)``), or
             anything else (``model(batch)``), on the model's device.
-        mask: the entry of a batch that tells tokens (nonzero) from padding (0), such as ``"attention_mask"``: padding
-            then has no vote. For a model whose parts see different tokens, one entry per beginning of a layer's name:
-            ``{"encoder": "attention_mask", "decoder": "decoder_attention_mask"}``. None counts every token.
+        mask: the entry of a batch that tells tokens (nonzero) from padding (0): padding has no vote. For a model whose
+            parts see different tokens, one entry per beginning of a layer's name:
+            ``{"encoder": "attention_mask", "decoder": "decoder_attention_mask"}``. None takes ``attention_mask`` from
+            mappings that have one (in the decoder of an encoder-decoder of Transformers ``decoder_attention_mask``)
+            and counts every token of other batches. False counts every token.
+        score: of an expert, over all tokens that chose it:
+            ``count``: how many they are, as in the paper;
+            ``weight``: the sum of their routing weights;
+            ``reap``: the mean of routing weight times the norm of the expert's output, 0 if no token chose it (REAP,
+            Lasby et al. 2025, arXiv 2510.13999). The weight includes the layer's ``output_scale``.
 
     Returns:
-        For every SMoE layer, by name, (N,) int64 counts, which add up to tokens * k.
+        For every SMoE layer, by name, (N,) scores: int64 counts, which add up to tokens * k, or float64.
 
     Raises:
-        ValueError: the model has no SMoE layer, there is no batch, or a batch has no mask of the size that a layer
-            needs.
+        ValueError: the model has no SMoE layer, there is no batch, a batch has no mask of the size that a layer needs,
+            or ``reap`` needs experts that are not here (see ``check_whole``).
     """
-    layers = smoe_layers(model)
+    if score not in VOTE_SCORES:
+        raise ValueError(f"score is {score!r}; it must be one of {', '.join(VOTE_SCORES)}")
+    layers = dict(smoe_layers(model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no SMoE layer; there is nothing to vote for")
-    full = [name for name, layer in layers if layer.top_k == layer.num_experts]
-    if full:
+    if score == "reap":
+        check_whole(model, "vote")
+    full = [name for name, layer in layers.items() if layer.top_k == layer.num_experts]
+    if full and score == "count":
         warnings.warn(
             f"{full[0]} activates all of its experts, so all get the same votes; call smoe.set_top_k(model, k) first",
             stacklevel=3,
         )
-    keys = {name: _mask_key(name, mask) for name, _ in layers}
-    votes = {name: torch.zeros(layer.num_experts, dtype=torch.int64) for name, layer in layers}
+    keys = {name: _mask_key(name, mask, model) for name in layers}
+    counts = {name: torch.zeros(layer.num_experts, dtype=torch.int64) for name, layer in layers.items()}
+    sums = {name: torch.zeros(layer.num_experts, dtype=torch.float64) for name, layer in layers.items()}
     modes = {module: module.training for module in model.modules()}
     model.eval()
     seen = False
@@ -55,19 +72,53 @@ def vote(model: nn.Module, batches: Iterable[Any], mask: Key | Mapping[str, Key]
         for batch in batches:
             seen = True
             with ExitStack() as stack:
-                routings = {name: stack.enter_context(record_routing(layer)) for name, layer in layers}
+                passes = {name: stack.enter_context(_passes(layer, score)) for name, layer in layers.items()}
                 _call(model, batch)
-            for name, of_layer in routings.items():
-                tokens = None if keys[name] is None else _entry(batch, keys[name]).reshape(-1) != 0
-                for routing in of_layer:
-                    chosen = _chosen(routing, tokens, name).reshape(-1).cpu()
-                    votes[name] += torch.bincount(chosen, minlength=votes[name].numel())
+            for name, layer in layers.items():
+                tokens = _tokens(batch, keys[name], chosen=mask is not None)
+                for routing, x in passes[name]:
+                    routing, x = _without_padding(routing, x, tokens, name)
+                    indices = routing.indices.reshape(-1).cpu()
+                    counts[name] += torch.bincount(indices, minlength=layer.num_experts)
+                    if score != "count":
+                        gained = routing.weights if x is None else routing.weights * _norms(layer, x, routing.indices)
+                        gained = gained.reshape(-1).double().cpu()
+                        sums[name] += torch.bincount(indices, weights=gained, minlength=layer.num_experts)
     finally:
         for module, mode in modes.items():
             module.training = mode
     if not seen:
         raise ValueError("batches is empty; at least one batch must vote")
-    return votes
+    if score == "reap":
+        return {name: total / counts[name].clamp(min=1) for name, total in sums.items()}
+    return counts if score == "count" else sums
+
+
+@contextmanager
+def _passes(layer: SMoE, score: VoteScore) -> Iterator[list[Pass]]:
+    """Within the block, lists every pass through ``layer``."""
+    passes: list[Pass] = []
+    if score != "reap":
+        with record_routing(layer) as routings:
+            yield passes
+        passes.extend((routing, None) for routing in routings)
+        return
+
+    def record(_: nn.Module, args: tuple[Tensor, Routing, Any]) -> None:
+        passes.append((args[1], args[0]))
+
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # a model that was compiled without the hook would never call it
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.callback(layer.experts.register_forward_pre_hook(record).remove)
+        yield passes
+
+
+def _norms(layer: SMoE, x: Tensor, indices: Tensor) -> Tensor:
+    """The norms (T, k) of what the chosen experts, ``indices`` (T, k), make of x (T, d)."""
+    one = torch.ones(len(x), 1, dtype=torch.float32, device=x.device)
+    outputs = (layer._compute(x, layer.experts, Routing(slot.unsqueeze(1), one, None)) for slot in indices.unbind(1))
+    return torch.stack([output.float().norm(dim=-1) for output in outputs], dim=1)
 
 
 def _call(model: nn.Module, batch: Any) -> None:
@@ -79,8 +130,13 @@ def _call(model: nn.Module, batch: Any) -> None:
         model(batch)
 
 
-def _mask_key(name: str, mask: Key | Mapping[str, Key] | None) -> Key | None:
-    """Which entry of a batch masks the tokens of the layer ``name``."""
+def _mask_key(name: str, mask: Mask, model: nn.Module) -> Key | None:
+    """Which entry of a batch masks the tokens of the layer ``name``; None: no entry does."""
+    if mask is False:
+        return None
+    if mask is None:
+        two_parts = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        return "decoder_attention_mask" if two_parts and "decoder" in name.split(".") else "attention_mask"
     if not isinstance(mask, Mapping):
         return mask
     for beginning, key in mask.items():
@@ -89,28 +145,36 @@ def _mask_key(name: str, mask: Key | Mapping[str, Key] | None) -> Key | None:
     raise ValueError(f"mask has no entry for layer {name}; its keys must be the beginnings of the layers' names")
 
 
-def _entry(batch: Any, key: Key) -> Tensor:
+def _tokens(batch: Any, key: Key | None, chosen: bool) -> Tensor | None:
+    """Which tokens (T,) of a batch are no padding; None: all. ``chosen``: the user has named the entry."""
+    if key is None:
+        return None
+    if not chosen:
+        found = batch.get(key) if isinstance(batch, Mapping) else None
+        return found.reshape(-1) != 0 if isinstance(found, Tensor) and found.dim() == 2 else None
     try:
-        return batch[key]
+        return batch[key].reshape(-1) != 0
     except (KeyError, IndexError, TypeError):
         raise ValueError(f"mask is {key!r}, but a batch ({type(batch).__name__}) has no such entry") from None
 
 
-def _chosen(routing: Routing, tokens: Tensor | None, name: str) -> Tensor:
-    """The (tokens, k) indices of a routing, without padding."""
+def _without_padding(routing: Routing, x: Tensor | None, tokens: Tensor | None, name: str) -> Pass:
     if tokens is None:
-        return routing.indices
+        return routing, x
     if tokens.numel() != routing.indices.shape[0]:
         raise ValueError(
             f"the mask of a batch has {tokens.numel()} entries, but layer {name} saw {routing.indices.shape[0]} tokens "
-            "in one pass; mask must name one entry per token (and a model must not run its MLPs in chunks)"
+            "in one pass; mask must name one entry per token, or be False, which counts padding too (and a model must "
+            "not run its MLPs in chunks)"
         )
-    return routing.indices[tokens.to(routing.indices.device)]
+    tokens = tokens.to(routing.indices.device)
+    kept = Routing(routing.indices[tokens], routing.weights[tokens], None)
+    return kept, None if x is None else x[tokens]
 
 
 @torch.no_grad()
-def slim(model: nn.Module, votes: Votes, keep: int = 8) -> nn.Module:
-    """Keeps, in every SMoE layer, the ``keep`` experts with the most votes, in place, and returns the model.
+def slim(model: nn.Module, votes: Votes, keep: int | Sequence[int] = 8) -> nn.Module:
+    """Keeps, in every SMoE layer, the ``keep`` experts with the highest votes, in place, and returns the model.
 
     The other experts and their rows of the router are gone: the model is smaller, and N is now ``keep``. Experts stay
     in their order; of equal votes the first wins. k goes down to ``keep`` where it was more. Create the optimizer
@@ -125,9 +189,11 @@ def slim(model: nn.Module, votes: Votes, keep: int = 8) -> nn.Module:
 
     Args:
         votes: from :func:`vote`, or (N,) numbers of your own for every layer.
+        keep: one number for all SMoE layers, or one per layer in the model's order.
 
     Raises:
-        ValueError: votes do not fit the model's layers, or keep is not in 1..N. Nothing is changed then.
+        ValueError: votes do not fit the model's layers, a list has not one keep per layer, or a keep is not in 1..N of
+            its layer. Nothing is changed then.
     """
     layers = dict(smoe_layers(model))
     if not layers:
@@ -136,16 +202,25 @@ def slim(model: nn.Module, votes: Votes, keep: int = 8) -> nn.Module:
     if votes.keys() != layers.keys():
         odd = sorted(votes.keys() ^ layers.keys())
         raise ValueError(f"votes don't fit: {odd[0]!r} is only in the {'votes' if odd[0] in votes else 'model'}")
-    for name, layer in layers.items():
+    keeps = list(keep) if isinstance(keep, (list, tuple)) else [keep] * len(layers)
+    if len(keeps) != len(layers):
+        raise ValueError(
+            f"keep is {keeps}, {len(keeps)} numbers; {type(model).__name__} has {len(layers)} SMoE layers, so it must "
+            f"be one number or {len(layers)}"
+        )
+    for (name, layer), count in zip(layers.items(), keeps, strict=True):
         if tuple(votes[name].shape) != (layer.num_experts,):
             raise ValueError(
                 f"the votes of {name} have shape {tuple(votes[name].shape)}; it must be ({layer.num_experts},)"
             )
         if votes[name].isnan().any():
             raise ValueError(f"the votes of {name} are {votes[name].tolist()}; they must be numbers")
-        if isinstance(keep, bool) or not isinstance(keep, int) or not 1 <= keep <= layer.num_experts:
-            raise ValueError(f"keep is {keep!r}; it must be a whole number from 1 to {layer.num_experts}, N of {name}")
-    kept = {name: votes[name].argsort(descending=True, stable=True)[:keep].sort().values for name in layers}
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= layer.num_experts:
+            raise ValueError(f"keep is {count!r}; it must be a whole number from 1 to {layer.num_experts}, N of {name}")
+    kept = {
+        name: votes[name].argsort(descending=True, stable=True)[:count].sort().values
+        for name, count in zip(layers, keeps, strict=True)
+    }
     _check_shared(layers, kept)
     for name, layer in layers.items():
         keep_experts(layer, kept[name])

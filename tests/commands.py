@@ -6,10 +6,13 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from smoe.errors import run_main
 
 # A server that has imported everything forks a child per command: what would take seconds of imports takes none.
 _server = multiprocessing.get_context("forkserver")
@@ -41,8 +44,6 @@ def _child(module: str, argv: list[str], environment: dict[str, str], output: st
         import torch
 
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    from smoe.errors import run_main
-
     run_main(importlib.import_module(module).main)
 
 
@@ -107,6 +108,37 @@ def start_ranks(start):
         return [start(module, *argv, *(own or {}).get(r, ()), env=variables) for r, variables in enumerate(ranks)]
 
     return start_ranks
+
+
+def starter(start, module: str, argv: list[object]) -> Callable[..., Command]:
+    """starter(...)(run_dir, *flags, wait=True) -> Command: a training of the module with the default flags `argv`."""
+
+    def trainer(run_dir: Path, *flags: object, wait: bool = True) -> Command:
+        command = start(module, *argv, "--run_dir", run_dir, *flags)
+        if wait:
+            command.wait()
+        return command
+
+    return trainer
+
+
+def rank_starter(start_ranks, module: str, argv: list[object]) -> Callable[..., list[Command]]:
+    """rank_starter(...)(run_dir, *flags, ranks=1, own=None) -> [Command]: the same on several processes, as they start
+    (`own`: see start_ranks)."""
+
+    def trainer(run_dir: Path, *flags: object, ranks: int = 1, own: dict[int, list[object]] | None = None):
+        return start_ranks(ranks, module, *argv, "--run_dir", run_dir, *flags, own=own)
+
+    return trainer
+
+
+def assert_main_refuses(main: Callable[..., object], argv: list[str], message: str, capsys) -> None:
+    """`main`, in this process, ends with exit code 2 and one line on stderr that has the message."""
+    with pytest.raises(SystemExit) as stop:
+        run_main(main, argv)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err, err
 
 
 def free_port() -> int:

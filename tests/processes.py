@@ -1,4 +1,4 @@
-"""A trainer on several processes; what test_train_processes.py and test_bert_processes.py ask of the two.
+"""A trainer on several processes; what the tests of every trainer ask.
 
 `trainer(run_dir, *flags, ranks=n, own={rank: flags})` starts the processes of one run with gloo.
 """
@@ -52,6 +52,17 @@ def check_equals_one_process(trainer, tmp_path: Path, shapes) -> None:
             expert_parallel,
             fsdp,
         ]
+
+
+def check_examples_on_two(trainer, tmp_path: Path, metric: str, split: str) -> None:
+    """A fine-tuning on two processes with expert parallelism equals one process; its metric up to one example."""
+    flags = ("--log_interval", 1, "--eval_batch_size", 4)
+    for ranks in (1, 2):
+        finish(trainer(tmp_path / str(ranks), *flags, "--expert_parallel", ranks, ranks=ranks))
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), abs=1e-5)
+    one, two = (result(tmp_path / ranks)["metrics"][metric] for ranks in "12")
+    assert one["n"] == two["n"]
+    assert one[split] == pytest.approx(two[split], abs=1 / one["n"][split] + 1e-9)
 
 
 def check_resumes_at_any_number(trainer, tmp_path: Path, fsdp: bool) -> None:

@@ -6,7 +6,10 @@ Each row: (architecture, kind, the model class, its config's settings, its numbe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import nn
 
 BASE = {
     "vocab_size": 40,
@@ -149,6 +152,19 @@ def tiny(name: str, **more: object) -> torch.nn.Module:
     return build(row[2], {**row[3], **more})
 
 
+def with_lora(
+    model: torch.nn.Module, *, modules: Sequence[str] = (), parameters: Sequence[str] = ()
+) -> torch.nn.Module:
+    """PEFT's adapters with random factors: they change what the model computes, and all factors get gradients."""
+    import peft
+
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        target_modules=list(modules), target_parameters=list(parameters), r=2, init_lora_weights=False
+    )
+    return peft.get_peft_model(model, config)
+
+
 def inputs_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What one forward pass of ``model`` takes."""
     generator = torch.Generator().manual_seed(1)
@@ -179,3 +195,17 @@ def logits_of(model: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
         if getattr(output, name, None) is not None:
             return getattr(output, name)
     return output[0]
+
+
+def assert_same_model(a: torch.nn.Module, b: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+    """The same weights under the same names, and the same logits."""
+    assert list(a.state_dict()) == list(b.state_dict())
+    assert all(torch.equal(b.state_dict()[k], v) for k, v in a.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(logits_of(a, **inputs), logits_of(b, **inputs))
+
+
+def own_model() -> torch.nn.Module:
+    """An MLP alone, which is no model of Transformers."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)).eval()

@@ -1,7 +1,8 @@
 """Fine-tunes a Transformer-XL to classify sentences (SST-2, Table 2), from a pretrained run or from scratch.
 
     python -m transformer_xl.classify --run RUN --run_dir runs/sst2           # its method, sizes and weights
-    python -m transformer_xl.classify --run RUN --run_dir runs/half --k_max 8 # with half of the experts
+    python -m transformer_xl.classify --run RUN --run_dir runs/half --k_max 8 # with 8 experts per byte
+    python -m transformer_xl.classify --run RUN --run_dir runs/kept --keep 8  # with the 8 experts that it votes for
     python -m transformer_xl.classify --method smoe --run_dir runs/scratch    # without pretraining
 
 A linear layer on the last layer's output at a sentence's last byte gives the classes. All experts are activated
@@ -25,10 +26,10 @@ from smoe.metrics import Metric
 from smoe.options import option
 from smoe.train.command import run_training
 from smoe.train.examples import batch_of_step, count_flops, evaluation_slices, read_examples, where_in_epochs
-from smoe.train.finetune import FineTuned, pretrained_record
+from smoe.train.finetune import FineTuned, FineTuneTask, pretrained_record
 from smoe.train.predictions import Predictions
 from smoe.train.processes import Processes
-from smoe.train.task import Task, equal_share
+from smoe.train.task import equal_share
 from transformer_xl.config import LanguageModelConfig, RunConfig
 from transformer_xl.model import TransformerXL
 
@@ -71,7 +72,7 @@ class Classifier(nn.Module):
         return ClassifierOutput(F.cross_entropy(logits, labels), logits)
 
 
-class Classification(Task):
+class Classification(FineTuneTask):
     """Classifies sentences. SST-2's test split has no public labels, so its 872 dev sentences are what is reported."""
 
     name = "classification"
@@ -94,10 +95,16 @@ class Classification(Task):
         torch.manual_seed(config.seed)
         self.model = self.build_model()
         self.blocks = self.model.encoder.layers
-        if config.run is not None:
-            pretrained, checkpoint = config.read_pretrained(LanguageModelConfig, "a Transformer-XL")
-            self.model.encoder.load_state_dict(checkpoint.tensors["model"])
-            self.record["pretrained"] = pretrained_record(pretrained, checkpoint)
+        self.load_pretrained()
+
+    def load_run(self) -> dict[str, Any]:
+        pretrained, checkpoint = self.config.read_pretrained(LanguageModelConfig, "a Transformer-XL")
+        self.model.encoder.load_state_dict(checkpoint.tensors["model"])
+        return pretrained_record(pretrained, checkpoint)
+
+    def token_mask(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        ids, lengths, _ = batch
+        return torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
 
     def build_model(self) -> Classifier:
         return Classifier(self.config.build_model(), num_classes=2)

@@ -17,6 +17,8 @@ _NO_RESULT |= {"scale_reason", "engine", "expert_parallel", "fsdp"}
 _TOLD_ELSEWHERE = {"seed", "method", "scale", "model", "precision", "sweep"}
 # Fields that take the method's own value when they are null.
 _OWN = {"router", "schedule", "k_min", "k_max", "balance_weight", "consistency_weight"}
+# Fields that came later, each with what runs before it had: a record says no more by having it.
+_EARLIER = {"beta2": 0.999, "init_std": 0.02, "position_init": "normal", "key_init": "normal"}
 
 
 @dataclass
@@ -99,7 +101,7 @@ class Block:
 def blocks_of(records: Sequence[Record]) -> list[Block]:
     """The records, checked, in groups and blocks, in the order given. ValueError when one lacks a field.
 
-    A record that is there twice counts once.
+    A record that is there twice counts once. Another run of a seed that a group has already is a group of its own.
     """
     if not records:
         raise ValueError("results: there are none; it must be at least one")
@@ -113,11 +115,15 @@ def blocks_of(records: Sequence[Record]) -> list[Block]:
         block = blocks.setdefault(tuple(where), Block(*map(plain, where)))
         own_label, settings, sizes = record.get("label"), settings_of(record), _sizes(record)
         key = (*where, record["method"], own_label, *sorted(settings.items()), *sizes.items())
-        if key not in groups:
-            groups[key] = Group(record["method"], own_label, settings, sizes)
-            block.groups.append(groups[key])
-        if record not in groups[key].records:
-            groups[key].records.append(record)
+        repeat, seed = 1, record.get("seed")
+        while (group := groups.get((*key, repeat))) and record not in group.records and seed in group.seeds:
+            repeat += 1  # the same seed with other numbers is no further seed
+        if group is None:
+            settings |= {} if repeat == 1 else {"run": f"{repeat} of seed {seed}"}
+            group = groups[(*key, repeat)] = Group(record["method"], own_label, settings, sizes)
+            block.groups.append(group)
+        if record not in group.records:
+            group.records.append(record)
     for block in blocks.values():
         _name_groups(block.groups)
     return list(blocks.values())
@@ -170,7 +176,7 @@ def departures(settings: Sequence[Mapping[str, str]]) -> list[list[str]]:
 
 
 def settings_of(record: Record) -> dict[str, str]:
-    """The configuration and what it was read with; a field that is null counts as not there."""
+    """The configuration and what it was read with; a field that is null, or as before it came, counts as not there."""
     unsaid = _NO_RESULT | _TOLD_ELSEWHERE
     settings = {name: value for name, value in (record.get("config") or {}).items() if name not in unsaid}
     settings |= {"task": record.get("task"), "precision": record.get("precision"), "n": examples_of(record)}
@@ -180,7 +186,7 @@ def settings_of(record: Record) -> dict[str, str]:
             for part in name.split("."):
                 found = found.get(part) if isinstance(found, Mapping) else None
             settings[f"dataset.{name}"] = found[:8] if isinstance(found, str) else None
-    return {name: _text(value) for name, value in settings.items() if value is not None}
+    return {name: _text(value) for name, value in settings.items() if value not in (None, _EARLIER.get(name))}
 
 
 def _sizes(record: Record) -> dict[str, str]:

@@ -80,9 +80,26 @@ def figure3(context: Context) -> Panel:
 
 
 def figure4(context: Context) -> Panel:
-    """As Figure 3, of a task that pretrained models are fine-tuned on."""
-    panel = figure3(context)
-    panel.title = "Figure 4"
+    """Fine-tuned models: experts that a task has voted for, all of them active, a training per point; and dense ones.
+
+    A method that was fine-tuned with all of its experts alone is shown over the k of that training.
+    """
+    panel = Panel("Figure 4", context, "active parameters (million)")
+    num_layers, d_hidden, num_experts = context.standard
+    panel.lines = _dense(context, [name for name, method in METHODS.items() if not method.routed])
+    runs = [r for r in context.runs if r.num_experts is not None and r.own_router and r.all_layers and r.all_active]
+    as_wide = [r for r in runs if num_experts and r.d_hidden * num_experts == d_hidden * r.num_experts]
+    lines: dict[tuple, list[Run]] = {}
+    for run in as_wide:
+        if run.num_layers == num_layers:
+            lines.setdefault(run.line_over_kept, []).append(run)
+    cells = [sorted(cells_of(runs), key=lambda cell: cell.first.num_experts) for runs in lines.values()]
+    for label, points in zip(_labels([of_line[-1] for of_line in cells]), cells, strict=True):
+        if len(points) == 1:
+            panel.lines.append(_sweep(points[0], label, points[0].first.method))
+            continue
+        kept = [Point(c.first.record["parameters"]["total"] / 1e6, c, c.first.full) for c in points]
+        panel.lines.append(Line(f"{label}, kept experts", points[0].first.method, kept))
     return panel
 
 

@@ -18,7 +18,8 @@ from smoe.report.records import Record, dataset_name, split_of, value_at, values
 _SIZES = {"num_layers", "num_experts", "d_hidden", "d_hidden_bert", "d_hidden_roberta"}
 _ROUTING = {"layers", "router", "schedule", "k_min", "k_max"}
 # What else only experts have: variants of a method, each compared on its own.
-_OPTIONS = ("score", "output_scale", "expert_dropout", "balance_weight", "consistency_weight")
+_VOTES = ("keep", "vote_score", "vote_batches")
+_OPTIONS = ("score", "output_scale", "expert_dropout", "balance_weight", "consistency_weight", *_VOTES)
 _AS_RELEASED = {"score": "softmax_after_topk", "output_scale": "1"}  # goes without saying
 # Said first where two conditions must be told apart.
 _TELLING = ("steps", "batch_size", "learning_rate")
@@ -69,6 +70,22 @@ class Run:
     def all_layers(self) -> bool:
         """Whether every layer has experts, or none."""
         return self.num_experts is None or len(self.layers) == self.num_layers
+
+    @property
+    def all_active(self) -> bool:
+        """Whether it, a fine-tuning, activated all of its experts throughout, as they do unless told otherwise."""
+        k_max = (self.record.get("config") or {}).get("k_max")
+        return self.num_experts is None or k_max in (None, self.num_experts)
+
+    @property
+    def line_over_kept(self) -> tuple:
+        """Equal for fine-tunings that are the same but for the seed and for how many experts they have kept."""
+        options = {name: value for name, value in self.options if name not in _VOTES}
+        if any(name == "keep" for name, _ in self.options):
+            experts = (self.record.get("pretrained") or {}).get("num_experts")
+            if options.get("output_scale") == str(experts):  # of training, where it was said as num_experts
+                options["output_scale"] = "num_experts"
+        return self.method, tuple(options.items())
 
     @property
     def full(self) -> str:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Router, Routing, Score, generator
+from .logits import Float32Logits
 
 
 class LinearRouter(Router):
@@ -45,11 +46,14 @@ class LinearRouter(Router):
 
     @torch.no_grad()
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Draws the weights N(0, std) and sets the bias to 0."""
-        # Drawn in float32 on the CPU whatever the device and dtype, so that a seed gives the same router everywhere.
-        draw = torch.randn(self.weight.shape, generator=generator(self.seed), dtype=torch.float32, device="cpu")
-        self.weight.copy_(draw * std)
+        """Draws the weights (see :meth:`draw`) and sets the bias to 0."""
+        with torch.device("cpu"):  # whatever the device and dtype, so that a seed gives the same router everywhere
+            self.weight.copy_(self.draw(std))
         self.bias.zero_()
+
+    def draw(self, std: float) -> Tensor:
+        """The initial weights (N, d), N(0, std), in float32; a router that wants others overrides this."""
+        return std * torch.randn(self.weight.shape, generator=generator(self.seed), dtype=torch.float32)
 
     def logits(self, x: Tensor) -> Tensor:
         """(T, d) -> (T, N), always in float32: rounded logits would change which experts are chosen."""
@@ -58,7 +62,7 @@ class LinearRouter(Router):
             transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
             if x.dtype == torch.float32 or transformed:  # the transforms of torch.func need plain autograd
                 return F.linear(x.float(), weight, bias)
-            return _Logits.apply(x, weight, bias)
+            return Float32Logits.apply(x, weight, bias)
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None, k_per_token: Tensor | None = None) -> Routing:
         logits = self.logits(x)
@@ -67,23 +71,3 @@ class LinearRouter(Router):
         else:
             indices = logits.topk(self.top_k, dim=-1).indices
         return self._routing(logits, indices, k_per_token)
-
-
-class _Logits(torch.autograd.Function):
-    """``F.linear(x.float(), weight, bias)`` that computes the gradient of x in the dtype of x, which it has anyway.
-
-    Neither a float32 copy of x nor a float32 gradient of its size is kept (3 % of a training step of RoBERTa's layer).
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.dtype = x.dtype
-        return F.linear(x.float(), weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        grad_x = grad.to(ctx.dtype) @ weight.to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = grad.t() @ x.float() if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, grad.sum(0) if ctx.needs_input_grad[2] else None

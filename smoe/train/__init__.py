@@ -13,6 +13,7 @@ loop.py           the loop: learning rate and k, batch, loss, backward, clip, st
 record.py         result.json
 predictions.py    predictions.jsonl, for tasks whose examples have one
 evaluate.py       the command that measures a finished run at any k
+slim_run.py       the command that writes a run with fewer experts; slimming.py: which ones, by votes
 
 ``import smoe`` imports nothing of this. A new task is one file beside its model: see ``docs/extend.md``.
 """

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smoe.errors import CheckpointError, RunError, one_line
+from smoe.errors import CheckpointError, NonFiniteError, RunError, one_line
 from smoe.files import fingerprint, fsync_path, hash_json
 from smoe.train.processes import Processes
 
@@ -53,6 +53,8 @@ def save_checkpoint(
             partial.mkdir(parents=True)
     with _one_clear_error(partial, "writing tensors"), processes.together():
         for group, members in tensors.items():
+            if not all(tensor.isfinite().all() for tensor in members.values()):
+                raise NonFiniteError(f"{group} has numbers that are not finite")
             file = partial / f"{group}.safetensors"
             # Copies: safetensors wants contiguous tensors on the CPU that share no memory.
             save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in members.items()}, file)

@@ -19,11 +19,12 @@ from smoe.train.config import TrainConfig
 from smoe.train.evaluation import k_name, measure
 from smoe.train.folder import RunFolder
 from smoe.train.processes import Processes
-from smoe.train.resume import Checkpoint, load_checkpoint, load_latest, load_weights
+from smoe.train.resume import Checkpoint, load_checkpoint, load_latest, load_weights, read_config
 from smoe.train.task import Task
 
 # A run is measured by one process, whatever trained it, from its own folder alone.
 _HERE = {"engine": "auto", "expert_parallel": 1, "fsdp": False, "run": None, "tokenizer": None}
+_HERE |= {"keep": None, "vote_score": None, "vote_batches": None}
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -53,7 +54,7 @@ def read_run(path: str | Path, config_class: type[Config], what: str, which: str
 
 
 def _read_config(folder: RunFolder, config_class: type[Config], what: str) -> Config:
-    recorded = folder.read_config()
+    recorded = read_config(folder.path)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     unknown = sorted(recorded.keys() - fields.keys())
     missing = [name for name, field in fields.items() if name not in recorded and field.default is dataclasses.MISSING]
@@ -78,6 +79,46 @@ def _takes_tuple(hint: Any) -> bool:
     return any(get_origin(kind) is tuple for kind in (hint, *get_args(hint)))
 
 
+def read_task(
+    path: str | Path, tasks: Sequence[type[Task]], what: str, which: str = "best"
+) -> tuple[type[Task], TrainConfig, Checkpoint]:
+    """Which of ``tasks`` a run is of, and what :func:`read_run` says of it.
+
+    A run of an earlier version lacks fields; the task with the fewest that it lacks is its own. Of tasks with the same
+    fields it is the one that the checkpoint names.
+
+    Raises ValueError as :func:`read_run`, and when the run is of another task.
+    """
+    recorded = read_config(path).keys()
+    fields = {task: {field.name for field in dataclasses.fields(task.config_class)} for task in tasks}
+    fitting = sorted((task for task in tasks if recorded <= fields[task]), key=lambda task: len(fields[task]))
+    task = fitting[0] if fitting else tasks[0]
+    config, checkpoint = read_run(path, task.config_class, what, which)
+    name = checkpoint.state.get("task", task.name)  # of an earlier version: unknown
+    if name == task.name:
+        return task, config, checkpoint
+    for other in fitting:
+        if other.name == name:
+            return other, *read_run(path, other.config_class, what, which)
+    names = ", ".join(task.name for task in tasks)
+    raise ValueError(f"run: {path} is of the task {name}; it must be of {names}")
+
+
+def load_task(task_class: type[Task], config: TrainConfig, checkpoint: Checkpoint, processes: Processes) -> Task:
+    """The task of a run, with a checkpoint's weights, on the device.
+
+    Raises ValueError for data that can't be used, or of another vocabulary.
+    """
+    config = config.resolved()
+    processes.configure(config)
+    task = task_class(config, 0, 1)
+    if task.facts != checkpoint.state["facts"]:
+        raise ValueError("data: it has another vocabulary than the run; give the run's with --data")
+    load_weights(checkpoint, task, processes)
+    task.model.to(processes.device)
+    return task
+
+
 def evaluation_command(*tasks: type[Task], prog: str, what: str, argv: Sequence[str] | None = None) -> None:
     """``python -m MODULE RUN [--k ...] [--split ...] [--data ...] [--checkpoint ...] [--LIMIT n] [--json]``.
 
@@ -91,20 +132,16 @@ def evaluation_command(*tasks: type[Task], prog: str, what: str, argv: Sequence[
     parser.add_argument("run", help="a run folder")
     parser.add_argument("--k", type=int, nargs="+", help="numbers of activated experts (default: the run's sweep)")
     parser.add_argument("--split", choices=("valid", "test"), help="(default: test, where there is one)")
-    parser.add_argument("--data", help="the folder with the splits (default: the run's)")
+    if any("data" in names for names in fields.values()):
+        parser.add_argument("--data", help="the folder with the splits (default: the run's)")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
     for limit in limits:
         parser.add_argument(f"--{limit}", type=int, help="evaluate on so many (default: as the run did; 0: all)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     arguments = parser.parse_args(argv)
 
-    recorded = RunFolder(arguments.run).read_config().keys()
-    # A run of an earlier version lacks fields; the task with the fewest that it lacks is its own.
-    task_class = min(
-        (task for task in tasks if recorded <= fields[task]), key=lambda t: len(fields[t]), default=tasks[0]
-    )
-    config, checkpoint = read_run(arguments.run, task_class.config_class, what, arguments.checkpoint)
-    changes = {} if arguments.data is None else {"data": arguments.data}
+    task_class, config, checkpoint = read_task(arguments.run, tasks, what, arguments.checkpoint)
+    changes = {"data": arguments.data} if getattr(arguments, "data", None) is not None else {}
     for limit in limits:
         count = getattr(arguments, limit)
         if count is None:
@@ -121,13 +158,8 @@ def evaluation_command(*tasks: type[Task], prog: str, what: str, argv: Sequence[
     if split not in task_class.splits:
         raise ValueError(f"split is {split!r}; the task {task_class.name} has {', '.join(task_class.splits)}")
 
-    config, processes = dataclasses.replace(config, **changes).resolved(), Processes()
-    processes.configure(config)
-    task = task_class(config, 0, 1)
-    if task.facts != checkpoint.state["facts"]:
-        raise ValueError(f"data: {config.data} has another vocabulary than the run; give the run's with --data")
-    load_weights(checkpoint, task, processes)
-    task.model.to(processes.device)
+    processes = Processes()
+    task = load_task(task_class, dataclasses.replace(config, **changes), checkpoint, processes)
 
     report: dict[str, Any] = {"run": str(arguments.run), "step": checkpoint.step, "split": split}
     report |= {"metric": task.metrics[0].key} | {metric.key: {} for metric in task.metrics}

@@ -1,18 +1,24 @@
-"""What a training can be told that starts from another run, or has a number of epochs."""
+"""A training that starts from another run, or from some of its experts, or has a number of epochs."""
 
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+import torch
+from torch import Tensor
+
 from smoe.options import option
 from smoe.schedule import Mode
+from smoe.slim import VoteScore
 from smoe.train.config import TrainConfig
 from smoe.train.evaluate import read_run
-from smoe.train.folder import RunFolder
-from smoe.train.resume import Checkpoint
+from smoe.train.resume import Checkpoint, read_config
+from smoe.train.slimming import slim_task, slimmed_fields, sweep_up_to
+from smoe.train.task import Task
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -31,6 +37,18 @@ class FineTuned:
     run: str | None = option(None, "the pretrained run to start from; null: from scratch")
     epochs: float | None = option(None, "passes over the training examples; null: steps says how long", above=0)
     schedule: Mode | None = "constant"
+    keep: int | None = option(
+        None, "train with so many of the run's experts per layer, which the training data vote for; null: all of them"
+    )
+    vote_score: VoteScore | None = option(None, "what votes go by: count, weight or reap, as smoe.vote; null: count")
+    vote_batches: int | None = option(None, "training batches that vote, at most an epoch; null: 64", at_least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("keep", "vote_score", "vote_batches"):
+            needs, needed = (self.run, "run") if name == "keep" else (self.keep, "keep")
+            if getattr(self, name) is not None and needs is None:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, which has no effect without {needed}")
 
     @classmethod
     def inherited(cls, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,7 +58,10 @@ class FineTuned:
                 raise ValueError(f"epochs is {given['epochs']} and steps is {given['steps']}; give one of them")
             values["epochs"] = None  # a scale's epochs give way to a user's steps
         if given.get("run") is not None:
-            recorded = RunFolder(given["run"]).read_config()
+            recorded = read_config(given["run"])
+            if given.get("keep") is not None:
+                recorded |= slimmed_fields(recorded, given["keep"], given["run"])
+                values["sweep"] = sweep_up_to(given["keep"], cls.sweep)
             values |= {name: recorded[name] for name in cls.of_the_run if name in recorded}
         return values
 
@@ -71,6 +92,45 @@ class FineTuned:
             if asked != needed:
                 raise ValueError(f"{name} is {asked!r}, but the weights of {self.run} need {needed!r}")
         return pretrained, checkpoint
+
+
+class FineTuneTask(Task):
+    """A task with a pretrained encoder, ``self.model.encoder``, and examples that are padded to one length."""
+
+    config: FineTuned
+
+    @abstractmethod
+    def load_run(self) -> dict[str, Any]:
+        """Gives the encoder the weights of ``config.run``; returns what a record says of that run."""
+
+    @abstractmethod
+    def token_mask(self, batch: Any) -> Tensor:
+        """Which of the tokens that the encoder reads are no padding, nonzero there."""
+
+    def load_pretrained(self) -> None:
+        """Starts the encoder from ``config.run``, if there is one: from all of its experts or those that it keeps."""
+        c = self.config
+        if c.run is None:
+            return
+        if c.keep is None:
+            self.record["pretrained"] = self.load_run()
+            return
+        recorded = read_config(c.run)
+        for name, value in slimmed_fields(recorded, c.keep, c.run).items():
+            asked = getattr(c, name)
+            if name in c.of_the_run and asked != value:
+                raise ValueError(f"{name} is {asked!r}; with {c.keep} of the experts of {c.run} it must be {value!r}")
+        # The same task with all experts, whose batches are those of this one.
+        whole_fields = {name: recorded[name] for name in c.of_the_run if name in recorded}
+        whole = type(self)(dataclasses.replace(c, **whole_fields, keep=None, vote_score=None, vote_batches=None), 0, 1)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        whole.model.to(device)
+        epoch = c.training_examples() // c.batch_size
+        voted = {"score": c.vote_score or "count", "batches": min(c.vote_batches or 64, epoch)}
+        torch.manual_seed(c.seed)  # of what a router draws at random (THOR)
+        slim_task(whole, c.keep, **voted, device=device, token_mask=whole.token_mask)
+        self.model.encoder.load_state_dict(whole.model.encoder.state_dict())
+        self.record["pretrained"] = whole.record["pretrained"] | {"num_experts": recorded["num_experts"], "vote": voted}
 
 
 def pretrained_record(pretrained: TrainConfig, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -6,15 +6,16 @@ config.yaml  metrics.jsonl  tensorboard/  checkpoints/step-XXXXXXXX/  result.jso
 from __future__ import annotations
 
 import json
+import os
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from smoe.files import write_atomic
+from smoe.files import lock_file, write_atomic
 from smoe.train.config import TrainConfig, to_dict
 from smoe.train.processes import Processes
-from smoe.train.resume import MAY_CHANGE, check_same_config
-from smoe.yaml_files import load_yaml, to_yaml
+from smoe.train.resume import MAY_CHANGE, check_same_config, read_config
+from smoe.yaml_files import to_yaml
 
 
 class RunFolder:
@@ -28,13 +29,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
 
-    def read_config(self) -> dict[str, Any]:
-        """The recorded configuration as plain data. ValueError when there is no run here, or it is damaged."""
-        if not self.config_path.is_file():
-            raise ValueError(f"run: {self.path} is not a run folder (no config.yaml in it)")
-        return load_yaml(self.config_path)
-
-    def write_result(self, result: Mapping[str, Any]) -> None:
+    def write_result(self, result: Mapping[str, object]) -> None:
         """Writes result.json in one piece. Raises ValueError for NaN or infinity: not JSON."""
         try:
             content = json.dumps(result, indent=2, allow_nan=False)
@@ -46,8 +41,9 @@ class RunFolder:
 def open_run(config: TrainConfig, processes: Processes) -> RunFolder:
     """Starts the run in ``run_dir``; with ``resume`` it goes on with a run that is there.
 
-    The main process checks and writes for all. Raises ValueError when a run is there and ``resume`` is not set, when a
-    field differs that may not (``MAY_CHANGE``), or when the folder holds parts of a run without its config.yaml.
+    The main process checks and writes for all, and holds the folder's lock as long as ``RunFolder`` lives. Raises
+    ValueError when another process holds it, when a run is there and ``resume`` is not set, when a field differs that
+    may not (``MAY_CHANGE``), or when the folder holds parts of a run without its config.yaml.
     """
     folder = RunFolder(config.run_dir)
     with processes.together():
@@ -67,10 +63,13 @@ def _start_or_check(folder: RunFolder, config: TrainConfig) -> None:
     if folder.config_path.exists():
         if not config.resume:
             raise ValueError(f"run_dir: {folder.path} already holds a run; --resume continues it, or choose another")
-        check_same_config(folder.read_config(), given, MAY_CHANGE, folder.config_path)
+        check_same_config(read_config(folder.path), given, MAY_CHANGE, folder.config_path)
     for part in (folder.checkpoints, folder.metrics_path, folder.result_path):
         if part.exists() and not folder.config_path.exists():
             raise ValueError(f"run_dir: {folder.path} has {part.name} but no config.yaml; choose another folder")
     folder.path.mkdir(parents=True, exist_ok=True)
+    weakref.finalize(folder, os.close, lock_file(folder.path / ".training.lock"))
+    for left in folder.path.glob(".*.tmp-*"):  # by a write that was killed
+        left.unlink(missing_ok=True)
     write_atomic(folder.config_path, to_yaml(given))
     folder.checkpoints.mkdir(exist_ok=True)  # after it: without config.yaml they could not be continued

@@ -19,7 +19,7 @@ from smoe.errors import NonFiniteError, Stopped
 from smoe.files import write_atomic
 from smoe.parameters import parameter_groups
 from smoe.train.checkpoint import checkpoint_path, save_checkpoint
-from smoe.train.config import TrainConfig
+from smoe.train.config import TrainConfig, to_dict
 from smoe.train.evaluation import k_name, measure, sweep
 from smoe.train.folder import open_run
 from smoe.train.learning_rate import learning_rate_at
@@ -186,5 +186,6 @@ def save(task: Task, optimizer: torch.optim.Optimizer, progress: Progress, log: 
     tensors = (groups if processes.is_main else {}) | {f"rng-rank{processes.rank}": rng_tensors()}
     state = {"progress": vars(progress), "nats": processes.sum(log.nats).tolist()}
     state |= {"world_size": processes.world_size, "facts": task.facts}
+    state |= {"task": task.name, "dataset": task.dataset, "config": to_dict(task.config)}
     best = {chosen["step"] for chosen in progress.best.values()}
     save_checkpoint(log.folder.checkpoints, progress.step, tensors, state, processes=processes, protect=best)

@@ -30,11 +30,11 @@ class Predictions:
         """predictions.jsonl: a line per example, in which each of ``ks`` has [prediction, 1 if it is right, else 0].
 
         E.g. ``{"id": "12", "8": ["+ number0 number1", 0], "16": ["- number0 number1", 1]}``. Every process calls this;
-        the lines have the examples of all, in the order of the ranks.
+        the lines have the examples of all, in the order of their names (as numbers, where they are).
         """
         by_k = {name: processes.join(self._by_k[name]) for name in map(k_name, ks)}
         lines = (
             {"id": name} | {k: [found[name][0], int(found[name][1])] for k, found in by_k.items()}
-            for name in next(iter(by_k.values()))
+            for name in sorted(next(iter(by_k.values())), key=lambda name: (len(name), name))
         )
         return {FILE: "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)}

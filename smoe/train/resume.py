@@ -19,12 +19,22 @@ from torch import Tensor, nn
 from smoe.errors import CheckpointError, one_line
 from smoe.files import fingerprint, hash_json, write_atomic
 from smoe.train.checkpoint import FORMAT, PARTIAL, checkpoint_path, list_steps
+from smoe.train.config import to_dict
 from smoe.train.processes import Processes
 from smoe.train.task import Task
+from smoe.yaml_files import load_yaml
 
 # What may differ when a run is resumed: where things are and how often they are said, nothing that changes numbers.
 MAY_CHANGE = ("data", "scale", "save_interval", "log_interval", "progress", "resume", "run_dir", "scale_reason")
 MAY_CHANGE += ("engine", "expert_parallel", "fsdp", "process_timeout")
+
+
+def read_config(run: str | Path) -> dict[str, Any]:
+    """The recorded configuration of a run as plain data. ValueError when there is no run here, or it is damaged."""
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"run: {run} is not a run folder (no config.yaml in it)")
+    return load_yaml(path)
 
 
 @dataclass
@@ -50,6 +60,8 @@ def load_checkpoint(path: Path, groups: Iterable[str] | None = None) -> Checkpoi
             raise CheckpointError(f"{path.name}: state.json has changed since it was written")
         if content["format"] != FORMAT:
             raise CheckpointError(f"{path.name}: format {content['format']}, this version reads {FORMAT}")
+        if path != checkpoint_path(path.parent, content["step"]):
+            raise CheckpointError(f"{path.name}: is of step {content['step']}")
         for name, expected in content["files"].items():
             size = (path / name).stat().st_size
             if size != expected["size"]:
@@ -112,8 +124,14 @@ def restore(checkpoint: Checkpoint, task: Task, optimizer: torch.optim.Optimizer
     """Puts model, optimizer, the task's own state and the generators back where the checkpoint found them.
 
     Each process finds its generators as it left them where there are as many processes as then. Where there are not,
-    they start anew from (seed, step, rank), and that is said.
+    they start anew from (seed, step, rank), and that is said. Raises ValueError, before anything changes, for the
+    checkpoint of a run with other data or another configuration.
     """
+    state, config = checkpoint.state, to_dict(task.config)
+    if state.get("dataset", task.dataset) != task.dataset:
+        was, now = (json.dumps(dataset)[:200] for dataset in (state["dataset"], task.dataset))
+        raise ValueError(f"data: this run was given {now}, but {checkpoint.path} was trained on {was}")
+    check_same_config(state.get("config", config), config, MAY_CHANGE, checkpoint.path / "state.json")
     if processes.is_main:
         print(f"resumed after step {checkpoint.step}", flush=True)
     load_weights(checkpoint, task, processes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,11 +16,11 @@ from smoe.train.config import TrainConfig
 from smoe.train.processes import Processes
 
 
-class Task:
+class Task(ABC):
     """One task: a model, what step s trains on, how a batch is run, how a split is measured.
 
-    A subclass sets the attributes and writes the methods that raise NotImplementedError; the others are for tasks that
-    need them. ``transformer_xl/train.py`` is the first one, ``docs/extend.md`` has the steps.
+    A subclass sets the attributes and writes the abstract methods; the others are for tasks that need them.
+    ``transformer_xl/train.py`` is the first one, ``docs/extend.md`` has the steps.
     """
 
     name: ClassVar[str]  # in records, e.g. language_model
@@ -46,47 +47,47 @@ class Task:
         self.record: dict[str, Any] = {}  # further fields of result.json
 
     # ---- every task -------------------------------------------------------------------------------------------------
+    @abstractmethod
     def build_model(self) -> nn.Module:
         """A fresh model. It is called on the meta device as well, to count parameters and FLOPs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batch(self, step: int) -> Any:
         """What this process trains on at ``step``: its share of the step's sequences, on the CPU. Pure in ``step``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, model: nn.Module, batch: Any, device: torch.device) -> PassOutput:
         """One forward pass of ``model``, which may wrap ``self.model``: the mean loss of the batch, and logits."""
-        raise NotImplementedError
 
+    @abstractmethod
     def passes(self, model: nn.Module, split: str, device: torch.device) -> Iterator[Tensor]:
         """Measures ``split``: per forward pass the sums that :meth:`values` turns into metrics, a float64 vector.
 
         Its last element is the number of what is averaged over (tokens, examples). Each process reads its share, and
         all make as many passes, as experts on several processes need.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def values(self, sums: list[float]) -> dict[str, float]:
         """Every metric by its key, from the sums of all passes of all processes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flops(self, model: nn.Module, k: int | list[int] | None) -> dict[str, int]:
         """``paper`` and ``true`` FLOPs of an evaluation pass, and of a ``training_step``; ``model`` is on meta."""
-        raise NotImplementedError
 
     # ---- tasks that need it -----------------------------------------------------------------------------------------
     def bare(self) -> nn.Module:
         """The part of ``self.model`` whose weights a checkpoint holds."""
         return self.model
 
-    def carry(self, output: Any) -> None:
+    def carry(self, output: Any) -> None:  # noqa: B027 (may stay empty)
         """Keeps what the next step needs of this step's (first) forward pass, such as a memory."""
 
     def state(self) -> dict[str, Tensor]:
         """This process's rows of the tensors that a resumed run needs, rows first: what :meth:`carry` keeps."""
         return {}
 
-    def load_state(self, state: dict[str, Tensor], device: torch.device) -> None:
+    def load_state(self, state: dict[str, Tensor], device: torch.device) -> None:  # noqa: B027
         """The inverse of :meth:`state`, with the rows of all processes."""
 
     def where(self, step: int) -> str:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from commands import Command
+from commands import Command, starter
 
 ROOT = Path(__file__).parents[2]
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -66,12 +66,10 @@ def pretrain_argv(prepared):
 
 @pytest.fixture
 def pretrain(start, pretrain_argv):
-    """pretrain(model, method, run_dir, *flags) -> Command: the trainer, waited for."""
+    """pretrain(model, method, run_dir, *flags, wait=True) -> Command: the trainer, waited for."""
 
     def pretrain(model: str, method: str, run_dir: Path, *flags: object, wait: bool = True) -> Command:
-        command = start("bert.pretrain", *pretrain_argv(model), "--method", method, "--run_dir", run_dir, *flags)
-        if wait:
-            command.wait()
-        return command
+        trainer = starter(start, "bert.pretrain", pretrain_argv(model))
+        return trainer(run_dir, "--method", method, *flags, wait=wait)
 
     return pretrain

@@ -1,8 +1,8 @@
 """Small prepared sets of word problems and questions, and a tokenizer, for tests of fine-tuning and of its scripts."""
 
-import hashlib
-import json
 from pathlib import Path
+
+from example_data import write_examples
 
 from bert.finetune import _SPECIAL
 
@@ -46,23 +46,13 @@ def question(i: int) -> dict:
     return {"id": f"q{i}", "question": text, "choices": choices, "answer": answer}
 
 
-def write(folder: Path, name: str, parts: dict[str, list[dict]]) -> Path:
-    """A folder as the scripts of data/ leave it."""
-    folder.mkdir(exist_ok=True)
-    meta = {"dataset": name, "sha256": "0" * 64, "splits": {}}
-    for split, rows in parts.items():
-        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        (folder / f"{split}.jsonl").write_bytes(content)
-        digest = hashlib.sha256(content).hexdigest()
-        meta["splits"][split] = {"file": f"{split}.jsonl", "examples": len(rows), "sha256": digest}
-    (folder / "meta.json").write_text(json.dumps(meta))
-    return folder
-
-
 def write_problems(folder: Path) -> Path:
-    folds = {f"{fold}-{split}" for fold in (0, 1, "challenge") for split in ("train", "test")}
-    return write(folder, "mawps", {part: [problem(i) for i in range(160 if "train" in part else 23)] for part in folds})
+    train, test = ([problem(i) for i in range(count)] for count in (160, 23))
+    folds = (0, 1, "challenge")
+    splits = {f"{fold}-train": train for fold in folds} | {f"{fold}-test": test for fold in folds}
+    return write_examples(folder, "mawps", splits)
 
 
 def write_questions(folder: Path) -> Path:
-    return write(folder, "csqa", {"train": [question(i) for i in range(160)], "test": [question(i) for i in range(23)]})
+    train, test = ([question(i) for i in range(count)] for count in (160, 23))
+    return write_examples(folder, "csqa", {"train": train, "test": test})

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import assert_one_line
 
 from bert.config import PretrainConfig
 from bert.data import evaluation_batches
@@ -78,8 +79,7 @@ def test_command_gives_what_the_run_recorded(pretrain, start, tmp_path):
 
 def test_a_folder_without_a_run_is_one_line(start, tmp_path):
     command = start("bert.evaluate", tmp_path / "nothing")
-    assert command.wait() == 2
-    assert command.err.count("\n") == 1 and "nothing" in command.err
+    assert_one_line(command, 2, "nothing")
 
 
 @pytest.mark.parametrize(
@@ -88,5 +88,4 @@ def test_a_folder_without_a_run_is_one_line(start, tmp_path):
 def test_a_run_of_something_else_is_one_line(content, start, tmp_path):
     (tmp_path / "config.yaml").write_text(content)
     command = start("bert.evaluate", tmp_path)
-    assert command.wait() == 2
-    assert command.err.count("\n") == 1 and "config.yaml is not of a BERT or RoBERTa" in command.err
+    assert_one_line(command, 2, "config.yaml is not of a BERT or RoBERTa")

@@ -4,14 +4,12 @@ import json
 
 import pytest
 import torch
+from commands import assert_main_refuses
 
 import smoe
 from bert.flops import main, masked_lm
-from smoe.errors import run_main
 from smoe.flops import count, count_step
 from smoe.paper import paper_flops
-
-pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("model, vocab, width", [("bert", 30522, 6144), ("roberta", 50265, 3072)])
@@ -56,7 +54,6 @@ def run_json(capsys, *argv: str) -> dict:
 
 
 def test_command_counts_the_papers_model(capsys):
-    pytest.importorskip("jsonargparse")
     argv = ("--model", "roberta", "--method", "thor", "--k", "2", "--batch", "1", "--seq_len", "8", "--step")
     (row,) = run_json(capsys, *argv)["rows"]
     assert row["paper"] == paper_flops("roberta", "thor", 2, batch=1, seq_len=8)
@@ -66,7 +63,6 @@ def test_command_counts_the_papers_model(capsys):
 
 
 def test_command_counts_the_configuration_of_a_run(capsys, tmp_path):
-    pytest.importorskip("jsonargparse")
     path = tmp_path / "config.yaml"
     sizes = {name: value for name, value in SIZES.items() if name != "vocab_size"} | {"seq_len": 8}
     fields = {"model": "bert", "method": "thor", "num_experts": 4, "eval_batch_size": 3, "batch_size": 6, **sizes}
@@ -94,12 +90,7 @@ def test_command_counts_the_configuration_of_a_run(capsys, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(argv, message, capsys):
-    pytest.importorskip("jsonargparse")
-    with pytest.raises(SystemExit) as stop:
-        run_main(main, argv)
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert_main_refuses(main, argv, message, capsys)
 
 
 def test_other_models_are_refused():

@@ -1,22 +1,19 @@
 """The trainer: run folder, resume bit for bit, several processes, and what it says when something is wrong."""
 
 import json
-import random
-import signal
-import time
 from functools import partial
 
 import ablations
+import interruptions
 import pytest
 import torch
-from runs import assert_one_line, assert_same_weights, lines, losses, result, wait_for_step, weights
+from runs import assert_one_line, lines, losses, result, weights
 from safetensors.torch import load_file
 
 from bert.config import PretrainConfig
 from bert.pretrain import MaskedLanguageModel
 from smoe import METHODS
 from smoe.report import check_result, slimming_table
-from smoe.train.checkpoint import list_steps
 from smoe.train.command import parse_config
 from smoe.train.evaluate import read_run
 
@@ -116,44 +113,14 @@ def test_thor_without_its_consistency_loss_makes_one_pass(pretrain, tmp_path):
 
 
 def test_a_run_killed_three_times_ends_with_the_same_bits(pretrain, tmp_path):
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
-    assert pretrain("bert", "smoe_dropout", alone, *LONG).wait() == 0
-    moments = sorted(random.Random().sample(range(2, 28), 3))
-    for moment in moments:
-        command = pretrain("bert", "smoe_dropout", killed, *LONG, "--resume", wait=False)
-        wait_for_step(killed, moment, command.process.is_alive)
-        time.sleep(random.random() * 0.03)
-        command.kill(signal.SIGKILL)
-        assert command.wait() == -signal.SIGKILL
-    last = pretrain("bert", "smoe_dropout", killed, *LONG, "--resume")
-    assert last.wait() == 0, last.err
-    assert "resumed after step" in last.out
-    assert_same_weights(alone, killed)
-    assert losses(alone) == losses(killed), f"killed at {moments}"
-    assert {step: line["k"] for step, line in lines(alone).items()} == {
-        step: line["k"] for step, line in lines(killed).items()
-    }
-    assert result(alone)["metrics"] == result(killed)["metrics"]
+    trainer = partial(pretrain, "bert", "smoe_dropout")
+    interruptions.check_kills(trainer, tmp_path, kills=3, steps=30, log_interval=1)
 
 
 def test_sigterm_writes_a_checkpoint_that_resume_goes_on_from(pretrain, tmp_path):
-    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
     # The stop falls between two lines of metrics: the losses before it count in the next one.
-    flags = ("--steps", 60, "--eval_interval", 60, "--log_interval", 20)
-    assert pretrain("roberta", "thor", alone, *flags).wait() == 0
-    command = pretrain("roberta", "thor", stopped, *flags, wait=False)
-    while not (stopped / "metrics.jsonl").exists() or not losses(stopped):
-        assert command.process.is_alive(), command.err
-        time.sleep(0.002)
-    command.kill(signal.SIGTERM)
-    assert command.wait() == 75
-    assert command.err.count("\n") == 1 and "a checkpoint is written" in command.err
-    assert 20 <= list_steps(stopped / "checkpoints")[-1] < 60
-    assert not (stopped / "result.json").exists()
-    again = pretrain("roberta", "thor", stopped, *flags, "--resume")
-    assert again.wait() == 0, again.err
-    assert_same_weights(alone, stopped)
-    assert losses(alone) == pytest.approx(losses(stopped), abs=1e-12)
+    trainer = partial(pretrain, "roberta", "thor")
+    interruptions.check_sigterm(trainer, tmp_path, ("--log_interval", 20), stop_at=20, steps=60)
 
 
 def test_a_run_whose_training_was_done_needs_the_sweep_alone(pretrain, tmp_path):
@@ -171,9 +138,7 @@ def test_a_run_whose_training_was_done_needs_the_sweep_alone(pretrain, tmp_path)
 def test_non_finite_loss_stops_before_the_optimizer_step(pretrain, tmp_path):
     run = tmp_path / "run"
     command = pretrain("bert", "smoe_dropout", run, "--learning_rate", "1e30", "--save_interval", 1)
-    assert command.wait() == 1
-    assert command.err.startswith("error: ") and command.err.count("\n") == 1, command.err
-    assert "not finite at step" in command.err
+    assert_one_line(command, 1, "not finite at step")
     assert all(tensor.isfinite().all() for tensor in weights(run).values() if tensor.is_floating_point())
     assert not (run / "result.json").exists()
 

@@ -2,26 +2,19 @@
 
 import processes
 import pytest
+from commands import rank_starter
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture
-def trainer(start_ranks, pretrain_argv):
-    def trainer(run_dir, *flags, ranks=1, own=None):
-        argv = [
-            *pretrain_argv("bert"),
-            "--method",
-            "smoe_dropout",
-            "--eval_sequences",
-            25,
-            "--run_dir",
-            run_dir,
-            *flags,
-        ]
-        return start_ranks(ranks, "bert.pretrain", *argv, own=own)
+def argv(pretrain_argv):
+    return [*pretrain_argv("bert"), "--method", "smoe_dropout", "--eval_sequences", 25]
 
-    return trainer
+
+@pytest.fixture
+def trainer(start_ranks, argv):
+    return rank_starter(start_ranks, "bert.pretrain", argv)
 
 
 def test_twenty_steps_are_those_of_one_process(trainer, tmp_path):
@@ -55,6 +48,5 @@ def test_a_signal_to_one_stops_all(trainer, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_after_a_kill(trainer, pretrain_argv, tmp_path):
-    argv = [*pretrain_argv("bert"), "--method", "smoe_dropout", "--eval_sequences", 25]
+def test_torchrun_restarts_after_a_kill(trainer, argv, tmp_path):
     processes.check_torchrun_restarts(trainer, "bert.pretrain", argv, tmp_path)

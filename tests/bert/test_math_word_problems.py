@@ -3,14 +3,16 @@
 import json
 import random
 import shutil
-import signal
 
 import fine_tuning
+import interruptions
 import processes
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import assert_one_line, assert_same_weights, lines, losses, result, wait_for_step
+from commands import rank_starter, starter
+from example_data import record_sha256
+from runs import assert_one_line, lines, losses, result
 
 from bert.equation_decoder import END, EquationDecoder, Problems
 from bert.finetune import with_positions
@@ -39,13 +41,7 @@ def solve_argv(problems):
 
 @pytest.fixture
 def solve(start, solve_argv):
-    def solve(run_dir, *flags, wait=True):
-        command = start("bert.math_word_problems", *solve_argv, "--run_dir", run_dir, *flags)
-        if wait:
-            command.wait()
-        return command
-
-    return solve
+    return starter(start, "bert.math_word_problems", solve_argv)
 
 
 def task_of(solve_argv, tokenizer, *flags) -> MathWordProblems:
@@ -268,31 +264,17 @@ def test_held_out_problems_are_kept_apart_whatever_their_order():
 
 
 def test_a_stopped_run_goes_on_with_the_same_bits(solve, tokenizer, tmp_path):
-    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
-    flags = ("--method", "thor", "--model", "bert", "--tokenizer", tokenizer, "--steps", 60, "--eval_interval", 60)
-    flags += ("--log_interval", 1)
-    assert solve(alone, *flags).wait() == 0
-    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 75)):
-        command = solve(stopped, *flags, "--save_interval", 4, "--resume", wait=False)
-        wait_for_step(stopped, 11 if code == -9 else 25, command.process.is_alive)
-        command.kill(number)
-        assert command.wait() == code, command.err
-    assert solve(stopped, *flags, "--save_interval", 4, "--resume").wait() == 0
-    assert_same_weights(alone, stopped)
-    assert losses(alone) == losses(stopped) and result(alone)["metrics"] == result(stopped)["metrics"]
-    assert (alone / "predictions.jsonl").read_bytes() == (stopped / "predictions.jsonl").read_bytes()
+    flags = ("--method", "thor", "--model", "bert", "--tokenizer", tokenizer)
+    interruptions.check_kill_and_sigterm(solve, tmp_path, flags)
+    alone, stopped = (tmp_path / name / "predictions.jsonl" for name in ("alone", "stopped"))
+    assert alone.read_bytes() == stopped.read_bytes()
 
 
 @pytest.mark.distributed
 def test_two_processes_are_one(start_ranks, solve_argv, tokenizer, tmp_path):
     flags = ["--method", "smoe_dropout", "--model", "bert", "--tokenizer", tokenizer, "--dropout", 0]
-    flags += ["--expert_dropout", 0, "--log_interval", 1, "--eval_batch_size", 4]
-    for ranks in (1, 2):
-        argv = [*solve_argv, *flags, "--run_dir", tmp_path / str(ranks), "--expert_parallel", ranks]
-        processes.finish(start_ranks(ranks, "bert.math_word_problems", *argv))
-    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), abs=1e-5)
-    one, two = (result(tmp_path / ranks)["metrics"]["solving_rate"] for ranks in "12")
-    assert one["n"] == two["n"] and one["test"] == pytest.approx(two["test"], abs=1 / 23 + 1e-9)
+    trainer = rank_starter(start_ranks, "bert.math_word_problems", [*solve_argv, *flags, "--expert_dropout", 0])
+    processes.check_examples_on_two(trainer, tmp_path, "solving_rate", "test")
     kept = [(tmp_path / ranks / "predictions.jsonl").read_text().splitlines() for ranks in "12"]
     assert [json.loads(line)["id"] for line in kept[1]] == [json.loads(line)["id"] for line in kept[0]]
 
@@ -350,8 +332,6 @@ def test_a_run_of_another_kind_or_size(pretrain, solve, tokenizer, tmp_path):
     ],
 )
 def test_damaged_data_is_named(damage, words, problems, solve, tokenizer, tmp_path):
-    import hashlib
-
     data = tmp_path / "data"
     shutil.copytree(problems, data)
     file = data / "0-test.jsonl"
@@ -360,8 +340,6 @@ def test_damaged_data_is_named(damage, words, problems, solve, tokenizer, tmp_pa
         "" if damage == "" else content.replace("ann", "bob") if damage is None else content.replace(*damage)
     )
     if damage is not None:
-        meta = json.loads((data / "meta.json").read_text())
-        meta["splits"]["0-test"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-        (data / "meta.json").write_text(json.dumps(meta))
+        record_sha256(data, "0-test")
     flags = ("--method", "smoe", "--model", "bert", "--tokenizer", tokenizer, "--data", data)
     assert_one_line(solve(tmp_path / "run", *flags), 2, words, "--force")

@@ -2,13 +2,15 @@
 
 import json
 import shutil
-import signal
 
 import fine_tuning
+import interruptions
 import processes
 import pytest
 import torch
-from runs import assert_one_line, assert_same_weights, losses, result, wait_for_step
+from commands import rank_starter, starter
+from example_data import write_examples
+from runs import assert_one_line, result
 from transformers import BertConfig, BertForMultipleChoice
 
 from bert.multiple_choice import MultipleChoice, MultipleChoiceConfig
@@ -33,13 +35,7 @@ def choose_argv(questions):
 
 @pytest.fixture
 def choose(start, choose_argv):
-    def choose(run_dir, *flags, wait=True):
-        command = start("bert.multiple_choice", *choose_argv, "--run_dir", run_dir, *flags)
-        if wait:
-            command.wait()
-        return command
-
-    return choose
+    return starter(start, "bert.multiple_choice", choose_argv)
 
 
 def task_of(choose_argv, tokenizer, *flags, model="bert") -> MultipleChoice:
@@ -124,29 +120,15 @@ def test_the_model_is_transformers_own(choose_argv, tokenizer):
 
 
 def test_a_stopped_run_goes_on_with_the_same_bits(choose, tokenizer, tmp_path):
-    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
-    flags = ("--method", "smoe_dropout", "--model", "bert", "--tokenizer", tokenizer, "--steps", 60)
-    flags += ("--eval_interval", 60, "--log_interval", 1)
-    assert choose(alone, *flags).wait() == 0
-    command = choose(stopped, *flags, "--save_interval", 4, "--resume", wait=False)
-    wait_for_step(stopped, 11, command.process.is_alive)
-    command.kill(signal.SIGKILL)
-    assert command.wait() == -9
-    assert choose(stopped, *flags, "--save_interval", 4, "--resume").wait() == 0
-    assert_same_weights(alone, stopped)
-    assert losses(alone) == losses(stopped) and result(alone)["metrics"] == result(stopped)["metrics"]
+    flags = ("--method", "smoe_dropout", "--model", "bert", "--tokenizer", tokenizer)
+    interruptions.check_kill_and_sigterm(choose, tmp_path, flags)
 
 
 @pytest.mark.distributed
 def test_two_processes_are_one(start_ranks, choose_argv, tokenizer, tmp_path):
     flags = ["--method", "smoe_dropout", "--model", "bert", "--tokenizer", tokenizer, "--dropout", 0]
-    flags += ["--log_interval", 1, "--eval_batch_size", 4]
-    for ranks in (1, 2):
-        argv = [*choose_argv, *flags, "--run_dir", tmp_path / str(ranks), "--expert_parallel", ranks]
-        processes.finish(start_ranks(ranks, "bert.multiple_choice", *argv))
-    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), abs=1e-5)
-    one, two = (result(tmp_path / ranks)["metrics"]["accuracy"] for ranks in "12")
-    assert one["n"] == two["n"] and one["test"] == pytest.approx(two["test"], abs=1 / 23 + 1e-9)
+    trainer = rank_starter(start_ranks, "bert.multiple_choice", [*choose_argv, *flags])
+    processes.check_examples_on_two(trainer, tmp_path, "accuracy", "test")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +141,7 @@ def test_two_processes_are_one(start_ranks, choose_argv, tokenizer, tmp_path):
 )
 def test_damaged_data_is_named(row, words, choose, tokenizer, tmp_path):
     rows = [fine_tuning.question(i) for i in range(20)]
-    data = fine_tuning.write(tmp_path / "data", "csqa", {"train": rows, "test": [*rows, row]})
+    data = write_examples(tmp_path / "data", "csqa", {"train": rows, "test": [*rows, row]})
     flags = ("--method", "smoe", "--model", "bert", "--tokenizer", tokenizer, "--data", data)
     assert_one_line(choose(tmp_path / "run", *flags), 2, words, "--force")
     assert not (tmp_path / "run").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from example_data import write_sentences
 
 from bert.math_word_problems import MathConfig
 from bert.multiple_choice import MultipleChoiceConfig
@@ -82,7 +83,7 @@ def test_all_has_every_cell_in_both_settings():
     for name in ("paper", "all"):
         lines = [line.split() for line in panels[name]]
         assert {line[0] for line in lines} == cells and all(line[1:3] == ["--setting", name] for line in lines)
-        assert all(line.count("8") for line in lines if "--k_max" in line)
+        assert {line[0] for line in lines if line[-2:] == ["--keep", "8"]} == {c for c in cells if "smoe_dropout" in c}
     folds = [line.partition("--fold ")[2] for line in panels["all"] if line.startswith("table2/mawps/bert/thor")]
     assert folds == ["0", "1", "2", "3", "4"]
     assert panel.expanded("a{b,c} d{e,f}g") == ["ab deg", "ab dfg", "ac deg", "ac dfg"]
@@ -93,6 +94,20 @@ def test_all_has_every_cell_in_both_settings():
         ("table2/svamp/bert/smoe", "MathConfig"),
     ):
         assert panel.config_class(panel.Run(name, (), ())).__name__ == expected
+
+
+def test_figure_4_has_every_method_of_every_column_over_the_kept_experts():
+    panels = load("panel", "script/panel.py").read_panels("figure4")
+    lines = [tuple(line.split()) for lines in panels.values() for line in lines]
+    budgets = [(), *(("--keep", str(keep)) for keep in (1, 2, 4, 8, 12))]
+    expected = {
+        (f"table2/{column}/{method}", "--setting", "paper", *budget)
+        for column in COLUMNS
+        for method in METHOD_OF
+        for budget in (budgets if method != "dense_model" else budgets[:1])
+    }
+    assert set(lines) == expected and len(lines) == len(expected)
+    assert os.access(ROOT / "script/figure4/all.sh", os.X_OK)
 
 
 def test_a_users_flag_wins_over_the_settings():
@@ -117,9 +132,7 @@ def test_flags_that_do_not_fit_are_one_line(flags, message):
 
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sst2")
-    load("classify_tests", "tests/transformer_xl/test_classify.py").write(folder, {"train": 40, "valid": 11})
-    return folder
+    return write_sentences(tmp_path_factory.mktemp("sst2"), {"train": 40, "valid": 11})
 
 
 COMMON = ["--scale", "smoke", "--progress", "false", "--sweep", "16"]

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+import transformers
+from commands import assert_main_refuses
 
 import smoe
 from smoe import cli
@@ -37,7 +39,6 @@ def test_arch_by_the_papers_convention(capsys):
 
 @pytest.fixture
 def gpt2():
-    transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32)
     return transformers.GPT2LMHeadModel(config).eval()
 
@@ -88,11 +89,7 @@ def test_saved_modulized_model(capsys, tmp_path, gpt2):
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(argv, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(argv)
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert_main_refuses(cli.main, argv, message, capsys)
 
 
 def test_bad_model_folders(capsys, tmp_path, gpt2):
@@ -107,10 +104,7 @@ def test_bad_model_folders(capsys, tmp_path, gpt2):
         (["--model", str(broken), "--seq_len", "4"], "config.json can't be read"),
         (["--model", str(tmp_path), "--seq_len", "4", "--tgt_len", "4"], "--tgt_len has no effect with --model"),
     ):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["flops", *argv])
-        err = capsys.readouterr().err
-        assert stop.value.code == 2 and err.count("\n") == 1 and message in err, err
+        assert_main_refuses(cli.main, ["flops", *argv], message, capsys)
 
 
 def test_export(capsys, tmp_path, gpt2):
@@ -133,10 +127,7 @@ def test_export(capsys, tmp_path, gpt2):
         ([*argv, "--metrics", str(metrics)], "it must be JSON like"),
         (["export", str(tmp_path / "gpt2"), *argv[2:]], "model is a GPT2LMHeadModel; only Transformers' own Llama"),
     ):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(words)
-        err = capsys.readouterr().err
-        assert stop.value.code == 2 and err.count("\n") == 1 and message in err, err
+        assert_main_refuses(cli.main, words, message, capsys)
 
 
 def test_version_and_help(capsys):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import smoe
@@ -137,7 +138,6 @@ def test_compiled_and_bf16_models_count_the_same():
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_modulized_hugging_face_model(name):
-    transformers = pytest.importorskip("transformers")
     if name == "gpt2":
         config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32)
         model, matrices, attention = transformers.GPT2LMHeadModel(config), 2, 4 * 16 * 16

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+import transformers
 from tiny_models import tiny
 from torch import nn
 
 import smoe
 
-transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 
 

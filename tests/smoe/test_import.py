@@ -29,7 +29,7 @@ for _ in range(5):
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+@pytest.mark.skipif(sys.platform == "win32", reason="forks: needs Linux or macOS")
 def test_import_needs_torch_alone_and_no_time():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -41,7 +41,6 @@ def test_every_kind_in_its_group():
 
 @pytest.mark.parametrize("name", ["BERT", "T5", "ViT", "Llama"])
 def test_the_parameters_of_a_model_are_all_there_once(name):
-    pytest.importorskip("transformers")
     model = smoe.modulize(tiny(name), N, top_k=2)
     groups = smoe.parameter_groups(model, 0.1)
     parameters = [p for group in groups for p in group["params"]]

@@ -17,6 +17,10 @@ def build(kind: str, k: int = 3, score: str = "softmax_after_topk", seed: int | 
     return make_router(kind, D, N, k, score, vocab_size=V, seed=seed)
 
 
+WITH_WEIGHTS = [kind for kind in ROUTERS if build(kind).state_dict()]  # a choice that the weights decide, nested in k
+FIXED = [kind for kind in WITH_WEIGHTS if not list(build(kind).parameters())]
+
+
 def digest(*tensors: torch.Tensor) -> str:
     return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
 
@@ -54,7 +58,7 @@ def test_the_k_largest_logits_are_chosen(kind):
         assert (smallest_in >= largest_out).all()
 
 
-@pytest.mark.parametrize("kind", ["random", "learned", "hash"])
+@pytest.mark.parametrize("kind", WITH_WEIGHTS)
 def test_the_choice_at_k_is_part_of_the_choice_at_k_plus_1(kind):
     router, x, ids = build(kind), torch.randn(T, D), torch.randint(V, (T,))
     before = [set() for _ in range(T)]
@@ -78,7 +82,7 @@ def test_fixed_router_is_buffers_alone():
     assert not layer.router.weight.requires_grad
 
 
-@pytest.mark.parametrize("kind", ["random", "hash"])
+@pytest.mark.parametrize("kind", FIXED)
 def test_an_optimizer_step_with_decay_leaves_a_fixed_router_alone(kind):
     layer = SMoE(D, 24, N, 3, router=kind, vocab_size=V)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
@@ -89,7 +93,7 @@ def test_an_optimizer_step_with_decay_leaves_a_fixed_router_alone(kind):
         assert torch.equal(value, before[name]) == name.startswith("router"), name
 
 
-@pytest.mark.parametrize("kind", ["random", "learned", "hash"])
+@pytest.mark.parametrize("kind", WITH_WEIGHTS)
 def test_one_seed_gives_one_router(kind):
     first = list(build(kind, seed=5).state_dict().values())
     torch.manual_seed(123)  # the global generator must not matter
@@ -147,7 +151,7 @@ def test_fixed_router_moves_with_the_model():
     assert build("random").to("meta", torch.bfloat16).weight.is_meta
 
 
-@pytest.mark.parametrize("kind", ["random", "learned", "hash"])
+@pytest.mark.parametrize("kind", WITH_WEIGHTS)
 def test_made_on_the_default_device(kind):
     with torch.device("meta"):
         router = build(kind)
@@ -156,6 +160,22 @@ def test_made_on_the_default_device(kind):
     router.load_state_dict(build(kind).state_dict())
     x, ids = torch.randn(T, D), torch.randint(V, (T,))
     assert torch.equal(router(x, ids).indices, build(kind)(x, ids).indices)
+
+
+class EveryOther(RandomRouter):
+    """Fixed numbers of its own."""
+
+    def draw(self, std):
+        return std * torch.eye(self.num_experts, self.weight.shape[1])
+
+
+def test_fixed_numbers_of_ones_own_survive_the_meta_device():
+    expected = 0.02 * torch.eye(N, D)
+    assert torch.equal(EveryOther(D, N, 3).weight, expected)
+    with torch.device("meta"):
+        router = EveryOther(D, N, 3)
+    assert router.weight.is_meta and torch.equal(router.to_empty(device="cpu").weight, expected)
+    assert torch.equal(router.half().to("meta").to_empty(device="cpu").weight, expected)
 
 
 # --- uniform ---------------------------------------------------------------------------------------------------------

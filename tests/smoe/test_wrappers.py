@@ -3,8 +3,12 @@
 import copy
 import importlib
 
+import peft
 import pytest
 import torch
+import transformers
+from accelerate import cpu_offload, hooks
+from tiny_models import with_lora
 from torch import nn
 
 import smoe
@@ -30,25 +34,6 @@ class Tiny(nn.Module):
     def forward(self, ids):
         x = self.embedding(ids)
         return self.out(x + self.mlp(x))
-
-
-@pytest.fixture
-def peft():
-    return pytest.importorskip("peft", reason="needs peft: pip install peft")
-
-
-@pytest.fixture
-def hooks():
-    pytest.importorskip("accelerate", reason="needs accelerate: pip install accelerate")
-    return importlib.import_module("accelerate.hooks")
-
-
-def with_lora(peft, model, parameters, **config):
-    """LoRA with random factors, so that it changes what the model computes."""
-    torch.manual_seed(1)
-    return peft.get_peft_model(
-        model, peft.LoraConfig(target_modules=[], target_parameters=parameters, r=2, init_lora_weights=False, **config)
-    )
 
 
 class Wrapper(nn.Module):
@@ -87,8 +72,8 @@ def test_a_wrapper_needs_no_attributes(router):
 
 @pytest.mark.parametrize("compute", ["auto", *(path for path in PATHS if path != "grouped_mm")])  # that needs bfloat16
 @pytest.mark.parametrize("k", [2, N])
-def test_lora_on_experts_computes_what_the_merged_model_does(peft, compute, k):
-    model = with_lora(peft, Tiny(compute=compute), EXPERTS)
+def test_lora_on_experts_computes_what_the_merged_model_does(compute, k):
+    model = with_lora(Tiny(compute=compute), parameters=EXPERTS)
     merged = copy.deepcopy(model).merge_and_unload()
     merged.requires_grad_()
     before = Tiny(compute=compute)
@@ -109,8 +94,8 @@ def test_lora_on_experts_computes_what_the_merged_model_does(peft, compute, k):
 
 
 @pytest.mark.parametrize("parameters", [["router.weight"], ["router.weight", "experts.up"], ["experts.up_bias"]])
-def test_lora_on_a_router_or_a_bias(peft, parameters):
-    model = with_lora(peft, Tiny(router="learned"), parameters)
+def test_lora_on_a_router_or_a_bias(parameters):
+    model = with_lora(Tiny(router="learned"), parameters=parameters)
     set_top_k(model, 3)
     with record_routing(model) as routings:
         y = model(IDS)
@@ -119,7 +104,7 @@ def test_lora_on_a_router_or_a_bias(peft, parameters):
 
 
 @pytest.mark.parametrize("part", ["router", "experts", "mlp"])
-def test_modules_to_save_take_k(peft, part):
+def test_modules_to_save_take_k(part):
     """PEFT runs a copy of the module, and k must reach it."""
     config = peft.LoraConfig(target_modules=["out"], modules_to_save=[part])
     model = peft.get_peft_model(Tiny(router="learned"), config)
@@ -135,8 +120,8 @@ def test_modules_to_save_take_k(peft, part):
     assert any(part in name and p.grad is not None for name, p in model.named_parameters())
 
 
-def test_an_adapter_is_saved_and_loaded(peft, tmp_path):
-    model = with_lora(peft, Tiny(), EXPERTS)
+def test_an_adapter_is_saved_and_loaded(tmp_path):
+    model = with_lora(Tiny(), parameters=EXPERTS)
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(Tiny(), tmp_path)
     assert torch.equal(loaded(IDS), model(IDS))
@@ -145,8 +130,7 @@ def test_an_adapter_is_saved_and_loaded(peft, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5"])
-def test_lora_on_modulized_transformers(peft, kind):
-    transformers = pytest.importorskip("transformers")
+def test_lora_on_modulized_transformers(kind):
     torch.manual_seed(0)
     if kind == "bert":
         sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 64}
@@ -158,19 +142,19 @@ def test_lora_on_modulized_transformers(peft, kind):
         inputs = {"input_ids": IDS, "labels": IDS}
     model = smoe.modulize(model.eval(), N, top_k=2, seed=0)
     before = model(**inputs).logits
-    model = with_lora(peft, model, ["experts.up", "experts.down"])
+    model = with_lora(model, parameters=["experts.up", "experts.down"])
     y = model(**inputs).logits
     assert not torch.allclose(y, before, atol=1e-3)
     torch.testing.assert_close(y, model.merge_and_unload()(**inputs).logits, rtol=0, atol=1e-5)
 
 
-def test_what_needs_the_weights_themselves_says_to_merge_first(peft, tmp_path):
+def test_what_needs_the_weights_themselves_says_to_merge_first(tmp_path):
     def modulized():
         torch.manual_seed(0)
         mlp = nn.Sequential(nn.Linear(D, 64), nn.ReLU(), nn.Linear(64, D))
         return smoe.modulize(nn.Sequential(mlp), N, score="sum")
 
-    model = with_lora(peft, modulized(), ["experts.up"])
+    model = with_lora(modulized(), parameters=["experts.up"])
     (name, _), *_ = smoe.smoe_layers(model)
     x = torch.randn(3, D)
     refused = {
@@ -197,9 +181,7 @@ def test_what_needs_the_weights_themselves_says_to_merge_first(peft, tmp_path):
 
 @pytest.mark.parametrize("router", ["random", "learned"])
 @pytest.mark.parametrize("offload_buffers", [False, True])
-def test_offloaded_weights(hooks, router, offload_buffers):
-    from accelerate import cpu_offload
-
+def test_offloaded_weights(router, offload_buffers):
     model = Tiny(router=router)
     wanted = model(IDS)
     cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=offload_buffers)
@@ -218,7 +200,7 @@ def test_offloaded_weights(hooks, router, offload_buffers):
     assert smoe.slim(model, {"mlp": torch.arange(N)}, keep=4).mlp.num_experts == 4
 
 
-def test_hooks_on_every_module(hooks):
+def test_hooks_on_every_module():
     model = Tiny()
     wanted = model(IDS)
     for module in model.modules():

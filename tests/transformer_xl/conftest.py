@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from commands import Command
+from commands import Command, starter
 
 
 @pytest.fixture
@@ -14,12 +14,10 @@ def train_argv(data_dir):
 
 @pytest.fixture
 def train(start, train_argv):
-    """train(method, run_dir, *flags) -> Command: the trainer, waited for."""
+    """train(method, run_dir, *flags, wait=True) -> Command: the trainer, waited for."""
+    trainer = starter(start, "transformer_xl.train", train_argv)
 
     def train(method: str, run_dir: Path, *flags: object, wait: bool = True) -> Command:
-        command = start("transformer_xl.train", *train_argv, "--method", method, "--run_dir", run_dir, *flags)
-        if wait:
-            command.wait()
-        return command
+        return trainer(run_dir, "--method", method, *flags, wait=wait)
 
     return train

@@ -1,43 +1,25 @@
 """Fine-tuning on sentences: the third task of the loop."""
 
 import dataclasses
-import hashlib
 import json
 import shutil
-import signal
 
+import interruptions
 import processes
 import pytest
 import torch
-from runs import assert_one_line, assert_same_weights, lines, losses, result, wait_for_step
+from commands import rank_starter, starter
+from example_data import record_sha256, write_sentences
+from runs import assert_one_line, lines, result
 
 from smoe import set_top_k
 from smoe.train.command import parse_config
 from transformer_xl.classify import Classification, ClassifyConfig, _padded
 
-WORDS = {0: ["awful", "dull", "a bore"], 1: ["great", "moving", "a joy"]}
-
-
-def write(folder, counts) -> None:
-    """Sentences whose class a single word gives away, in the format of data/sst2/prepare.py."""
-    folder.mkdir(exist_ok=True)
-    meta = {"dataset": "sst2", "sha256": "0" * 64, "splits": {}}
-    for split, count in counts.items():
-        rows = [
-            {"text": f"film {i % 7} is {'so ' * (i % 3)}{WORDS[i % 2][i % 3]} .", "label": i % 2} for i in range(count)
-        ]
-        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        (folder / f"{split}.jsonl").write_bytes(content)
-        digest = hashlib.sha256(content).hexdigest()
-        meta["splits"][split] = {"file": f"{split}.jsonl", "examples": count, "sha256": digest}
-    (folder / "meta.json").write_text(json.dumps(meta))
-
 
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sst2")
-    write(folder, {"train": 90, "valid": 23})
-    return folder
+    return write_sentences(tmp_path_factory.mktemp("sst2"), {"train": 90, "valid": 23})
 
 
 @pytest.fixture
@@ -47,13 +29,7 @@ def classify_argv(sentences):
 
 @pytest.fixture
 def classify(start, classify_argv):
-    def classify(run_dir, *flags, wait=True):
-        command = start("transformer_xl.classify", *classify_argv, "--run_dir", run_dir, *flags)
-        if wait:
-            command.wait()
-        return command
-
-    return classify
+    return starter(start, "transformer_xl.classify", classify_argv)
 
 
 def test_a_pretrained_run_is_fine_tuned_and_measured_at_any_k(train, classify, start, tmp_path):
@@ -119,39 +95,15 @@ def test_every_sentence_once_an_epoch_and_shares_that_make_a_batch(sentences):
 
 
 def test_a_stopped_run_goes_on_with_the_same_bits(classify, tmp_path):
-    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
-    flags = ("--method", "thor", "--steps", 60, "--eval_interval", 60, "--log_interval", 1)
-    assert classify(alone, *flags).wait() == 0
-    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 75)):
-        command = classify(stopped, *flags, "--save_interval", 4, "--resume", wait=False)
-        wait_for_step(stopped, 11 if code == -9 else 25, command.process.is_alive)
-        command.kill(number)
-        assert command.wait() == code, command.err
-    assert classify(stopped, *flags, "--save_interval", 4, "--resume").wait() == 0
-    assert_same_weights(alone, stopped)
-    assert losses(alone) == losses(stopped) and result(alone)["metrics"] == result(stopped)["metrics"]
+    interruptions.check_kill_and_sigterm(classify, tmp_path, ("--method", "thor"))
 
 
 @pytest.mark.distributed
 def test_two_processes_are_one(start_ranks, classify_argv, tmp_path):
-    flags = [
-        "--method",
-        "smoe_dropout",
-        "--dropout",
-        0,
-        "--expert_dropout",
-        0,
-        "--log_interval",
-        1,
-        "--eval_batch_size",
-        4,
-    ]
-    for ranks in (1, 2):
-        argv = [*classify_argv, *flags, "--run_dir", tmp_path / str(ranks), "--expert_parallel", ranks]
-        processes.finish(start_ranks(ranks, "transformer_xl.classify", *argv))
-    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), abs=1e-5)
-    one, two = (result(tmp_path / ranks)["metrics"]["accuracy"] for ranks in "12")
-    assert one["n"] == two["n"] == {"valid": 23} and one["valid"] == pytest.approx(two["valid"], abs=1 / 23 + 1e-9)
+    flags = ["--method", "smoe_dropout", "--dropout", 0, "--expert_dropout", 0]
+    trainer = rank_starter(start_ranks, "transformer_xl.classify", [*classify_argv, *flags])
+    processes.check_examples_on_two(trainer, tmp_path, "accuracy", "valid")
+    assert result(tmp_path / "1")["metrics"]["accuracy"]["n"] == {"valid": 23}
 
 
 @pytest.mark.parametrize(
@@ -188,8 +140,6 @@ def test_damaged_data_is_named(damage, sentences, classify, tmp_path):
         changed = file.read_text().replace('"label": 1', '"label": 2' if damage == "label" else '"label": 0', 1)
         file.write_text(changed)
     if damage == "label":
-        meta = json.loads((data / "meta.json").read_text())
-        meta["splits"]["valid"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-        (data / "meta.json").write_text(json.dumps(meta))
+        record_sha256(data, "valid")
     words = {"bytes": "SHA-256", "label": "label 2, expected 0 or 1", "meta": "damaged"}
     assert_one_line(classify(tmp_path / "run", "--method", "smoe", "--data", data), 2, words[damage], "--force")

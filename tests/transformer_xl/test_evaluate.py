@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import assert_one_line
 
 from smoe import get_top_k, set_top_k
 from smoe.train.evaluation import measure
@@ -94,20 +95,16 @@ def test_bad_k_is_one_line(flags, words, train, start, tmp_path):
     run = tmp_path / "run"
     assert train("smoe_dropout", run, "--steps", 2).wait() == 0
     command = start("transformer_xl.evaluate", run, *flags)
-    assert command.wait() == 2
-    assert command.err.startswith("error: ") and command.err.count("\n") == 1
-    assert all(word in command.err for word in words)
+    assert_one_line(command, 2, *words)
 
 
 def test_a_folder_without_a_run_is_one_line(start, tmp_path):
     command = start("transformer_xl.evaluate", tmp_path / "nothing")
-    assert command.wait() == 2
-    assert command.err.count("\n") == 1 and "nothing" in command.err
+    assert_one_line(command, 2, "nothing")
 
 
 @pytest.mark.parametrize("content", ["", "model: bert\nsweep: [1]\n"])
 def test_a_run_of_something_else_is_one_line(content, start, tmp_path):
     (tmp_path / "config.yaml").write_text(content)
     command = start("transformer_xl.evaluate", tmp_path)
-    assert command.wait() == 2
-    assert command.err.count("\n") == 1 and "config.yaml is not of a Transformer-XL" in command.err
+    assert_one_line(command, 2, "config.yaml is not of a Transformer-XL")

@@ -2,19 +2,20 @@
 
 import json
 import math
-import random
 import resource
 import shutil
 import signal
 import time
+from functools import partial
 
 import ablations
+import interruptions
 import pytest
 import torch
-from runs import assert_one_line, assert_same_weights, lines, losses, result, wait_for_step, weights
+from runs import assert_one_line, assert_same_weights, lines, losses, result, weights
 
 from smoe import METHODS
-from smoe.train.checkpoint import list_steps, save_checkpoint
+from smoe.train.checkpoint import save_checkpoint
 from smoe.train.evaluate import read_run
 from smoe.train.learning_rate import learning_rate_at
 from smoe.train.resume import load_checkpoint, load_latest
@@ -84,42 +85,12 @@ def test_thor_without_its_consistency_loss_makes_one_pass(train, tmp_path):
     ablations.check_thor_with_one_pass(train, tmp_path)
 
 
-# Checkpoints fall between the lines of metrics, whose means must not notice.
-LONG = ("--steps", 40, "--eval_interval", 20, "--save_interval", 3, "--log_interval", 2)
-
-
 def test_a_run_killed_five_times_ends_with_the_same_bits(train, tmp_path):
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
-    assert train("smoe_dropout", alone, *LONG).wait() == 0
-    moments = sorted(random.Random().sample(range(2, 38), 5))
-    for moment in moments:
-        command = train("smoe_dropout", killed, *LONG, "--resume", wait=False)
-        wait_for_step(killed, moment, command.process.is_alive)
-        time.sleep(random.random() * 0.03)
-        command.kill(signal.SIGKILL)
-        assert command.wait() == -signal.SIGKILL
-    last = train("smoe_dropout", killed, *LONG, "--resume")
-    assert last.wait() == 0, last.err
-    assert "resumed after step" in last.out
-    assert_same_weights(alone, killed)
-    assert losses(alone) == losses(killed), f"killed at {moments}"
-    assert result(alone)["metrics"] == result(killed)["metrics"]
+    interruptions.check_kills(partial(train, "smoe_dropout"), tmp_path, kills=5, steps=40, log_interval=2)
 
 
 def test_sigterm_writes_a_checkpoint_that_resume_goes_on_from(train, tmp_path):
-    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
-    flags = ("--steps", 40, "--eval_interval", 40, "--log_interval", 1)
-    assert train("thor", alone, *flags).wait() == 0
-    command = train("thor", stopped, *flags, wait=False)
-    while not (stopped / "metrics.jsonl").exists() or len(losses(stopped)) < 7:
-        assert command.process.is_alive(), command.err
-        time.sleep(0.002)
-    command.kill(signal.SIGTERM)
-    assert command.wait() == 75
-    assert command.err.count("\n") == 1 and "a checkpoint is written" in command.err
-    assert 7 <= list_steps(stopped / "checkpoints")[-1] < 40
-    assert train("thor", stopped, *flags, "--resume").wait() == 0
-    assert_same_weights(alone, stopped)
+    interruptions.check_sigterm(partial(train, "thor"), tmp_path, ("--log_interval", 1), stop_at=7, steps=40)
 
 
 def test_finished_run_is_not_trained_again(train, tmp_path):
@@ -160,7 +131,7 @@ def test_truncated_data_is_named(train, tmp_path, data_dir):
     for file in data_dir.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "valid.bin").write_bytes(b"short")
-    assert_one_line(train("smoe_dropout", tmp_path / "run", "--data", tmp_path), 2, "valid.bin", 5, 6000)
+    assert_one_line(train("smoe_dropout", tmp_path / "run", "--data", tmp_path), 2, "valid.bin", "5 bytes", "SHA-256")
     assert not (tmp_path / "run").exists()
 
 
@@ -241,8 +212,7 @@ def test_full_disk_keeps_the_last_checkpoint(start, train, tmp_path):
         assert first.process.is_alive(), first.err
         time.sleep(0.002)
     resource.prlimit(first.process.pid, resource.RLIMIT_FSIZE, (size // 2, hard))
-    assert first.wait() == 1
-    assert first.err.count("\n") == 1 and "checkpoint" in first.err
+    assert_one_line(first, 1, "checkpoint")
     kept = load_latest(small / "checkpoints")
     assert kept is not None and kept.step >= 10 and not kept.skipped
     assert not list((small / "checkpoints").glob(".tmp*"))

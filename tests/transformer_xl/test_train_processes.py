@@ -4,7 +4,7 @@ import shutil
 
 import processes
 import pytest
-from commands import free_port
+from commands import free_port, rank_starter
 from runs import assert_close_runs, assert_one_line
 from torch.distributed import TCPStore
 
@@ -13,11 +13,7 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture
 def trainer(start_ranks, train_argv):
-    def trainer(run_dir, *flags, ranks=1, own=None):
-        argv = [*train_argv, "--method", "smoe_dropout", "--run_dir", run_dir, *flags]
-        return start_ranks(ranks, "transformer_xl.train", *argv, own=own)
-
-    return trainer
+    return rank_starter(start_ranks, "transformer_xl.train", [*train_argv, "--method", "smoe_dropout"])
 
 
 def test_twenty_steps_are_those_of_one_process(trainer, tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from commands import assert_main_refuses
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -11,6 +12,10 @@ import smoe
 from smoe.flops import count_step
 from smoe.methods import METHODS, Method, get_method
 from smoe.paper import SIZES, paper_flops
+from smoe.train.command import parse_config
+from smoe.train.config import to_dict
+from smoe.yaml_files import to_yaml
+from transformer_xl.config import LanguageModelConfig
 from transformer_xl.cost import evaluation_flops, meta_inputs
 from transformer_xl.flops import main
 from transformer_xl.model import TransformerXL, TransformerXLConfig
@@ -96,10 +101,6 @@ def test_parameters_and_bytes():
 @pytest.mark.parametrize("scale", ["paper", "cpu", "smoke"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_yaml_costs_what_its_sizes_say(scale, method):
-    pytest.importorskip("jsonargparse")
-    from smoe.train.command import parse_config
-    from transformer_xl.config import LanguageModelConfig
-
     c = parse_config(LanguageModelConfig, ["--method", method, "--run_dir", ".", "--scale", scale])
     with torch.device("meta"):
         model = c.build_model()
@@ -197,7 +198,6 @@ def run_json(capsys, *argv: str) -> dict:
 
 
 def test_command_counts_the_papers_model(capsys):
-    pytest.importorskip("jsonargparse")
     short = ("--batch", "2", "--tgt_len", "4", "--mem_len", "8")
     half, whole = run_json(capsys, "--k", "8", "16", "--step", *short)["rows"]
     assert half["paper"] == paper_flops("transformer_xl", "smoe_dropout", 8, batch=2, tgt_len=4, mem_len=8)
@@ -213,12 +213,6 @@ def test_command_counts_the_papers_model(capsys):
 
 
 def test_command_counts_the_configuration_of_a_run(capsys, tmp_path):
-    pytest.importorskip("jsonargparse")
-    from smoe.train.command import parse_config
-    from smoe.train.config import to_dict
-    from smoe.yaml_files import to_yaml
-    from transformer_xl.config import LanguageModelConfig
-
     argv = ["--method", "thor", "--scale", "smoke", "--run_dir", "runs/x", "--num_experts", "4"]
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(to_dict(parse_config(LanguageModelConfig, argv))))
@@ -250,11 +244,4 @@ def test_command_counts_the_configuration_of_a_run(capsys, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(argv, message, capsys):
-    pytest.importorskip("jsonargparse")
-    from smoe.errors import run_main
-
-    with pytest.raises(SystemExit) as stop:
-        run_main(main, argv)
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert_main_refuses(main, argv, message, capsys)

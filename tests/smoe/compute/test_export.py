@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 import smoe
@@ -35,9 +36,6 @@ def test_an_exported_program_has_no_operator_of_ours(options, strict):
 @pytest.mark.parametrize("dynamo", [True, False])
 @pytest.mark.filterwarnings("ignore")
 def test_onnx(dynamo, tmp_path):
-    pytest.importorskip("onnxscript")
-    from onnx.reference import ReferenceEvaluator
-
     model, x = make(), torch.randn(5, 8)
     file = str(tmp_path / "model.onnx")
     torch.onnx.export(model, (x,), file, dynamo=dynamo, verbose=False)

@@ -8,12 +8,12 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from tiny_models import LLAMA, build
 
 import smoe
 from smoe.export import to_hf
 
-transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 

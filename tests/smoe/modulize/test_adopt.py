@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from tiny_models import inputs_of, logits_of, tiny
 from torch import nn
 
@@ -12,7 +13,6 @@ from smoe.dropout import Dropout
 from smoe.methods import DenseMLP
 from smoe.modulize.adopt import adopt_layers
 
-transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:the dense model will compute something else")
 
 

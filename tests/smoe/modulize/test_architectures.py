@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tiny_models import MODELS, SPEECH, build, inputs_of, logits_of, tiny
 
 import smoe
 
-transformers = pytest.importorskip("transformers")
-transformers.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore:the dense model will compute something else")
 
 DOCS = Path(__file__).parents[3] / "docs" / "modulize.md"

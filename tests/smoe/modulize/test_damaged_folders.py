@@ -12,10 +12,6 @@ from torch import nn
 
 import smoe
 
-transformers = pytest.importorskip("transformers")
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-
 NAME = "bert.encoder.layer.0.output.dense"
 
 

@@ -1,25 +1,18 @@
 """What is an MLP, what only looks like one, and what is said about it."""
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from tiny_models import tiny
 from torch import nn
 
 import smoe
-from smoe.modulize import register
 from smoe.modulize.find import find_mlps, survey_mlps
 
-transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("registry")
 D, H = 16, 64
-
-
-@pytest.fixture(autouse=True)
-def registry():
-    before = dict(register._registered)
-    yield
-    register._registered.clear()
-    register._registered.update(before)
 
 
 def mlp(h=H, act=nn.GELU):
@@ -231,7 +224,6 @@ def test_parametrised_layers_are_named():
 
 
 def test_the_real_peft():
-    peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny("BERT"), peft.LoraConfig(target_modules=["query", "value"], r=2))
     assert len(smoe.smoe_layers(smoe.modulize(model, 4))) == 2
     model = peft.get_peft_model(tiny("BERT"), peft.LoraConfig(target_modules=["intermediate.dense"], r=2))

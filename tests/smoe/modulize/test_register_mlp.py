@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 import smoe
-from smoe.modulize import register
 
 D, H = 16, 64
 
@@ -19,14 +18,6 @@ class Odd(nn.Module):
 
     def forward(self, *, batch):
         return self.second(torch.sin(self.first(batch["x"])))
-
-
-@pytest.fixture
-def registry():
-    before = dict(register._registered)
-    yield
-    register._registered.clear()
-    register._registered.update(before)
 
 
 def test_register_mlp(registry):

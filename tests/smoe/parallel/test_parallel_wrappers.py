@@ -1,12 +1,12 @@
 """Expert parallelism with PEFT, accelerate's offloading and DataParallel works, or is refused in one line."""
 
 import importlib
-from importlib.util import find_spec
 
 import pytest
 import torch
 from ranks import run_ranks
 from test_parallel_training import batch, make_model, share
+from tiny_models import with_lora
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,8 +25,6 @@ from smoe.parallel import (
 from smoe.parallel.shard import unwrap_model
 
 pytestmark = pytest.mark.distributed
-needs_peft = pytest.mark.skipif(find_spec("peft") is None, reason="needs peft: pip install peft")
-needs_accelerate = pytest.mark.skipif(find_spec("accelerate") is None, reason="needs accelerate")
 
 
 def message(call) -> str:
@@ -35,21 +33,11 @@ def message(call) -> str:
     return str(caught.value)
 
 
-def with_lora(model: nn.Module, modules: list[str], parameters: list[str]) -> nn.Module:
-    """LoRA with random factors, so that it changes what the model computes and all factors get gradients."""
-    import peft
-
-    torch.manual_seed(2)
-    return peft.get_peft_model(
-        model, peft.LoraConfig(target_modules=modules, target_parameters=parameters, r=2, init_lora_weights=False)
-    )
-
-
 def lora_beside_experts(rank: int) -> None:
     """Adapters on other modules: gradients and weights are those of a single process."""
     groups = ParallelGroups.create(2, timeout=60)
-    whole = with_lora(make_model(), ["out"], [])
-    model = with_lora(parallelize(make_model(), groups), ["out"], [])
+    whole = with_lora(make_model(), modules=["out"])
+    model = with_lora(parallelize(make_model(), groups), modules=["out"])
     ignore_experts_in_ddp(model)
     wrapped = DistributedDataParallel(model)
     wrapped(*share(rank, 2, 0))["loss"].backward()
@@ -64,7 +52,6 @@ def lora_beside_experts(rank: int) -> None:
         assert all(torch.equal(value, state[f"module.{name}"]) for name, value in whole.state_dict().items())
 
 
-@needs_peft
 def test_lora_beside_the_experts():
     run_ranks(lora_beside_experts, 2)
 
@@ -72,12 +59,11 @@ def test_lora_beside_the_experts():
 def not_ignored(rank: int) -> str:
     """Nothing before the experts is trained, so no gradient passes them; DDP has overwritten them all the same."""
     groups = ParallelGroups.create(2, timeout=60)
-    model = DistributedDataParallel(with_lora(parallelize(make_model(), groups), ["out"], []))
+    model = DistributedDataParallel(with_lora(parallelize(make_model(), groups), modules=["out"]))
     model(*share(rank, 2, 0))["loss"].backward()
     return message(lambda: sync_expert_gradients(model, groups))
 
 
-@needs_peft
 def test_ddp_that_does_not_ignore_the_experts_is_noticed():
     (line, other) = run_ranks(not_ignored, 2)
     assert (
@@ -92,10 +78,10 @@ def test_ddp_that_does_not_ignore_the_experts_is_noticed():
 
 def lora_on_experts(rank: int) -> list[str]:
     groups = ParallelGroups.create(2, timeout=60)
-    model = with_lora(make_model(), [], ["experts.up", "experts.down"])
+    model = with_lora(make_model(), parameters=["experts.up", "experts.down"])
     lines = [message(lambda: parallelize(model, groups))]
     assert all(layer.dispatch is None for layer in model.mlps)
-    model = with_lora(parallelize(make_model(), groups), [], ["experts.up"])
+    model = with_lora(parallelize(make_model(), groups), parameters=["experts.up"])
     model(*share(rank, 2, 0))["loss"].backward()
     for call in (
         lambda: sync_expert_gradients(model, groups),
@@ -110,7 +96,6 @@ def lora_on_experts(rank: int) -> list[str]:
     return lines
 
 
-@needs_peft
 def test_lora_on_experts_is_refused():
     lines, others = run_ranks(lora_on_experts, 2)
     assert lines == others and set(lines) == {
@@ -121,7 +106,7 @@ def test_lora_on_experts_is_refused():
 
 def lora_with_data_parallelism(rank: int, fsdp: bool) -> None:
     groups = ParallelGroups.create(timeout=60)
-    whole, model = (with_lora(make_model(), [], ["experts.up", "experts.down"]) for _ in range(2))
+    whole, model = (with_lora(make_model(), parameters=["experts.up", "experts.down"]) for _ in range(2))
     model = parallelize(model, groups)
     model = fully_shard_model(model, groups) if fsdp else DistributedDataParallel(model)
     model(*share(rank, 2, 0))["loss"].backward()
@@ -137,7 +122,6 @@ def lora_with_data_parallelism(rank: int, fsdp: bool) -> None:
             torch.testing.assert_close(gradients[name], grad, rtol=1e-4, atol=1e-7)
 
 
-@needs_peft
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_lora_on_experts_with_data_parallelism(fsdp):
     run_ranks(lora_with_data_parallelism, 2, fsdp)
@@ -158,7 +142,6 @@ def offloaded(rank: int) -> list[str]:
     return [*lines, message(lambda: gather_state(model.state_dict(), model, groups))]
 
 
-@needs_accelerate
 def test_offloaded_weights():
     lines, others = run_ranks(offloaded, 2)
     assert (

@@ -7,8 +7,9 @@ import json
 from statistics import fmean, stdev
 
 import pytest
+from commands import assert_main_refuses
+from matplotlib.figure import Figure
 
-from smoe.errors import run_main
 from smoe.report import check_result, main, plot_slimming, read_result, slimming_table, with_block
 
 KS = ("1", "2", "4", "8", "16")
@@ -91,6 +92,22 @@ def test_runs_that_differ_in_the_seed_alone_share_a_row(results):
     lines = slimming_table(three).splitlines()
     assert "0, 1, 7 (n = 3)" in lines[6] and f"1.4300 ± {stdev([1.45, 1.43, 1.41]):.4f}" in lines[6]
     assert slimming_table([*three, three[1]]) == slimming_table(three)  # the same record twice is one run
+
+
+def test_a_field_that_came_later_tells_runs_apart_only_where_it_changes_something():
+    values = (1.45, 1.32, 1.23, 1.1776, 1.1486)
+    before, later = result("smoe", *values, seed=1), result("smoe", *values, seed=2, config={"beta2": 0.999})
+    assert labels(before, later) == ["SMoE"]
+    other = result("smoe", *values, seed=2, config={"beta2": 0.98})
+    assert labels(before, other, later) == ["SMoE", "SMoE, beta2 0.98"]
+
+
+def test_another_run_of_a_seed_is_no_further_seed(results):
+    again = result("smoe_dropout", 1.41, 1.30, 1.21, 1.17, 1.14, seed=results[1]["seed"])
+    lines = slimming_table([*results, again]).splitlines()
+    assert "  0, 1 (n = 2)  " in lines[6] and f"{fmean([1.45, 1.43]):.4f}" in lines[6]
+    (row,) = [line for line in lines if line.startswith(f"SMoE-Dropout, run 2 of seed {again['seed']}  ")]
+    assert "1.4100" in row and "±" not in row
 
 
 def test_runs_that_differ_in_more_than_the_seed_say_in_what():
@@ -263,17 +280,15 @@ def test_text_in_a_record_stays_text(results, tmp_path):
     markdown = "<!-- mine: here -->\n<!-- end -->\nafter\n"
     once = with_block(markdown, "mine", table)
     assert with_block(once, "mine", "short") == "<!-- mine: here -->\n```\nshort\n```\n<!-- end -->\nafter\n"
-    if pytest.importorskip("matplotlib"):
-        assert plot_slimming([record], tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert plot_slimming([record], tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---- figures
 
 
 def test_figure_shows_every_group_once_and_the_mean_of_seeds(results, tmp_path, monkeypatch):
-    figures = pytest.importorskip("matplotlib.figure")
     drawn = []
-    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     narrow = result("dense_dropout", 1.4, parameters={"total": 3.3e6}, config={"d_hidden": 64})
     accuracy = classified(valid=dict(zip(KS, (0.5, 0.6, 0.7, 0.8, 0.9), strict=True)))
     plot_slimming([*results, narrow, result("thor", 2.0, scale="smoke"), accuracy], tmp_path / "a.png")
@@ -297,9 +312,8 @@ def test_figure_shows_every_group_once_and_the_mean_of_seeds(results, tmp_path, 
 
 
 def test_lines_differ_without_colour(results, tmp_path, monkeypatch):
-    figures = pytest.importorskip("matplotlib.figure")
     drawn = []
-    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     values = (1.45, 1.32, 1.23, 1.1776, 1.1486)
     runs = [result(method, *values) for method in ("smoe", "thor", "smoe_dropout")]
     plot_slimming([*runs, results[3]], tmp_path / "a.png")
@@ -310,7 +324,6 @@ def test_lines_differ_without_colour(results, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ending, start", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
 def test_figure_is_written(results, tmp_path, ending, start):
-    pytest.importorskip("matplotlib")
     path = plot_slimming(results[:2], tmp_path / f"a.{ending}")
     assert path.read_bytes().startswith(start)
 
@@ -359,11 +372,7 @@ def test_command_ends_with_one_line_for_bad_input(runs, capsys, tmp_path, argume
     readme, plot = tmp_path / "README.md", tmp_path / "a.png"
     readme.write_text("<!-- cpu: -->\n<!-- end -->\n")
     places = {"RUN": runs[0], "README": str(readme), "PLOT": str(plot)}
-    with pytest.raises(SystemExit) as caught:
-        run_main(main, [places.get(argument, argument) for argument in arguments])
-    error = capsys.readouterr().err
-    assert caught.value.code == 2
-    assert error.startswith("error: ") and words in error and error.count("\n") == 1
+    assert_main_refuses(main, [places.get(argument, argument) for argument in arguments], words, capsys)
     assert not plot.exists()  # nothing half-written
 
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from made_up import made_up
+from matplotlib.figure import Figure
 
 from smoe.report import main, plot_curve
 
@@ -34,9 +35,8 @@ def write_log(folder, lines, end=""):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    figures = pytest.importorskip("matplotlib.figure")
     found = []
-    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: found.append(self))
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: found.append(self))
     return found
 
 
@@ -74,7 +74,6 @@ def test_where_train_is_not_measured_by_the_metric_its_loss_is_drawn_apart(run, 
 
 
 def test_command_draws_it(run, capsys):
-    pytest.importorskip("matplotlib")
     write_log(run, LOG, end='{"step": 40, "tra')  # cut off by a crash
     main([str(run), "--plot", str(run / "slimming.png"), "--curve", str(run / "curve.png")])
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")

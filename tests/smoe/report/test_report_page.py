@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from made_up import made_up, write
+from matplotlib import image
 
 from smoe.methods import METHODS
 from smoe.report import write_report
@@ -67,7 +68,6 @@ def test_page_draws_and_the_slider_moves_the_numbers(tmp_path):
 
 
 def test_page_looks_like_something(tmp_path):
-    image = pytest.importorskip("matplotlib.image")
     results, figures = tmp_path / "results", tmp_path / "Figs"
     figures.mkdir()
     write(results, [made_up(method) for method in METHODS])

@@ -42,7 +42,7 @@ def test_every_kind_of_tensor_comes_back_bit_for_bit(tmp_path):
         "strided": base[:, ::2],
         "expanded": torch.randn(1, 3).expand(5, 3),
         "bfloat16": torch.randn(7).bfloat16(),
-        "float64": torch.tensor([0.1, float("nan"), float("-inf"), -0.0], dtype=torch.float64),
+        "float64": torch.tensor([0.1, 1.7e308, 5e-324, -0.0], dtype=torch.float64),
         "int64": torch.tensor([2**62, -1]),
         "uint8": torch.arange(256, dtype=torch.uint8),
         "bool": torch.tensor([True, False]),
@@ -80,6 +80,21 @@ def test_saving_after_an_earlier_step_was_resumed_drops_the_abandoned_future(tmp
         save(tmp_path, step)
     save(tmp_path, 15)
     assert list_steps(tmp_path) == [10, 15]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("group", ["model", "optimizer"])
+def test_numbers_that_are_not_finite_never_become_the_newest_checkpoint(tmp_path, value, group):
+    save(tmp_path, 10)
+    tensors = {"model": {"w": torch.ones(3)}, "optimizer": {"m": torch.ones(2, 2)}}
+    next(iter(tensors[group].values())).view(-1)[-1] = value
+    with pytest.raises(CheckpointError) as error:
+        save_checkpoint(tmp_path, 20, tensors, {})
+    assert str(error.value) == (
+        f"checkpoint step-00000020 in {tmp_path}: {group} has numbers that are not finite while writing tensors; "
+        "the last one there is step-00000010"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"] and load_latest(tmp_path).step == 10
 
 
 def test_saving_the_same_step_again_replaces_it(tmp_path):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import itertools
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,7 @@ from smoe.files import write_atomic
 from smoe.train.config import to_dict
 from smoe.train.folder import RunFolder, open_run
 from smoe.train.processes import Processes
-from smoe.train.resume import MAY_CHANGE
+from smoe.train.resume import MAY_CHANGE, read_config
 
 
 class Other(Processes):
@@ -33,11 +37,63 @@ def open_with(run_dir: Path, processes: Processes | None = None, **fields) -> Ru
 def test_start_then_resume(tmp_path):
     config = toy_config(tmp_path / "a" / "run", learning_rate=0.1 + 0.2, layers=(1,))
     run = open_run(config, Processes())
-    assert run.read_config() == to_dict(config)
-    assert run.read_config()["layers"] == [1] and run.read_config()["learning_rate"] == 0.1 + 0.2
+    assert read_config(run.path) == to_dict(config)
+    assert read_config(run.path)["layers"] == [1] and read_config(run.path)["learning_rate"] == 0.1 + 0.2
     assert run.checkpoints.is_dir()
-    open_run(dataclasses.replace(config, resume=True), Processes())
-    assert run.read_config() == {**to_dict(config), "resume": True}
+    del run  # the process that had it is gone
+    run = open_run(dataclasses.replace(config, resume=True), Processes())
+    assert read_config(run.path) == {**to_dict(config), "resume": True}
+
+
+def test_a_run_folder_is_of_one_process_at_a_time(tmp_path):
+    """Refused in a line that names the holder, until that process is gone, killed too; nothing is changed meanwhile."""
+    program = (
+        "import sys; from test_train_folder import open_with; run = open_with(sys.argv[1]); print('open', flush=True)"
+    )
+    program += "; sys.stdin.read()"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "run")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    try:
+        assert holder.stdout.readline() == b"open\n"
+        before = (tmp_path / "run" / "config.yaml").read_bytes()
+        with pytest.raises(ValueError) as error:
+            open_with(tmp_path / "run", resume=True, log_interval=7)
+        message = (
+            f"{tmp_path / 'run'} is in use by process {holder.pid} on {socket.gethostname()}; wait for it or stop it"
+        )
+        assert str(error.value) == message and (tmp_path / "run" / "config.yaml").read_bytes() == before
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdin.close()
+        holder.stdout.close()
+    run = open_with(tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"):
+        open_with(tmp_path / "run", resume=True)
+    del run
+    open_with(tmp_path / "run", resume=True)
+
+
+def test_a_file_system_without_locks_locks_nothing(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    first, second = open_with(tmp_path), open_with(tmp_path, resume=True)
+    assert first.path == second.path
+
+
+def test_what_a_killed_write_left_is_removed(tmp_path):
+    open_with(tmp_path)
+    left = tmp_path / ".config.yaml.tmp-123"
+    left.write_text("half")
+    open_with(tmp_path, resume=True)
+    assert not left.exists()
 
 
 def test_resume_where_nothing_is_simply_starts(tmp_path):
@@ -78,7 +134,7 @@ def test_what_changes_no_number_may_change_and_is_recorded(tmp_path):
     changes = {"save_interval": 3, "log_interval": 2, "progress": True, "process_timeout": 9.0, "expert_parallel": 2}
     changes |= {"fsdp": True, "engine": "torch", "scale": "cpu", "scale_reason": "another"}
     run = open_with(tmp_path, **changes, resume=True)
-    assert run.read_config().items() >= changes.items()
+    assert read_config(run.path).items() >= changes.items()
     assert set(MAY_CHANGE) == {*changes, "resume", "run_dir", "data"}
 
 
@@ -127,7 +183,7 @@ def test_a_file_is_no_folder(tmp_path):
     with pytest.raises(ValueError, match="is a file"):
         open_with(tmp_path / "f")
     with pytest.raises(ValueError, match="not a run folder"):
-        RunFolder(tmp_path).read_config()
+        read_config(tmp_path)
 
 
 def test_other_processes_write_nothing(tmp_path):

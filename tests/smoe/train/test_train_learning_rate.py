@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from toy_task import Toy, toy_config
 
 from smoe.train.learning_rate import learning_rate_at
@@ -34,7 +35,6 @@ def test_cosine_is_that_of_pytorchs_scheduler():
 
 @pytest.mark.parametrize("steps, warmup", [(20, 0), (20, 1), (20, 7), (20, 20), (20, 30), (1, 0)])
 def test_linear_is_that_of_transformers(steps, warmup):
-    transformers = pytest.importorskip("transformers")
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=5e-5)
     scheduler = transformers.get_linear_schedule_with_warmup(optimizer, warmup, steps)
     for step in range(steps + 1):

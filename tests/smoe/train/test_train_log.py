@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy_task import Toy, toy, toy_config
 
 from smoe.methods import MethodLoss
@@ -154,7 +155,6 @@ def test_the_training_loss_is_also_in_the_unit_of_a_metric_that_is_the_mean_loss
 
 
 def test_board_gets_every_number_and_forgets_abandoned_steps(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for step, first in ((None, 1), (2, 3)):
         log = open_log(tmp_path, step=step)
         for i in range(first, 5):
@@ -162,7 +162,7 @@ def test_board_gets_every_number_and_forgets_abandoned_steps(tmp_path):
             log.train(i, loss_of(1.0, balance=2.0), [1, i], 0.5, torch.tensor(float("nan")), 9.0)
             log.evaluation(i, "valid", Measured({"accuracy": 0.25}, 4), 4, 9.0)
         log.close()
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     train = {"loss", "lr", "k", "k/0", "k/1", "tokens_per_second", "balance"}  # the norm, NaN, is left out
     assert set(events.Tags()["scalars"]) == {f"train/{tag}" for tag in train} | {"valid/accuracy", "seconds"}

@@ -25,7 +25,7 @@ class Guesses(Toy):
     def passes(self, model, split, device):
         kept = self.predictions.at(model)
         k = get_top_k(model) if smoe_layers(model) else "dense"
-        kept["7"] = (f"{split} at {k}", True)
+        kept["10"] = (f"{split} at {k}", True)
         kept["8"] = (f'"é" {self.first_weight():.8f}', False)
         yield from super().passes(model, split, device)
 
@@ -51,13 +51,13 @@ def test_a_line_has_every_k_of_the_sweep_and_no_other(tmp_path):
     task, processes = guesses(tmp_path, sweep=(4, 1))
     measure(task, "valid", 3, processes)  # as in training, at a k that the sweep leaves out
     sweep(task, processes)
-    first, second = lines_of(task.result_files(processes)["predictions.jsonl"])
-    assert first == {"id": "7", "1": ["test at 1", 1], "4": ["test at 4", 1]}
+    second, first = lines_of(task.result_files(processes)["predictions.jsonl"])
+    assert first == {"id": "10", "1": ["test at 1", 1], "4": ["test at 4", 1]}
     guess = f'"é" {task.first_weight():.8f}'
     assert second == {"id": "8", "1": [guess, 0], "4": [guess, 0]}
     task, processes = guesses(tmp_path, "dense_dropout")
     sweep(task, processes)
-    assert lines_of(task.result_files(processes)["predictions.jsonl"])[0] == {"id": "7", "dense": ["test at dense", 1]}
+    assert lines_of(task.result_files(processes)["predictions.jsonl"])[1] == {"id": "10", "dense": ["test at dense", 1]}
 
 
 @pytest.mark.parametrize(("seed", "best", "other"), [(1, 12, 8), (2, 12, 4), (3, 8, 4)])
@@ -66,7 +66,7 @@ def test_the_lines_are_those_of_the_best_weights(tmp_path, seed, best, other):
     train(Guesses, toy_config(tmp_path, "smoe", seed=seed), Processes())
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["best"]["step"], result["best_at_other_k"][0]["step"]) == (best, other), "else this shows nothing"
-    _, line = lines_of((tmp_path / "predictions.jsonl").read_text())
+    line, _ = lines_of((tmp_path / "predictions.jsonl").read_text())
     weights = load_checkpoint(checkpoint_path(tmp_path / "checkpoints", best), groups=["model"])
     task, processes = guesses(tmp_path, "smoe", seed=seed)
     load_weights(weights, task, processes)

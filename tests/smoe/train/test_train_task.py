@@ -1,6 +1,7 @@
 """The loop has room for tasks: one of a few lines trains, stops, goes on bit for bit and leaves a record."""
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -10,7 +11,7 @@ from toy_task import POINTS, Toy, toy, toy_config
 from smoe import METHODS, set_top_k
 from smoe.errors import Stopped
 from smoe.report import check_result
-from smoe.train.checkpoint import list_steps
+from smoe.train.checkpoint import checkpoint_path, list_steps
 from smoe.train.loop import train
 from smoe.train.processes import Processes
 from smoe.train.resume import load_checkpoint, read_metrics
@@ -170,3 +171,53 @@ def test_a_parameter_that_the_loss_does_not_reach_is_named(start, start_ranks, t
         assert rank.wait() == 2, rank.err
     assert_one_line(ranks[0], 2, "spare.weight, spare.bias got no gradient", "requires_grad_(False)")
     assert start("toy_task", *FLAGS, "--run_dir", tmp_path / "one", env=spare).wait() == 0, "alone it does no harm"
+
+
+# ---- a checkpoint knows its run
+
+
+def interrupted(run_dir, **fields) -> None:
+    """A run that was cut off after step 8 of 12."""
+    train(Toy, toy_config(run_dir, **fields), Processes())
+    (run_dir / "result.json").unlink()
+    shutil.rmtree(checkpoint_path(run_dir / "checkpoints", 12))
+
+
+class OtherPoints(Toy):
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.dataset = {"name": "sectors", "sha256": "of others"}
+
+
+def test_a_run_is_not_resumed_with_other_data(tmp_path):
+    interrupted(tmp_path)
+    with pytest.raises(ValueError) as error:
+        train(OtherPoints, toy_config(tmp_path, resume=True), Processes())
+    message = str(error.value)
+    assert message.startswith("data: ") and '"of others"' in message and '"sha256": "3"' in message
+    assert f"but {tmp_path}/checkpoints/step-00000008 was trained on" in message and "\n" not in message
+    del error  # with the frames that hold the run folder's lock
+    train(Toy, toy_config(tmp_path, resume=True), Processes())
+    assert result(tmp_path)["dataset"]["sha256"] == "3"
+
+
+@pytest.mark.parametrize(("field", "value"), [("seed", 2), ("d_model", 10)])
+def test_a_run_does_not_go_on_from_a_checkpoint_of_another_one(tmp_path, field, value):
+    interrupted(tmp_path / "run")
+    interrupted(tmp_path / "other", **{field: value})
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.copytree(tmp_path / "other" / "checkpoints", tmp_path / "run" / "checkpoints")
+    own = getattr(toy_config("unused"), field)
+    place = tmp_path / "run" / "checkpoints" / "step-00000008" / "state.json"
+    with pytest.raises(ValueError, match=f"^{field}: {own} differs from {value} in {place}; resume with the recorded"):
+        train(Toy, toy_config(tmp_path / "run", resume=True), Processes())
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_damaged(tmp_path, capsys):
+    interrupted(tmp_path)
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(checkpoint_path(checkpoints, 8), checkpoint_path(checkpoints, 10))
+    train(Toy, toy_config(tmp_path, resume=True), Processes())
+    said = capsys.readouterr()
+    assert "warning: step-00000010 is damaged (step-00000010: is of step 8)" in said.err
+    assert "resumed after step 8" in said.out

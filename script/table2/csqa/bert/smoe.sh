@@ -4,5 +4,5 @@
 #   bash script/table2/csqa/bert/smoe.sh [pretrained run] [flags]
 #
 # Without a pretrained run it starts from that of script/table1/bert/smoe.sh.
-# --k_max 8: half of the experts. script/table2.sh lists the flags.
+# --keep 8: half of the experts, which the training data vote for. script/table2.sh lists the flags.
 exec bash "$(dirname "$0")/../../../table2.sh" csqa bert smoe "$@"

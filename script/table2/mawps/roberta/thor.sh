@@ -4,5 +4,5 @@
 #   bash script/table2/mawps/roberta/thor.sh [pretrained run] [flags]
 #
 # Without a pretrained run it starts from that of script/table1/roberta/thor.sh.
-# --k_max 8: half of the experts. script/table2.sh lists the flags.
+# --keep 8: half of the experts, which the training data vote for. script/table2.sh lists the flags.
 exec bash "$(dirname "$0")/../../../table2.sh" mawps roberta thor "$@"
