@@ -79,3 +79,17 @@ def test_its_tables_of_k_are_the_records():
         ratios = ([ratio[name] for ratio in of_mix] for name in ("mixed", "separate", "largest"))
         assert _row(mix, [f"{min(r):.2f} to {max(r):.2f}" for r in ratios]) in DOC
         assert max(ratio["mixed"] for ratio in of_mix) <= 1.15
+
+
+def test_its_table_of_budgets_is_the_record():
+    rows = 0
+    for run in json.loads((ROOT / "results/budget.json").read_text())["runs"]:
+        for row in run["rows"]:
+            rows += 1
+            values = [str(row["k"]), f"{row['test_one_k']:.4f}", f"{row['test_fitted']:.4f}"]
+            assert _row(run["output_scale"], [*values, ", ".join(map(str, row["fitted"]))]) in DOC
+            assert row["fitted_flops"] <= row["flops"]
+            # The page says so: better at small budgets, no difference to speak of near all experts.
+            gain = row["test_one_k"] - row["test_fitted"]
+            assert gain > 0 if row["k"] < 8 else gain > -0.002
+    assert rows == 8
