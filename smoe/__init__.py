@@ -1,5 +1,6 @@
 """Sparse mixtures of experts as a training technique: SMoE-Dropout on torch alone."""
 
+from .budget import fit_budget
 from .control import activated, get_top_k, record_routing, set_top_k, smoe_layers
 from .cut import merge, split
 from .dense_dropout import ConcreteDropout, DropBlock
@@ -35,6 +36,7 @@ __all__ = [
     "activated",
     "balance_loss",
     "demodulize",
+    "fit_budget",
     "from_pretrained",
     "get_method",
     "get_top_k",

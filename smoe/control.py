@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from .experts import Experts
+from .k_per_row import set_k_per_row
 from .layer import SMoE
 from .router import Router, Routing, check_top_k
 from .wrappers import is_offloaded
@@ -72,19 +73,32 @@ def set_top_k(model: nn.Module, k: int | Sequence[int]) -> None:
 
 
 @contextmanager
-def activated(model: nn.Module, k: int | Sequence[int] | None) -> Iterator[None]:
-    """Within the block the SMoE layers of ``model`` activate k experts (see ``set_top_k``); afterwards as before.
+def activated(model: nn.Module, k: int | Sequence[int] | Tensor | None) -> Iterator[None]:
+    """Within the block the SMoE layers of ``model`` activate k experts; afterwards, also after an error, as before.
 
-    None leaves every layer at its own k.
+    Args:
+        k: one for all layers, or one per layer (see ``set_top_k``); None leaves every layer at its own k. A tensor of
+            whole numbers gives every row of the batch its own k, in all layers: (batch,), or (batch, length) for one
+            per token. Every row gets the numbers that it would get alone, and the experts compute as many tokens as
+            the sum of all k says. The model's inputs have the batch as their first dimension; ``layer.top_k`` is the
+            largest k meanwhile (N where experts are spread over ranks).
+
+    With activation checkpointing run ``backward`` within the block, because it computes layers again.
+
+    Raises:
+        ValueError: as ``set_top_k``; or k is a tensor and a layer can't have a k per row (engine ``fastmoe``, a router
+            without it). No layer is changed then. A tensor that does not fit a layer's input is found in the pass.
     """
-    before = [(layer, layer.top_k) for _, layer in smoe_layers(model)]
+    before = [(layer, layer.top_k, layer.k_per_row) for _, layer in smoe_layers(model)]
     try:
-        if k is not None:
+        if isinstance(k, Tensor):
+            set_k_per_row(_layers_or_error(model), k)
+        elif k is not None:
             set_top_k(model, k)
         yield
     finally:
-        for layer, top_k in before:
-            layer.top_k = top_k
+        for layer, top_k, k_per_row in before:
+            layer.top_k, layer.k_per_row = top_k, k_per_row
 
 
 def get_top_k(model: nn.Module) -> int | list[int]:

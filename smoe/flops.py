@@ -52,7 +52,7 @@ def count(model: nn.Module, example_inputs: Any, k: TopK = None, *, meta: bool =
 
     Args:
         model: on any device, ``meta`` too.
-        example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments; shapes alone matter.
+        example_inputs: a tensor, a tuple or list of arguments, or a mapping of keyword arguments; shapes alone matter.
         k: activated experts: one number for every SMoE layer, or one per layer; None leaves each layer's own.
         meta: count on tensors that have shapes and no data. False runs the pass on the model's own device, for models
             whose forward looks at values.
@@ -60,7 +60,7 @@ def count(model: nn.Module, example_inputs: Any, k: TopK = None, *, meta: bool =
     Raises:
         ValueError: k does not fit, or the model can't be counted on shapes alone.
     """
-    args, kwargs = _as_call(example_inputs)
+    args, kwargs = as_call(example_inputs)
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     with _prepared(model, k, meta), torch.no_grad(), _linear_flops(model) as linear:
         true = _true_flops(lambda: model(*_to_meta(args, meta), **_to_meta(kwargs, meta)), type(model).__name__)
@@ -87,7 +87,7 @@ def count_step(
     """
     method = get_method(method) if isinstance(method, str) else method
     model = getattr(model, "_orig_mod", model)
-    args, kwargs = _as_call(example_inputs)
+    args, kwargs = as_call(example_inputs)
     weights = {"consistency_weight": consistency_weight, "balance_weight": balance_weight}
 
     def step() -> None:
@@ -124,10 +124,11 @@ def _sizes(model: nn.Module) -> tuple[int, int, int]:
     return total, total - idle, sum(t.numel() * t.element_size() for t in saved.values())
 
 
-def _as_call(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
+def as_call(inputs: Any) -> tuple[tuple, dict[str, Any]]:
+    """The arguments and keyword arguments that a model is called with: a mapping, a tuple or list, or one argument."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
 def _to_meta(inputs: Any, meta: bool = True) -> Any:
@@ -139,6 +140,8 @@ def _prepared(model: nn.Module, k: TopK, meta: bool) -> Iterator[None]:
     check_whole(model, "count")
     with ExitStack() as stack:
         stack.enter_context(activated(model, k))
+        if any(layer.k_per_row is not None for _, layer in smoe_layers(model)):
+            raise ValueError("k is a tensor, one per row; count the rows of each k by themselves")
         stack.enter_context(plain_experts(model))
         if meta:
             stack.enter_context(on_meta(model))

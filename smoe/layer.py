@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .compute import check_compute, choose
 from .engine import Engine, resolve_engine
 from .experts import Experts, check_divisible
+from .k_per_row import spread
 from .router import Router, RouterKind, Routing, Score, make_router
 from .wrappers import unwrap
 
@@ -97,6 +98,7 @@ class SMoE(nn.Module):
             from .fastmoe import FastMoE
 
             self.fmoe = FastMoE(num_experts, d_model)  # has no parameters: state dicts are the same with every engine
+        self.k_per_row: Tensor | None = None  # see smoe.activated
         # Takes tokens to experts on other ranks and back (see smoe.parallel); None if all experts are on this rank.
         self.dispatch: Dispatch | None = None
 
@@ -114,6 +116,7 @@ class SMoE(nn.Module):
     def top_k(self, value: int) -> None:
         for router in self.routers:
             router.top_k = value
+        self.k_per_row = None
 
     @property
     def needs_token_ids(self) -> bool:
@@ -147,8 +150,14 @@ class SMoE(nn.Module):
         if x.is_meta:
             raise ValueError("x is on the meta device, without values to route by; smoe.flops.count takes meta tensors")
         flat = x.reshape(-1, self.d_model)
-        routing = self.router(flat, token_ids)
-        if self.scale != 1:
+        if self.k_per_row is None:
+            routing = self.router(flat, token_ids)
+        else:
+            k_per_token = spread(self.k_per_row, x)
+            routing = self.router(flat, token_ids, k_per_token)
+        if self.k_per_row is not None and self.output_scale == "k":
+            routing = routing._replace(weights=routing.weights * k_per_token.unsqueeze(1))
+        elif self.scale != 1:
             routing = routing._replace(weights=routing.weights * self.scale)
         y = self._mix(flat, routing) if self.dispatch is None else self.dispatch(flat, routing, self._mix)
         return y.view(x.shape)
@@ -162,11 +171,13 @@ class SMoE(nn.Module):
         if self.engine == "fastmoe":
             return self.fmoe(x, experts, routing)
         path = choose(self.compute, x, experts, routing)
-        if self.fmoe is not None:
+        if self.fmoe is not None and not routing.absent:
             path = self.fmoe.replace(path, x)
         return path(x, experts, routing)
 
     def _replicate_for_data_parallel(self) -> SMoE:
+        if self.k_per_row is not None:
+            raise ValueError("k is a tensor, which torch.nn.DataParallel does not split with the batch; give one k")
         if self.dispatch is not None:
             raise ValueError(
                 "torch.nn.DataParallel runs its replicas in threads, which cannot exchange tokens; wrap a parallelized "

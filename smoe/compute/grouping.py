@@ -89,12 +89,15 @@ def group(x: Tensor, indices: Tensor, num_experts: int) -> Grouping:
     The pairs of every expert, in a chunk as in total, are padded to a multiple of ``row_multiple``. The pairs are
     counted, not sorted: a sort takes longer than the gathers that it serves.
     """
-    num_tokens, multiple = x.shape[0], row_multiple(x, indices.numel(), num_experts)
-    num_chunks = -(-indices.numel() * x.shape[1] * x.element_size() // CHUNK_BYTES)
-    chunk_size = -(-num_tokens // num_chunks)
+    num_tokens = x.shape[0]
     member = torch.zeros((num_experts + 1, num_tokens), dtype=torch.bool, device=indices.device)
     member.t().scatter_(1, indices.remainder(num_experts + 1), True)  # absent slots go to a row of their own
     ends = member[:num_experts].view(-1).cumsum(0).view(num_experts, num_tokens)
+    # Without absent slots; elsewhere all slots, because to look would be to wait for the device.
+    num_pairs = int(ends[-1, -1]) if ends.device.type == "cpu" else indices.numel()
+    multiple = row_multiple(x, num_pairs, num_experts)
+    num_chunks = max(1, -(-num_pairs * x.shape[1] * x.element_size() // CHUNK_BYTES))
+    chunk_size = -(-num_tokens // num_chunks)
     edges = [*range(0, num_tokens, chunk_size), num_tokens]
     table = ends[:, [edge - 1 for edge in edges[1:]]].tolist()  # the only wait for the device
     # For every expert, the first of its pairs and the last of each chunk, without padding.

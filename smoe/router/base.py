@@ -2,49 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..uncompiled import uncompiled
+from .per_token import first_choices
+from .routing import Routing
 
 Score = Literal["softmax_after_topk", "softmax_before_topk", "sum"]
 SCORES: tuple[str, ...] = get_args(Score)
-
-
-class Routing(NamedTuple):
-    """What a router chose for T tokens.
-
-    indices: (T, k) int64, the chosen experts of each token, all different.
-    weights: (T, k) float32, the factor of each chosen expert's output.
-    balance_loss: scalar, Switch's load-balancing loss (learned router), else None.
-    """
-
-    indices: Tensor
-    weights: Tensor
-    balance_loss: Tensor | None
-    absent = False  # whether slots may be empty: only in a PartialRouting
-    probabilities = None  # only a LearnedRouting has them
-
-
-class PartialRouting(Routing):
-    """A routing with empty slots: an index of -1 is no expert, and the weight there gets gradient 0.
-
-    No router leaves any. Where experts are spread over ranks, a token's choice has gaps on each of them.
-    """
-
-    __slots__ = ()
-    absent = True
-
-
-class LearnedRouting(Routing):
-    """A learned router's, with the softmax over all experts, (T, N) float32, as ``probabilities``.
-
-    An attribute, because a routing is a tuple of three. ``smoe.balance_loss(routing, mask)`` needs it.
-    """
-
-    probabilities: Tensor | None
 
 
 def check_top_k(top_k: int, num_experts: int) -> int:
@@ -113,6 +81,19 @@ class Router(nn.Module):
     def _all_experts(self, x: Tensor) -> Tensor:
         return torch.arange(self.num_experts, device=x.device).expand(x.shape[0], -1)
 
+    def _routing(self, logits: Tensor | None, indices: Tensor, k_per_token: Tensor | None) -> Routing:
+        """The routing to the chosen experts.
+
+        Args:
+            logits: (T, N) float32; None: all are equal.
+            indices: (T, k), the first choice first where ``k_per_token`` is given.
+            k_per_token: (T,), how many of its choices each token keeps; None: all.
+        """
+        if logits is None:
+            logits = torch.zeros(indices.shape[0], self.num_experts, dtype=torch.float32, device=indices.device)
+        routing = Routing(indices, self._weights(logits, indices), None)
+        return routing if k_per_token is None else first_choices(routing, k_per_token, self.score)
+
     def _weights(self, logits: Tensor, indices: Tensor) -> Tensor:
         """(T, N) float32 logits and (T, k) indices -> (T, k) float32 weights, by the score rule."""
         if self.score == "sum":
@@ -120,11 +101,6 @@ class Router(nn.Module):
         if self.score == "softmax_before_topk":
             return torch.softmax(logits, dim=-1).gather(1, indices)
         return torch.softmax(logits.gather(1, indices), dim=-1)
-
-    def _equal_weights(self, indices: Tensor) -> Tensor:
-        """The weights of a router without logits: those of equal logits."""
-        logits = torch.zeros(indices.shape[0], self.num_experts, dtype=torch.float32, device=indices.device)
-        return self._weights(logits, indices)
 
 
 def generator(seed: int | None) -> torch.Generator | None:

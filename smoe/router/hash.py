@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Router, Routing, Score, generator
+from .base import Router, Score, generator
 from .fixed import FixedBuffers
+from .routing import Routing
 
 
 class HashRouter(FixedBuffers, Router):
@@ -39,7 +40,7 @@ class HashRouter(FixedBuffers, Router):
         self.register_buffer("table", draw.argsort(dim=-1).to(torch.int32))
         self.to(torch.empty(0).device)  # the default device, which may be meta
 
-    def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Routing:
+    def forward(self, x: Tensor, token_ids: Tensor | None = None, k_per_token: Tensor | None = None) -> Routing:
         if token_ids is None:
             raise ValueError("token_ids is missing; a hash router needs the id of every token: layer(x, token_ids=ids)")
         ids = token_ids.reshape(-1)
@@ -55,4 +56,4 @@ class HashRouter(FixedBuffers, Router):
                 f"token_ids has ids from {int(ids.min())} to {int(ids.max())}; they must be from 0 to "
                 f"vocab_size - 1 = {self.table.shape[0] - 1}"
             ) from None
-        return Routing(indices, self._equal_weights(indices), None)
+        return self._routing(None, indices, k_per_token)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .balance import switch_loss
-from .base import LearnedRouting, Routing
 from .linear import LinearRouter
+from .routing import LearnedRouting, PartialLearnedRouting, Routing
 
 
 class LearnedRouter(LinearRouter):
@@ -18,13 +18,15 @@ class LearnedRouter(LinearRouter):
 
     trained = True
 
-    def _routing(self, logits: Tensor, indices: Tensor) -> Routing:
+    def _routing(self, logits: Tensor, indices: Tensor, k_per_token: Tensor | None) -> Routing:
+        routing = super()._routing(logits, indices, k_per_token)
         probabilities = torch.softmax(logits, dim=-1)
-        balance_loss = switch_loss(probabilities, indices)
-        weights = self._weights(logits, indices)
+        balance_loss = switch_loss(probabilities, routing.indices, routing.absent)
+        weights = routing.weights
         if self.score == "sum":
             # Weights of 1 leave the router out of the graph, and DDP fails on a parameter without a gradient.
             weights = weights + 0.0 * logits.gather(1, indices)
-        routing = LearnedRouting(indices, weights, balance_loss)
-        routing.probabilities = probabilities
-        return routing
+        kind = PartialLearnedRouting if routing.absent else LearnedRouting
+        learned = kind(routing.indices, weights, balance_loss)
+        learned.probabilities = probabilities
+        return learned

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Router, Routing, Score, generator
+from .base import Router, Score, generator
 from .logits import Float32Logits
+from .routing import Routing
 
 
 class LinearRouter(Router):
@@ -64,13 +65,10 @@ class LinearRouter(Router):
                 return F.linear(x.float(), weight, bias)
             return Float32Logits.apply(x, weight, bias)
 
-    def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Routing:
+    def forward(self, x: Tensor, token_ids: Tensor | None = None, k_per_token: Tensor | None = None) -> Routing:
         logits = self.logits(x)
-        if self.top_k == self.num_experts:
+        if self.top_k == self.num_experts and k_per_token is None:
             indices = self._all_experts(x)
         else:
             indices = logits.topk(self.top_k, dim=-1).indices
-        return self._routing(logits, indices)
-
-    def _routing(self, logits: Tensor, indices: Tensor) -> Routing:
-        return Routing(indices, self._weights(logits, indices), None)
+        return self._routing(logits, indices, k_per_token)
