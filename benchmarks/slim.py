@@ -127,7 +127,7 @@ def main() -> None:
     about |= {"method": config.method, "num_experts": config.num_experts, "step": checkpoint.step}
     about |= {"batches": options.batches, "repeats": options.repeats, "dataset": task.dataset}
     about["tokens"] = {"batch": config.eval_batch_size, "tgt_len": config.eval_tgt_len, "mem_len": config.eval_mem_len}
-    write_record(options, what, **about, rows=rows)
+    write_record(options, what, run=about, rows=rows)
 
 
 if __name__ == "__main__":

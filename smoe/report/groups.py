@@ -17,6 +17,8 @@ _NO_RESULT |= {"scale_reason", "engine", "expert_parallel", "fsdp"}
 _TOLD_ELSEWHERE = {"seed", "method", "scale", "model", "precision", "sweep"}
 # Fields that take the method's own value when they are null.
 _OWN = {"router", "schedule", "k_min", "k_max", "balance_weight", "consistency_weight"}
+# Fields that came later, each with what runs before it had: a record says no more by having it.
+_EARLIER = {"beta2": 0.999, "init_std": 0.02, "position_init": "normal", "key_init": "normal"}
 
 
 @dataclass
@@ -174,7 +176,7 @@ def departures(settings: Sequence[Mapping[str, str]]) -> list[list[str]]:
 
 
 def settings_of(record: Record) -> dict[str, str]:
-    """The configuration and what it was read with; a field that is null counts as not there."""
+    """The configuration and what it was read with; a field that is null, or as before it came, counts as not there."""
     unsaid = _NO_RESULT | _TOLD_ELSEWHERE
     settings = {name: value for name, value in (record.get("config") or {}).items() if name not in unsaid}
     settings |= {"task": record.get("task"), "precision": record.get("precision"), "n": examples_of(record)}
@@ -184,7 +186,7 @@ def settings_of(record: Record) -> dict[str, str]:
             for part in name.split("."):
                 found = found.get(part) if isinstance(found, Mapping) else None
             settings[f"dataset.{name}"] = found[:8] if isinstance(found, str) else None
-    return {name: _text(value) for name, value in settings.items() if value is not None}
+    return {name: _text(value) for name, value in settings.items() if value not in (None, _EARLIER.get(name))}
 
 
 def _sizes(record: Record) -> dict[str, str]:

@@ -94,6 +94,14 @@ def test_runs_that_differ_in_the_seed_alone_share_a_row(results):
     assert slimming_table([*three, three[1]]) == slimming_table(three)  # the same record twice is one run
 
 
+def test_a_field_that_came_later_tells_runs_apart_only_where_it_changes_something():
+    values = (1.45, 1.32, 1.23, 1.1776, 1.1486)
+    before, later = result("smoe", *values, seed=1), result("smoe", *values, seed=2, config={"beta2": 0.999})
+    assert labels(before, later) == ["SMoE"]
+    other = result("smoe", *values, seed=2, config={"beta2": 0.98})
+    assert labels(before, other, later) == ["SMoE", "SMoE, beta2 0.98"]
+
+
 def test_another_run_of_a_seed_is_no_further_seed(results):
     again = result("smoe_dropout", 1.41, 1.30, 1.21, 1.17, 1.14, seed=results[1]["seed"])
     lines = slimming_table([*results, again]).splitlines()
