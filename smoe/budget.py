@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .control import activated, smoe_layers
+from .evaluating import evaluating
 from .flops import as_call, count
 
 
@@ -50,9 +50,6 @@ def fit_budget(
     batches = list(batches)
     if not batches:
         raise ValueError("batches is empty; at least one batch must be measured")
-    costs = _Costs(model, batches[0], sizes)
-    if not costs.of([1] * len(sizes)) <= flops:
-        raise ValueError(f"flops is {flops}; a pass with one expert per layer costs {costs.fixed + sum(costs.expert)}")
     losses: dict[tuple[int, ...], float] = {}
 
     def measure(ks: Sequence[int]) -> float:
@@ -61,10 +58,13 @@ def fit_budget(
             losses[key] = _mean_loss(model, batches, list(ks), loss)
         return losses[key]
 
-    uniform = ([min(k, size) for size in sizes] for k in range(max(sizes), 0, -1))
-    ks = next(ks for ks in uniform if costs.of(ks) <= flops)
-    step = max(max(sizes) // 8, 1)
-    with _evaluating(model):
+    with evaluating(model):
+        costs = _Costs(model, batches[0], sizes)
+        if not costs.least <= flops:
+            raise ValueError(f"flops is {flops}; a pass with one expert per layer costs {costs.least}")
+        uniform = ([min(k, size) for size in sizes] for k in range(max(sizes), 0, -1))
+        ks = next(ks for ks in uniform if costs.of(ks) <= flops)
+        step = max(max(sizes) // 8, 1)
         while step:
             ks = _trade(ks, sizes, step, lambda ks: costs.of(ks) <= flops, measure)
             step //= 2
@@ -72,19 +72,17 @@ def fit_budget(
 
 
 class _Costs:
-    """FLOPs of a pass over ``batch``: ``fixed`` ones, and those of one expert in each layer."""
+    """FLOPs of a pass over ``batch``: the ``least``, with one expert per layer, and those of one more in each layer."""
 
     def __init__(self, model: nn.Module, batch: Any, sizes: Sequence[int]) -> None:
         ones = [1] * len(sizes)
-        least = count(model, batch, ones).true
-        self.expert = []
+        self.least, self.expert = count(model, batch, ones).true, []
         for i, size in enumerate(sizes):
             all_of_one = count(model, batch, [*ones[:i], size, *ones[i + 1 :]]).true
-            self.expert.append((all_of_one - least) // max(size - 1, 1))
-        self.fixed = least - sum(self.expert)
+            self.expert.append((all_of_one - self.least) // max(size - 1, 1))
 
     def of(self, ks: Sequence[int]) -> int:
-        return self.fixed + sum(k * cost for k, cost in zip(ks, self.expert, strict=True))
+        return self.least + sum((k - 1) * cost for k, cost in zip(ks, self.expert, strict=True))
 
 
 def _trade(
@@ -128,7 +126,8 @@ def _mean_loss(
     model: nn.Module, batches: Sequence[Any], ks: list[int], loss: Callable[[Any, Any], Tensor] | None
 ) -> float:
     total = 0.0
-    with activated(model, ks), torch.random.fork_rng():
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with activated(model, ks), torch.random.fork_rng(devices):
         torch.manual_seed(0)  # the same draws of a router that draws (THOR) for every ks
         for batch in batches:
             args, kwargs = as_call(batch)
@@ -138,15 +137,3 @@ def _mean_loss(
                 raise ValueError(f"{type(output).__name__} has no loss; give batches with labels, or loss=...")
             total += float(value)
     return total / len(batches)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the block ``model`` is in evaluation mode; afterwards each of its modules is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

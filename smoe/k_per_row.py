@@ -1,4 +1,4 @@
-"""A k of its own for every row of a batch: checked once, and in every layer spread over the row's tokens."""
+"""A k of its own for every row of a batch: checked once, and given to the row's tokens in every layer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def set_k_per_row(layers: Sequence[Any], k: Tensor) -> None:
         layer.top_k, layer.k_per_row = largest if layer.dispatch is None else layer.num_experts, k
 
 
-def spread(k: Tensor, x: Tensor) -> Tensor:
+def k_of_tokens(k: Tensor, x: Tensor) -> Tensor:
     """The k of every token, (T,) int64, on the device of x.
 
     Args:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .compute import check_compute, choose
 from .engine import Engine, resolve_engine
 from .experts import Experts, check_divisible
-from .k_per_row import spread
+from .k_per_row import k_of_tokens
 from .router import Router, RouterKind, Routing, Score, make_router
 from .wrappers import unwrap
 
@@ -153,7 +153,7 @@ class SMoE(nn.Module):
         if self.k_per_row is None:
             routing = self.router(flat, token_ids)
         else:
-            k_per_token = spread(self.k_per_row, x)
+            k_per_token = k_of_tokens(self.k_per_row, x)
             routing = self.router(flat, token_ids, k_per_token)
         if self.k_per_row is not None and self.output_scale == "k":
             routing = routing._replace(weights=routing.weights * k_per_token.unsqueeze(1))

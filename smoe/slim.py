@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .control import check_whole, record_routing, smoe_layers
+from .evaluating import evaluating
 from .layer import SMoE
 from .modulize.narrow import keep_experts
 from .router import Routing
@@ -65,10 +66,8 @@ def vote(model: nn.Module, batches: Iterable[Any], mask: Mask = None, score: Vot
     keys = {name: _mask_key(name, mask, model) for name in layers}
     counts = {name: torch.zeros(layer.num_experts, dtype=torch.int64) for name, layer in layers.items()}
     sums = {name: torch.zeros(layer.num_experts, dtype=torch.float64) for name, layer in layers.items()}
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     seen = False
-    try:
+    with evaluating(model):
         for batch in batches:
             seen = True
             with ExitStack() as stack:
@@ -84,9 +83,6 @@ def vote(model: nn.Module, batches: Iterable[Any], mask: Mask = None, score: Vot
                         gained = routing.weights if x is None else routing.weights * _norms(layer, x, routing.indices)
                         gained = gained.reshape(-1).double().cpu()
                         sums[name] += torch.bincount(indices, weights=gained, minlength=layer.num_experts)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if not seen:
         raise ValueError("batches is empty; at least one batch must vote")
     if score == "reap":

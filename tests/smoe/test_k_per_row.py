@@ -7,7 +7,7 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
-from smoe import RandomRouter, SMoE, activated, balance_loss, get_top_k, record_routing, set_top_k
+from smoe import RandomRouter, SMoE, activated, balance_loss, get_top_k, modulize, record_routing, set_top_k
 from smoe.compute import PATHS
 from smoe.compute.grouping import group
 from smoe.flops import count
@@ -73,6 +73,27 @@ class FlattensItsBatch(nn.Module):
 
 def test_a_model_of_several_layers_one_of_which_sees_flat_tokens():
     assert_as_row_by_row(nn.Sequential(make(), nn.LayerNorm(D), FlattensItsBatch(make(seed=2))), KS)
+
+
+@pytest.mark.parametrize("name", ["Llama", "OPT"])
+def test_a_model_of_transformers_writes_every_row_as_alone(name):
+    pytest.importorskip("transformers")
+    from tiny_models import tiny
+
+    model = modulize(tiny(name), N, seed=1, output_scale="num_experts").eval()
+    for parameter in model.parameters():  # tiny models hardly differ in what they write
+        parameter.data.mul_(3)
+    ids, k = torch.randint(3, 40, (3, 6)), torch.tensor([1, 8, 2])
+    options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with activated(model, k):
+        together = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    for b, row in enumerate(ids.split(1)):
+        with activated(model, int(k[b])):
+            alone = model.generate(row, attention_mask=torch.ones_like(row), **options)
+        length = alone.sequences.shape[1]
+        assert torch.equal(together.sequences[b, :length], alone.sequences[0])
+        for of_all, of_one in zip(together.logits, alone.logits, strict=False):
+            torch.testing.assert_close(of_all[b], of_one[0], atol=1e-4, rtol=1e-4)
 
 
 def test_k_per_token():

@@ -24,8 +24,23 @@ def test_its_python_runs_from_the_page_alone(tmp_path, monkeypatch):
                 with torch.no_grad(), scope["smoe"].activated(first := scope.setdefault("first", scope["model"]), 4):
                     ids = torch.arange(12)[None]
                     torch.testing.assert_close(loaded(ids).logits, first.eval()(ids).logits, atol=1e-5, rtol=0)
+            if "activated(" in block:
+                assert_rows_as_if_alone(scope, [2, 16, 4])
+            if "fit_budget(" in block:
+                assert [layer.top_k for _, layer in scope["smoe"].smoe_layers(scope["model"])] == scope["ks"]
     assert type(scope["native"]).__name__ == "MixtralForCausalLM"
     assert scope["model"].model.layers[0].mlp.down_proj.in_features == 512
+
+
+def assert_rows_as_if_alone(scope, ks):
+    """The logits of every row of ``ids`` are those of a pass of its own with its k."""
+    import torch
+
+    model, ids = scope["model"], scope["ids"]
+    assert len(ids) == len(ks)
+    for row, logits, k in zip(ids, scope["logits"], ks, strict=True):
+        with torch.no_grad(), scope["smoe"].activated(model, k):
+            torch.testing.assert_close(logits, model(row[None]).logits[0], atol=1e-5, rtol=0)
 
 
 def test_its_command_is_ours(tmp_path):
@@ -52,3 +67,15 @@ def test_its_tables_are_the_records():
     assert _row("mean difference", [f"{row['mean_difference']:.6f}" for row in rows]) in DOC
     for name, field in (("generating", "generate"), ("reading a prompt", "prompt")):
         assert _row(name, [f"{row[f'{field}_tokens_per_second']:.0f}" for row in rows]) in DOC
+
+
+def test_its_tables_of_k_are_the_records():
+    records = json.loads((ROOT / "results/k_per_row.json").read_text())["records"]
+    assert {(r["shape"], r["dtype"], r["pass"]) for r in records} >= {("bert", "fp32", "forward")} and len(
+        records
+    ) == 36
+    for mix in dict.fromkeys(record["k_of_rows"] for record in records):
+        of_mix = [record["ratio_to_mean"] for record in records if record["k_of_rows"] == mix]
+        ratios = ([ratio[name] for ratio in of_mix] for name in ("mixed", "separate", "largest"))
+        assert _row(mix, [f"{min(r):.2f} to {max(r):.2f}" for r in ratios]) in DOC
+        assert max(ratio["mixed"] for ratio in of_mix) <= 1.15
