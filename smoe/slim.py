@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .control import check_whole, record_routing, smoe_layers
 from .evaluating import evaluating
+from .flops import as_call
 from .layer import SMoE
 from .modulize.narrow import keep_experts
 from .router import Routing
@@ -72,7 +73,8 @@ def vote(model: nn.Module, batches: Iterable[Any], mask: Mask = None, score: Vot
             seen = True
             with ExitStack() as stack:
                 passes = {name: stack.enter_context(_passes(layer, score)) for name, layer in layers.items()}
-                _call(model, batch)
+                args, kwargs = as_call(batch)
+                model(*args, **kwargs)
             for name, layer in layers.items():
                 tokens = _tokens(batch, keys[name], chosen=mask is not None)
                 for routing, x in passes[name]:
@@ -115,15 +117,6 @@ def _norms(layer: SMoE, x: Tensor, indices: Tensor) -> Tensor:
     one = torch.ones(len(x), 1, dtype=torch.float32, device=x.device)
     outputs = (layer._compute(x, layer.experts, Routing(slot.unsqueeze(1), one, None)) for slot in indices.unbind(1))
     return torch.stack([output.float().norm(dim=-1) for output in outputs], dim=1)
-
-
-def _call(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        model(*batch)
-    else:
-        model(batch)
 
 
 def _mask_key(name: str, mask: Mask, model: nn.Module) -> Key | None:
