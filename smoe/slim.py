@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from .control import check_whole, record_routing, smoe_layers
 from .evaluating import evaluating
-from .flops import as_call
 from .layer import SMoE
 from .modulize.narrow import keep_experts
 from .router import Routing
@@ -51,6 +50,8 @@ def vote(model: nn.Module, batches: Iterable[Any], mask: Mask = None, score: Vot
         ValueError: the model has no SMoE layer, there is no batch, a batch has no mask of the size that a layer needs,
             or ``reap`` needs experts that are not here (see ``check_whole``).
     """
+    from .flops import as_call  # not at the top: `import smoe` would import it
+
     if score not in VOTE_SCORES:
         raise ValueError(f"score is {score!r}; it must be one of {', '.join(VOTE_SCORES)}")
     layers = dict(smoe_layers(model))
