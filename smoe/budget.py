@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .control import activated, evaluating, smoe_layers
-from .flops import as_call, count
+from .control import activated, smoe_layers
+from .evaluating import evaluating
 
 
 @torch.no_grad()
@@ -74,6 +74,8 @@ class _Costs:
     """FLOPs of a pass over ``batch``: the ``least``, with one expert per layer, and those of one more in each layer."""
 
     def __init__(self, model: nn.Module, batch: Any, sizes: Sequence[int]) -> None:
+        from .flops import count  # not at the top: `import smoe` would import it
+
         ones = [1] * len(sizes)
         self.least, self.expert = count(model, batch, ones).true, []
         for i, size in enumerate(sizes):

@@ -341,7 +341,7 @@ def _export(options: argparse.Namespace) -> int:
         raise ValueError(f"--out is {options.out}, the model itself; it must be another folder")
     metrics = None if options.metrics is None else _read_metrics(Path(options.metrics))
     model = smoe.from_pretrained(options.path)
-    out = to_hf(model, options.out, top_k=options.k, metrics=metrics, tokenizer=options.path)
+    out = to_hf(model, options.out, top_k=options.k, metrics=metrics)
     print(f"{out}: {json.loads((out / 'config.json').read_text(encoding='utf-8'))['architectures'][0]}")
     return 0
 

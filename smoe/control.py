@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from .experts import Experts
-from .k_per_row import check_k_per_row
+from .k_per_row import set_k_per_row
 from .layer import SMoE
 from .router import Router, Routing, check_top_k
 from .wrappers import is_offloaded
@@ -93,40 +92,13 @@ def activated(model: nn.Module, k: int | Sequence[int] | Tensor | None) -> Itera
     before = [(layer, layer.top_k, layer.k_per_row) for _, layer in smoe_layers(model)]
     try:
         if isinstance(k, Tensor):
-            _set_k_per_row(model, k)
+            set_k_per_row(_layers_or_error(model), k)
         elif k is not None:
             set_top_k(model, k)
         yield
     finally:
         for layer, top_k, k_per_row in before:
             layer.top_k, layer.k_per_row = top_k, k_per_row
-
-
-def _set_k_per_row(model: nn.Module, k: Tensor) -> None:
-    layers = _layers_or_error(model)
-    for layer in layers:
-        check_k_per_row(k, layer.num_experts)
-        if layer.engine == "fastmoe":
-            raise ValueError("k is a tensor, which engine 'fastmoe' can't take; use engine 'torch' or one k")
-        for router in layer.routers:
-            if "k_per_token" not in inspect.signature(router.forward).parameters:
-                raise ValueError(f"k is a tensor, but {type(router).__name__}.forward has no argument k_per_token")
-    largest = int(k.max())
-    for layer in layers:
-        # Ranks that share experts must agree on top_k, and have rows of their own.
-        layer.top_k, layer.k_per_row = largest if layer.dispatch is None else layer.num_experts, k
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the block ``model`` is in evaluation mode; afterwards each of its modules is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def get_top_k(model: nn.Module) -> int | list[int]:

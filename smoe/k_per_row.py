@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +21,21 @@ def check_k_per_row(k: Tensor, num_experts: int) -> None:
         raise ValueError(
             f"k has entries from {smallest} to {largest}; all must be from 1 to num_experts = {num_experts}"
         )
+
+
+def set_k_per_row(layers: Sequence[Any], k: Tensor) -> None:
+    """Gives all SMoE layers k; a ValueError before any is changed if one can't have it. See ``smoe.activated``."""
+    for layer in layers:
+        check_k_per_row(k, layer.num_experts)
+        if layer.engine == "fastmoe":
+            raise ValueError("k is a tensor, which engine 'fastmoe' can't take; use engine 'torch' or one k")
+        for router in layer.routers:
+            if "k_per_token" not in inspect.signature(router.forward).parameters:
+                raise ValueError(f"k is a tensor, but {type(router).__name__}.forward has no argument k_per_token")
+    largest = int(k.max())
+    for layer in layers:
+        # Ranks that share experts must agree on top_k, and have rows of their own.
+        layer.top_k, layer.k_per_row = largest if layer.dispatch is None else layer.num_experts, k
 
 
 def k_of_tokens(k: Tensor, x: Tensor) -> Tensor:

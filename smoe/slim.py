@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .control import check_whole, record_routing, smoe_layers
+from .evaluating import evaluating
 from .layer import SMoE
 from .modulize.narrow import keep_experts
 from .router import Routing
@@ -49,6 +50,8 @@ def vote(model: nn.Module, batches: Iterable[Any], mask: Mask = None, score: Vot
         ValueError: the model has no SMoE layer, there is no batch, a batch has no mask of the size that a layer needs,
             or ``reap`` needs experts that are not here (see ``check_whole``).
     """
+    from .flops import as_call  # not at the top: `import smoe` would import it
+
     if score not in VOTE_SCORES:
         raise ValueError(f"score is {score!r}; it must be one of {', '.join(VOTE_SCORES)}")
     layers = dict(smoe_layers(model))
@@ -65,15 +68,14 @@ def vote(model: nn.Module, batches: Iterable[Any], mask: Mask = None, score: Vot
     keys = {name: _mask_key(name, mask, model) for name in layers}
     counts = {name: torch.zeros(layer.num_experts, dtype=torch.int64) for name, layer in layers.items()}
     sums = {name: torch.zeros(layer.num_experts, dtype=torch.float64) for name, layer in layers.items()}
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     seen = False
-    try:
+    with evaluating(model):
         for batch in batches:
             seen = True
             with ExitStack() as stack:
                 passes = {name: stack.enter_context(_passes(layer, score)) for name, layer in layers.items()}
-                _call(model, batch)
+                args, kwargs = as_call(batch)
+                model(*args, **kwargs)
             for name, layer in layers.items():
                 tokens = _tokens(batch, keys[name], chosen=mask is not None)
                 for routing, x in passes[name]:
@@ -84,9 +86,6 @@ def vote(model: nn.Module, batches: Iterable[Any], mask: Mask = None, score: Vot
                         gained = routing.weights if x is None else routing.weights * _norms(layer, x, routing.indices)
                         gained = gained.reshape(-1).double().cpu()
                         sums[name] += torch.bincount(indices, weights=gained, minlength=layer.num_experts)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if not seen:
         raise ValueError("batches is empty; at least one batch must vote")
     if score == "reap":
@@ -119,15 +118,6 @@ def _norms(layer: SMoE, x: Tensor, indices: Tensor) -> Tensor:
     one = torch.ones(len(x), 1, dtype=torch.float32, device=x.device)
     outputs = (layer._compute(x, layer.experts, Routing(slot.unsqueeze(1), one, None)) for slot in indices.unbind(1))
     return torch.stack([output.float().norm(dim=-1) for output in outputs], dim=1)
-
-
-def _call(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        model(*batch)
-    else:
-        model(batch)
 
 
 def _mask_key(name: str, mask: Mask, model: nn.Module) -> Key | None:

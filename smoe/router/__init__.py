@@ -17,11 +17,12 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 from .balance import balance_loss
-from .base import SCORES, PartialRouting, Router, Routing, Score, check_top_k
+from .base import SCORES, Router, Score, check_top_k
 from .fixed import FixedBuffers
 from .hash import HashRouter
 from .learned import LearnedRouter
 from .random import RandomRouter
+from .routing import PartialRouting, Routing
 from .uniform import UniformRouter
 
 RouterKind = Literal["random", "learned", "uniform", "hash"]

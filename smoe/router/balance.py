@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, zeros_like
 
-from .base import Routing
+from .routing import Routing
 
 
 def balance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:

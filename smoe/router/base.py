@@ -2,55 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..uncompiled import uncompiled
+from .per_token import first_choices
+from .routing import Routing
 
 Score = Literal["softmax_after_topk", "softmax_before_topk", "sum"]
 SCORES: tuple[str, ...] = get_args(Score)
-
-
-class Routing(NamedTuple):
-    """What a router chose for T tokens.
-
-    indices: (T, k) int64, the chosen experts of each token, all different.
-    weights: (T, k) float32, the factor of each chosen expert's output.
-    balance_loss: scalar, Switch's load-balancing loss (learned router), else None.
-    """
-
-    indices: Tensor
-    weights: Tensor
-    balance_loss: Tensor | None
-    absent = False  # whether slots may be empty: only in a PartialRouting
-    probabilities = None  # only a LearnedRouting has them
-
-
-class PartialRouting(Routing):
-    """A routing with empty slots: an index of -1 is no expert, and the weight there gets gradient 0.
-
-    There are some where tokens have different k, and where experts are spread over ranks, on each of them.
-    """
-
-    __slots__ = ()
-    absent = True
-
-
-class LearnedRouting(Routing):
-    """A learned router's, with the softmax over all experts, (T, N) float32, as ``probabilities``.
-
-    An attribute, because a routing is a tuple of three. ``smoe.balance_loss(routing, mask)`` needs it.
-    """
-
-    probabilities: Tensor | None
-
-
-class PartialLearnedRouting(LearnedRouting):
-    """A learned router's with empty slots (see :class:`PartialRouting`)."""
-
-    absent = True
 
 
 def check_top_k(top_k: int, num_experts: int) -> int:
@@ -129,20 +91,16 @@ class Router(nn.Module):
         """
         if logits is None:
             logits = torch.zeros(indices.shape[0], self.num_experts, dtype=torch.float32, device=indices.device)
-        if k_per_token is None:
-            return Routing(indices, self._weights(logits, indices), None)
-        empty = torch.arange(indices.shape[1], device=indices.device) >= k_per_token.unsqueeze(1)
-        weights = self._weights(logits, indices, empty).masked_fill(empty, 0)
-        return PartialRouting(indices.masked_fill(empty, -1), weights, None)
+        routing = Routing(indices, self._weights(logits, indices), None)
+        return routing if k_per_token is None else first_choices(routing, k_per_token, self.score)
 
-    def _weights(self, logits: Tensor, indices: Tensor, empty: Tensor | None = None) -> Tensor:
-        """(T, N) logits and (T, k) indices -> (T, k) float32 weights, by the score rule; anything where ``empty``."""
+    def _weights(self, logits: Tensor, indices: Tensor) -> Tensor:
+        """(T, N) float32 logits and (T, k) indices -> (T, k) float32 weights, by the score rule."""
         if self.score == "sum":
             return torch.ones(indices.shape, dtype=torch.float32, device=indices.device)
         if self.score == "softmax_before_topk":
             return torch.softmax(logits, dim=-1).gather(1, indices)
-        chosen = logits.gather(1, indices)
-        return torch.softmax(chosen if empty is None else chosen.masked_fill(empty, -torch.inf), dim=-1)
+        return torch.softmax(logits.gather(1, indices), dim=-1)
 
 
 def generator(seed: int | None) -> torch.Generator | None:

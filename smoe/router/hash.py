@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Router, Routing, Score, generator
+from .base import Router, Score, generator
 from .fixed import FixedBuffers
+from .routing import Routing
 
 
 class HashRouter(FixedBuffers, Router):

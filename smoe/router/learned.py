@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .balance import switch_loss
-from .base import LearnedRouting, PartialLearnedRouting, Routing
 from .linear import LinearRouter
+from .routing import LearnedRouting, PartialLearnedRouting, Routing
 
 
 class LearnedRouter(LinearRouter):

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Router, Routing, Score, generator
+from .base import Router, Score, generator
 from .logits import Float32Logits
+from .routing import Routing
 
 
 class LinearRouter(Router):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Router, Routing
+from .base import Router
+from .routing import Routing
 
 
 class UniformRouter(Router):
