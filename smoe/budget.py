@@ -126,6 +126,8 @@ def _moved(ks: Sequence[int], *changes: tuple[int, int]) -> list[int]:
 def _mean_loss(
     model: nn.Module, batches: Sequence[Any], ks: list[int], loss: Callable[[Any, Any], Tensor] | None
 ) -> float:
+    from .flops import as_call
+
     total = 0.0
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with activated(model, ks), torch.random.fork_rng(devices):

@@ -166,7 +166,19 @@ def test_a_checkpoint_of_more_processes_goes_on_with_generators_drawn_anew(train
 
 def test_interrupted_in_the_final_sweep_it_ends_at_once_and_can_go_on(train, tmp_path):
     run = tmp_path / "run"
-    command = train("dense_dropout", run, "--steps", 2, "--eval_tokens", 5000, "--eval_tgt_len", 1, wait=False)
+    command = train(
+        "dense_dropout",
+        run,
+        "--steps",
+        2,
+        "--eval_tokens",
+        5000,
+        "--eval_tgt_len",
+        1,
+        "--eval_batch_size",
+        2,
+        wait=False,
+    )
     while not (run / "checkpoints" / "step-00000002").exists():
         assert command.process.is_alive(), command.err
         time.sleep(0.002)
