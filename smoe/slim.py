@@ -57,6 +57,8 @@ def vote(model: nn.Module, batches: Iterable[Any], mask: Mask = None, score: Vot
     layers = dict(smoe_layers(model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no SMoE layer; there is nothing to vote for")
+    if any(layer.k_per_row is not None for layer in layers.values()):
+        raise ValueError("k is a tensor, one per row; vote at one k")
     if score == "reap":
         check_whole(model, "vote")
     full = [name for name, layer in layers.items() if layer.top_k == layer.num_experts]

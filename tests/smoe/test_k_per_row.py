@@ -7,7 +7,7 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
-from smoe import RandomRouter, SMoE, activated, balance_loss, get_top_k, modulize, record_routing, set_top_k
+from smoe import RandomRouter, SMoE, activated, balance_loss, get_top_k, modulize, record_routing, set_top_k, vote
 from smoe.compute import PATHS
 from smoe.compute.grouping import group
 from smoe.flops import count
@@ -202,6 +202,8 @@ def test_what_cannot_have_a_k_per_row_says_so():
             layer._replicate_for_data_parallel()
         with pytest.raises(ValueError, match="k is a tensor, one per row; count the rows of each k"):
             count(layer, x)
+        with pytest.raises(ValueError, match="k is a tensor, one per row; vote at one k"):
+            vote(layer, [x])
         with pytest.raises(Exception, match="an exported graph would keep"):
             torch.export.export(layer, (x,))
         with pytest.raises(ValueError, match="an exported graph would keep"):
