@@ -3,14 +3,10 @@
 import json
 import sys
 
-import pytest
-
-pytest.importorskip("transformers")
+from examples import llama_bytes
 
 
 def test_a_llama_learns_bytes_and_is_exported(data_dir, tmp_path, monkeypatch):
-    from examples import llama_bytes
-
     sizes = ["--steps", "3", "--batch", "2", "--length", "32", "--eval_bytes", "512"]
     monkeypatch.setattr(sys, "argv", ["llama_bytes", "--data", str(data_dir), "--out", str(tmp_path), *sizes])
     llama_bytes.main()

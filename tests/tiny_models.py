@@ -137,6 +137,20 @@ MODELS = [
 # fmt: on
 
 
+class Sentences(torch.utils.data.Dataset):
+    """Random ids for ``transformers.Trainer``, the same every time."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(3, 40, (6,), generator=torch.Generator().manual_seed(i))
+        return {"input_ids": ids, "labels": ids}
+
+
 def build(model_class: str, settings: dict) -> torch.nn.Module:
     """A random model, in evaluation mode."""
     import transformers

@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -224,7 +225,6 @@ def test_real_constants_reject_small_data(tmp_path, capsys):
 
 @pytest.mark.parametrize("limit", [100, 5000, 9500])  # full at once, amid the train split, amid a download
 def test_full_disk_leaves_nothing(limit, site, tmp_path, capsys):
-    resource = pytest.importorskip("resource", reason="needs the limits of Linux or macOS")
     (tmp_path / "source").write_bytes(RAW)
     mirrors = urls(site, "good.raw", "good.gz")
     flags = ["--source", tmp_path / "source"] if limit < 9000 else []

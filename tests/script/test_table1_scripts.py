@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,6 @@ def test_there_is_a_script_for_every_row():
     assert {script.stem for script in SCRIPTS} == METHOD_OF.keys()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs bash: Linux or macOS")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_script_runs_to_its_table_and_plot(script, data_dir, tmp_path):
     run = tmp_path / "run"

@@ -3,21 +3,12 @@
 import pytest
 import torch
 import transformers
-from tiny_models import tiny
+from tiny_models import Sentences, tiny
 from torch import nn
 
 import smoe
 
 transformers.logging.set_verbosity_error()
-
-
-class _Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 24
-
-    def __getitem__(self, i):
-        ids = torch.randint(3, 40, (6,), generator=torch.Generator().manual_seed(i))
-        return {"input_ids": ids, "labels": ids}
 
 
 class _Watch(transformers.TrainerCallback):
@@ -48,7 +39,9 @@ def _train(tmp_path, until=None, resume=False, **callback):
         seed=0,
         learning_rate=1e-2,
     )
-    trainer = transformers.Trainer(model, args, train_dataset=_Rows(), callbacks=[TopKCallback(**callback), watch])
+    trainer = transformers.Trainer(
+        model, args, train_dataset=Sentences(24), callbacks=[TopKCallback(**callback), watch]
+    )
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4") if resume else None)
     return model, watch.seen
 
@@ -124,7 +117,7 @@ def test_a_k_that_the_model_lacks_is_refused_before_the_first_step(options, mess
 
     model = smoe.modulize(tiny("BERT"), 8)
     args = transformers.TrainingArguments(str(tmp_path), max_steps=9, report_to=[], use_cpu=True)
-    trainer = transformers.Trainer(model, args, train_dataset=_Rows(), callbacks=[TopKCallback(**options)])
+    trainer = transformers.Trainer(model, args, train_dataset=Sentences(24), callbacks=[TopKCallback(**options)])
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0

@@ -77,7 +77,6 @@ def test_a_model_of_several_layers_one_of_which_sees_flat_tokens():
 
 @pytest.mark.parametrize("name", ["Llama", "OPT"])
 def test_a_model_of_transformers_writes_every_row_as_alone(name):
-    pytest.importorskip("transformers")
     from tiny_models import tiny
 
     model = modulize(tiny(name), N, seed=1, output_scale="num_experts").eval()

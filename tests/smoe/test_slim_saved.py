@@ -3,13 +3,12 @@
 import sys
 
 import pytest
+import tokenizers
 import torch
+import transformers
 
 import smoe
 from smoe import cli
-
-transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
 
 WORDS = ["[PAD]", "[UNK]", "a", "b", "c", "d", "e", "f"]
 TEXTS = ["a b c d e f", "b", "", "c c d", "f e d c b a a b c d e f", "e"]

@@ -11,7 +11,6 @@ DOC = (ROOT / "docs/ship.md").read_text()
 
 
 def test_its_python_runs_from_the_page_alone(tmp_path, monkeypatch):
-    pytest.importorskip("accelerate")
     import torch
 
     monkeypatch.chdir(tmp_path)

@@ -7,12 +7,11 @@ import sys
 
 import pytest
 import torch
-from tiny_models import inputs_of, logits_of, tiny
+import transformers
+from tiny_models import Sentences, inputs_of, logits_of, tiny
 
 import smoe
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -137,20 +136,11 @@ def test_the_meta_device_shows_the_shapes(tmp_path):
     assert shapes == {name: (tensor.shape, "meta") for name, tensor in model.state_dict().items()}
 
 
-class _Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 16
-
-    def __getitem__(self, i):
-        ids = torch.randint(3, 40, (6,), generator=torch.Generator().manual_seed(i))
-        return {"input_ids": ids, "labels": ids}
-
-
 def _trainer(model, folder, **options):
     arguments = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": []}
     arguments |= {"disable_tqdm": True, "use_cpu": True, "seed": 0, **options}
     args = transformers.TrainingArguments(str(folder), **arguments)
-    return transformers.Trainer(model, args, train_dataset=_Rows(), eval_dataset=_Rows())
+    return transformers.Trainer(model, args, train_dataset=Sentences(16), eval_dataset=Sentences(16))
 
 
 def test_trainer_saves_what_auto_classes_load_and_train_on(tmp_path):
