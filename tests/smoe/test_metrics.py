@@ -35,3 +35,8 @@ def test_infinity_is_the_worst_loss():
 
 def test_it_is_shown_with_its_title():
     assert LOWER.shown({"bpc": 1.14857, "other": 3.0}) == "BPC 1.1486"
+
+
+@pytest.mark.parametrize(("metric", "best"), [(LOWER, -math.inf), (HIGHER, math.inf)])
+def test_a_value_that_is_not_finite_is_never_better(metric, best):
+    assert not metric.better(best, None) and not metric.better(best, 0.5)

@@ -12,6 +12,7 @@ from smoe import METHODS, set_top_k
 from smoe.errors import Stopped
 from smoe.report import check_result
 from smoe.train.checkpoint import checkpoint_path, list_steps
+from smoe.train.evaluation import measure
 from smoe.train.loop import train
 from smoe.train.processes import Processes
 from smoe.train.resume import load_checkpoint, read_metrics
@@ -171,6 +172,22 @@ def test_a_parameter_that_the_loss_does_not_reach_is_named(start, start_ranks, t
         assert rank.wait() == 2, rank.err
     assert_one_line(ranks[0], 2, "spare.weight, spare.bias got no gradient", "requires_grad_(False)")
     assert start("toy_task", *FLAGS, "--run_dir", tmp_path / "one", env=spare).wait() == 0, "alone it does no harm"
+
+
+@pytest.mark.parametrize(("learning_rate", "best", "other"), [(0.05, 8, 12), (0.02, 12, 4)])
+def test_each_best_checkpoint_is_swept_with_its_own_weights(tmp_path, learning_rate, best, other):
+    config = toy_config(tmp_path, "smoe", seed=2, learning_rate=learning_rate)
+    train(Toy, config, Processes())
+    record = result(tmp_path)
+    (at_all,) = record["best_at_other_k"]
+    assert (record["best"]["step"], at_all["step"]) == (best, other), "else this shows nothing"
+    task, processes = toy(config)
+    for step, metrics in ((best, record["metrics"]), (other, at_all["metrics"])):
+        task.model.load_state_dict(weights(tmp_path, step))
+        for k in (1, 4):
+            assert (
+                measure(task, "test", k, processes).values["cross_entropy"] == metrics["cross_entropy"]["test"][str(k)]
+            )
 
 
 # ---- a checkpoint knows its run
