@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from books import prepared  # noqa: F401 (a fixture)
 from commands import start, start_ranks  # noqa: F401 (fixtures)
 
 torch.set_num_threads(1)

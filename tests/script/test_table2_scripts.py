@@ -140,13 +140,11 @@ COMMON = ["--scale", "smoke", "--progress", "false", "--sweep", "16"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHOD_OF)
-def test_script_fine_tunes_the_run_it_is_given(name, data_dir, sentences, tmp_path):
+def test_script_fine_tunes_the_run_it_is_given(name, start, data_dir, sentences, tmp_path):
     pretrained, run = tmp_path / "pretrained", tmp_path / "run"
-    first = bash(
-        ROOT / "script/transformer_xl.sh", "x", "--method", METHOD_OF[name], "--data", data_dir,
-        "--run_dir", pretrained, *COMMON,
-    )  # fmt: skip
-    assert first.returncode == 0, first.stderr
+    flags = ["--method", METHOD_OF[name], "--data", data_dir, "--run_dir", pretrained, *COMMON]
+    first = start("transformer_xl.train", *flags)
+    assert first.wait() == 0, first.err
     script, checkpoint = TABLE2 / "sst2" / f"{name}.sh", pretrained / "checkpoints/step-00000020"
     done = bash(script, checkpoint, "--data", sentences, "--run_dir", run, *COMMON)
     assert done.returncode == 0, done.stderr
@@ -159,24 +157,17 @@ def test_script_fine_tunes_the_run_it_is_given(name, data_dir, sentences, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("column", COLUMNS[1:])
-def test_script_fine_tunes_a_bert(column, tmp_path):
+def test_script_fine_tunes_a_bert(column, start, prepared, tmp_path):
     """With each method in turn, so that every script of a column is not run for every method."""
     method = [*METHOD_OF][COLUMNS.index(column) % 4]
     task, model = column.split("/")
     sys.path.insert(0, str(ROOT / "tests/bert"))
     import fine_tuning
 
-    stories = load("bert_conftest", "tests/bert/conftest.py").stories(10)
-    (tmp_path / "stories").mkdir()
-    for number, text in enumerate(stories):
-        (tmp_path / f"stories/{number}.txt").write_text(text)
-    blocks, pretrained, run = (tmp_path / name for name in ("blocks", "pretrained", "run"))
-    flags = ["--model", model, "--scale", "smoke", "--source", tmp_path / "stories", "--out", blocks]
-    prepare = [sys.executable, ROOT / "data/bookcorpus/prepare.py", *flags, "--vocab_size", 300, "--block_length", 64]
-    subprocess.run([str(word) for word in prepare], check=True, capture_output=True)
-    flags = ["--model", model, "--method", METHOD_OF[method], "--data", blocks, "--run_dir", pretrained, *COMMON]
-    first = bash(ROOT / "script/bert.sh", "x", *flags)
-    assert first.returncode == 0, first.stderr
+    pretrained, run = tmp_path / "pretrained", tmp_path / "run"
+    flags = ["--model", model, "--method", METHOD_OF[method], "--data", prepared(model), "--run_dir", pretrained]
+    first = start("bert.pretrain", *flags, *COMMON)
+    assert first.wait() == 0, first.err
     write = fine_tuning.write_questions if task == "csqa" else fine_tuning.write_problems
     data = write(tmp_path / task)
     script = TABLE2 / column / f"{method}.sh"
