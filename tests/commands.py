@@ -15,7 +15,7 @@ import pytest
 from smoe.errors import run_main
 
 # A server that has imported everything forks a child per command: what would take seconds of imports takes none.
-_server = multiprocessing.get_context("forkserver")
+SERVER = multiprocessing.get_context("forkserver")
 PRELOAD = [
     "transformer_xl.train",
     "transformer_xl.classify",
@@ -29,7 +29,7 @@ PRELOAD = [
 # What they would import at their first use.
 PRELOAD += ["transformers.models.bert.modeling_bert", "transformers.models.roberta.modeling_roberta", "torch._dynamo"]
 PRELOAD += ["torch.utils.flop_counter", "torch.utils.tensorboard", "matplotlib.pyplot"]
-_server.set_forkserver_preload(PRELOAD)
+SERVER.set_forkserver_preload(PRELOAD)
 
 
 def _child(module: str, argv: list[str], environment: dict[str, str], output: str) -> None:
@@ -78,7 +78,7 @@ def start(tmp_path):
 
     def start(module: str, *argv: object, env: dict[str, str] | None = None) -> Command:
         output = str(tmp_path / f"command-{len(commands)}")
-        process = _server.Process(target=_child, args=(module, [str(a) for a in argv], env or {}, output))
+        process = SERVER.Process(target=_child, args=(module, [str(a) for a in argv], env or {}, output))
         process.start()
         commands.append(Command(process, output))
         return commands[-1]

@@ -27,9 +27,12 @@ def test_there_is_a_script_for_every_row():
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_script_runs_to_its_table_and_plot(script, data_dir, tmp_path):
+def test_script_runs_to_its_table_and_plot(script, data_dir, tmp_path, quick_bash):
     run = tmp_path / "run"
-    done = bash(script, "--scale", "smoke", "--data", data_dir, "--run_dir", run, "--progress", "false")
+    # One of them with a Python of its own, as a user has it.
+    done = (bash if script.stem == "smoe_dropout" else quick_bash)(
+        script, "--scale", "smoke", "--data", data_dir, "--run_dir", run, "--progress", "false"
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads((run / "result.json").read_text())
     assert result["method"] == METHOD_OF[script.stem]
@@ -39,7 +42,7 @@ def test_script_runs_to_its_table_and_plot(script, data_dir, tmp_path):
     assert (run / "slimming.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_default_run_folder_is_named_after_the_flags_and_a_second_call_goes_on(data_dir, tmp_path):
+def test_default_run_folder_is_named_after_the_flags_and_a_second_call_goes_on(data_dir, tmp_path, quick_bash):
     # The flags make the folder: another seed is another run.
     flags = [
         "--scale",
@@ -53,12 +56,12 @@ def test_default_run_folder_is_named_after_the_flags_and_a_second_call_goes_on(d
         "--seed",
         tmp_path.stat().st_ino,
     ]
-    first = bash(ROOT / "script/table1/smoe_dropout.sh", *flags)
+    first = quick_bash(ROOT / "script/table1/smoe_dropout.sh", *flags)
     assert first.returncode == 0, first.stderr
     folder = Path(first.stdout.split("figure: ")[1].strip()).parent
     try:
         assert folder.parts[:3] == ("runs", "table1", "smoe_dropout") and "scale-smoke" in folder.name
-        again = bash(ROOT / "script/table1/smoe_dropout.sh", *flags)
+        again = quick_bash(ROOT / "script/table1/smoe_dropout.sh", *flags)
         assert again.returncode == 0 and "is finished" in again.stdout
     finally:
         import shutil

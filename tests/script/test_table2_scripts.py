@@ -140,13 +140,13 @@ COMMON = ["--scale", "smoke", "--progress", "false", "--sweep", "16"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHOD_OF)
-def test_script_fine_tunes_the_run_it_is_given(name, start, data_dir, sentences, tmp_path):
+def test_script_fine_tunes_the_run_it_is_given(name, start, data_dir, sentences, tmp_path, quick_bash):
     pretrained, run = tmp_path / "pretrained", tmp_path / "run"
     flags = ["--method", METHOD_OF[name], "--data", data_dir, "--run_dir", pretrained, *COMMON]
     first = start("transformer_xl.train", *flags)
     assert first.wait() == 0, first.err
     script, checkpoint = TABLE2 / "sst2" / f"{name}.sh", pretrained / "checkpoints/step-00000020"
-    done = bash(script, checkpoint, "--data", sentences, "--run_dir", run, *COMMON)
+    done = quick_bash(script, checkpoint, "--data", sentences, "--run_dir", run, *COMMON)
     assert done.returncode == 0, done.stderr
     record = json.loads((run / "result.json").read_text())
     assert (record["method"], record["task"]) == (METHOD_OF[name], "classification")
@@ -157,7 +157,7 @@ def test_script_fine_tunes_the_run_it_is_given(name, start, data_dir, sentences,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("column", COLUMNS[1:])
-def test_script_fine_tunes_a_bert(column, start, prepared, tmp_path):
+def test_script_fine_tunes_a_bert(column, start, prepared, tmp_path, quick_bash):
     """With each method in turn, so that every script of a column is not run for every method."""
     method = [*METHOD_OF][COLUMNS.index(column) % 4]
     task, model = column.split("/")
@@ -172,7 +172,7 @@ def test_script_fine_tunes_a_bert(column, start, prepared, tmp_path):
     data = write(tmp_path / task)
     script = TABLE2 / column / f"{method}.sh"
     flags = ["--setting", "paper", "--fold", "0"] if task != "csqa" else ["--setting", "paper"]
-    done = bash(script, pretrained, "--data", data, "--run_dir", run, *flags, *COMMON)
+    done = quick_bash(script, pretrained, "--data", data, "--run_dir", run, *flags, *COMMON)
     assert done.returncode == 0, done.stderr
     record = json.loads((run / "result.json").read_text())
     assert (record["method"], record["model"]) == (METHOD_OF[method], model)
@@ -180,8 +180,8 @@ def test_script_fine_tunes_a_bert(column, start, prepared, tmp_path):
     assert (run / "slimming.png").exists() and (run / "predictions.jsonl").exists()
 
 
-def test_a_run_that_is_not_there_is_one_line(sentences, tmp_path):
-    done = bash(
+def test_a_run_that_is_not_there_is_one_line(sentences, tmp_path, quick_bash):
+    done = quick_bash(
         TABLE2 / "sst2/smoe.sh", tmp_path / "nothing", "--scale", "smoke", "--data", sentences,
         "--run_dir", tmp_path / "run",
     )  # fmt: skip
