@@ -40,6 +40,7 @@ def _child(module: str, argv: list[str], environment: dict[str, str], output: st
     os.environ.update(environment)
     os.setpgid(0, 0)
     sys.argv = [module, *argv]
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     if "OMP_NUM_THREADS" in environment:  # too late for OpenMP, which the server has loaded
         import torch
 

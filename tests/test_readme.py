@@ -1,12 +1,10 @@
 """The documents as they stand: their Python runs, the files they name exist, README's numbers are those of results/."""
 
 import json
-import os
 import re
 import runpy
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -39,28 +37,28 @@ def test_examples_of_how_to_extend_run(block):
 
 
 @pytest.mark.slow
-def test_the_example_of_a_task_trains_and_is_reported(tmp_path):
+def test_the_example_of_a_task_trains_and_is_reported(tmp_path, start, start_ranks):
     (module,) = (block for block in BLOCKS if "__main__" in block)
     (scales,) = re.findall(r"```yaml\n(.*?)```", EXTEND, flags=re.S)
     (tmp_path / "majority.py").write_text(module)
     (tmp_path / "majority.yaml").write_text(scales)
+    path = {"PYTHONPATH": str(tmp_path)}
 
     def run(*arguments):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        command = start(*arguments, env=path)
+        assert command.wait() == 0, command.err
+        return command.out
 
-    run("majority", "--method", "smoe_dropout", "--scale", "smoke", "--run_dir", "run")
+    run("majority", "--method", "smoe_dropout", "--scale", "smoke", "--run_dir", tmp_path / "run")
     result = json.loads((tmp_path / "run/result.json").read_text())
     accuracy = result["metrics"]["accuracy"]
     assert result["task"] == "majority" and accuracy["n"] == {"valid": 256, "test": 256}
     assert list(accuracy["test"]) == ["1", "2", "4", "8"] and accuracy["test"]["8"] > 0.9
-    assert "accuracy" in run("smoe.report", "run").lower()
+    assert "accuracy" in run("smoe.report", tmp_path / "run").lower()
     flags = ("--method", "smoe_dropout", "--scale", "smoke", "--dropout", "0", "--precision", "fp32", "--run_dir")
-    run("majority", *flags, "one")
-    run("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "majority", *flags, "two")
+    run("majority", *flags, tmp_path / "one")
+    for rank in start_ranks(2, "majority", *flags, tmp_path / "two", env={0: path, 1: path}):
+        assert rank.wait() == 0, rank.err
     assert_close_runs(tmp_path / "one", tmp_path / "two")
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +10,6 @@ from typing import Any, ClassVar, Literal
 import pytest
 from toy_task import ToyConfig
 
-import smoe
 from smoe.options import field_metadata, option, required
 from smoe.train.auto import resolve_scale
 from smoe.train.command import parse_config
@@ -301,17 +297,23 @@ run_main(main)
         (["--n", "7"], 1, "", "KeyError: 'bug'\n"),
     ],
 )
-def test_a_command_ends_with_one_line_and_a_code(tmp_path, argv, code, out, error):
+def test_a_command_ends_with_one_line_and_a_code(tmp_path, start, argv, code, out, error):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     (tmp_path / "sizes.yaml").write_text("cpu: {}")
-    env = {**os.environ, "PYTHONPATH": str(Path(smoe.__file__).parents[1])}
-    done = subprocess.run([sys.executable, str(script), *argv], capture_output=True, text=True, cwd=tmp_path, env=env)
-    assert (done.returncode, done.stdout) == (code, out), done.stderr
+    program = tmp_path / "as_main.py"
+    program.write_text(
+        "import os, runpy\n"
+        "def main(argv=None):\n"
+        f"    os.chdir({str(tmp_path)!r})\n"
+        f"    runpy.run_path({str(script)!r}, run_name='__main__')\n"
+    )
+    command = start("as_main", *argv, env={"PYTHONPATH": str(tmp_path)})
+    assert (command.wait(), command.out) == (code, out), command.err
     if "bug" in error:  # a bug of ours keeps its traceback
-        assert done.stderr.startswith("Traceback") and done.stderr.endswith(error)
+        assert "Traceback (most recent call last)" in command.err and command.err.endswith(error)
     else:
-        assert done.stderr == error
+        assert command.err == error
 
 
 @pytest.mark.parametrize("given", [["--ks", "1", "2", "8"], ["--ks=1,2,8"], ["--ks", "1,2,8"], ["--ks", "[1, 2, 8]"]])
