@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from smoe.methods import get_method
 from smoe.options import option, required
 from smoe.router import CLASSES
 from smoe.train.config import TrainConfig
@@ -61,6 +63,26 @@ class PretrainConfig(RunConfig):
     data: str | None = option(None, "a folder of data/bookcorpus/prepare.py; null: data/bookcorpus/MODEL-SCALE")
     mask_share: float = option(0.15, "share of the tokens to predict", above=0, below=1)
     eval_sequences: int | None = option(None, "sequences of valid and of test to evaluate on; null: all", at_least=1)
+    start_from: str | None = option(None, "a Hugging Face folder whose weights training starts from; null: random ones")
+
+    @classmethod
+    def inherited(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The sizes of ``start_from``; experts that all count, so that all of them together are its MLP."""
+        if given.get("start_from") is None:
+            return {}
+        from bert.start import SIZES, read_config
+
+        recorded = read_config(given["start_from"])
+        sizes = {name: getattr(recorded, theirs) for name, theirs in SIZES.items()}
+        routed = get_method(given["method"]).routed if "method" in given else False
+        return {
+            "model": recorded.model_type,
+            "init_std": recorded.initializer_range,
+            "position_init": "normal",
+            "key_init": "normal",
+            **({"score": "sum"} if routed else {}),
+            **sizes,
+        }
 
     def __post_init__(self) -> None:
         if self.data is None:

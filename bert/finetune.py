@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from bert.config import PretrainConfig, RunConfig
 from bert.data import Vocabulary
-from bert.model import build_model
+from bert.model import build_model, with_positions
 from smoe.options import option
 from smoe.train.examples import batch_of_step, hold_out, where_in_epochs
 from smoe.train.finetune import FineTuned, FineTuneTask, pretrained_record
@@ -189,16 +189,6 @@ def load_encoder(encoder: PreTrainedModel, config: FineTuneConfig, vocabulary: V
     weights[name] = with_positions(weights[name], config.seq_len, 0 if config.model == "bert" else vocabulary.pad + 1)
     encoder.load_state_dict(weights)
     return pretrained_record(pretrained, checkpoint) | {"seq_len": pretrained.seq_len}
-
-
-def with_positions(table: Tensor, positions: int, reserved: int) -> Tensor:
-    """A table of position embeddings (reserved + P, d) for other ``positions``: (reserved + positions, d).
-
-    Where there are more than P, those of ``table`` are repeated, so that neighbours stay as they were learned.
-    """
-    learned = table[reserved:]
-    repeated = learned.repeat(-(-positions // len(learned)), 1)[:positions]
-    return torch.cat((table[:reserved], repeated))
 
 
 def pad_ids(rows: Sequence[Sequence[int]], pad: int) -> Tensor:

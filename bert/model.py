@@ -127,6 +127,16 @@ def _to_sinusoids(positions: nn.Embedding) -> None:
         positions.weight[positions.padding_idx] = 0
 
 
+def with_positions(table: Tensor, positions: int, reserved: int) -> Tensor:
+    """A table of position embeddings (reserved + P, d) for other ``positions``: (reserved + positions, d).
+
+    Where there are more than P, those of ``table`` are repeated, so that neighbours stay as they were learned.
+    """
+    learned = table[reserved:]
+    repeated = learned.repeat(-(-positions // len(learned)), 1)[:positions]
+    return torch.cat((table[:reserved], repeated))
+
+
 def _use_fast_dropout(model: nn.Module) -> None:
     """Exchange every `nn.Dropout` for the one that is fast on a CPU too."""
     for module in list(model.modules()):

@@ -23,6 +23,7 @@ from bert.config import PretrainConfig
 from bert.data import Blocks, MaskedBatch, TrainingBatches, evaluation_batches
 from bert.floors import floors, masked_tokens
 from bert.model import MaskedLM, MaskedLMOutput, build_model
+from bert.start import start_from
 from smoe.errors import run_main
 from smoe.flops import count, count_step
 from smoe.metrics import BITS_PER_MASKED_TOKEN
@@ -60,6 +61,9 @@ class MaskedLanguageModel(Task):
         torch.manual_seed(config.seed)
         self.model = self.build_model()
         self.blocks = self.bare().base_model.encoder.layer
+        if config.start_from is not None:
+            tokenizer = self.corpus.folder / "tokenizer.json"
+            self.record["start_from"] = start_from(config.start_from, self.bare(), tokenizer)
 
     def build_model(self) -> MaskedLM:
         return MaskedLM(build_model(self.config, self.vocabulary))

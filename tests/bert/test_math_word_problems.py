@@ -15,8 +15,8 @@ from example_data import record_sha256
 from runs import assert_one_line, lines, losses, result
 
 from bert.equation_decoder import END, EquationDecoder, Problems
-from bert.finetune import with_positions
 from bert.math_word_problems import MathConfig, MathWordProblems
+from bert.model import with_positions
 from smoe import set_top_k
 from smoe.train.command import parse_config
 from smoe.train.examples import hold_out
