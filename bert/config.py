@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from bert.hf_config import SIZES, read_config
 from smoe.methods import get_method
 from smoe.options import option, required
 from smoe.router import CLASSES
@@ -70,8 +71,6 @@ class PretrainConfig(RunConfig):
         """The sizes of ``start_from``; experts that all count, so that all of them together are its MLP."""
         if given.get("start_from") is None:
             return {}
-        from bert.start import SIZES, read_config
-
         recorded = read_config(given["start_from"])
         sizes = {name: getattr(recorded, theirs) for name, theirs in SIZES.items()}
         routed = get_method(given["method"]).routed if "method" in given else False

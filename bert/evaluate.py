@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from bert.classify import Classification
 from bert.config import PretrainConfig
 from bert.data import Vocabulary
 from bert.math_word_problems import MathWordProblems
@@ -34,7 +35,7 @@ def load_run(path: str | Path, which: str = "best") -> tuple[PretrainConfig, Pre
 
 
 def main(argv: list[str] | None = None) -> None:
-    tasks = (MaskedLanguageModel, MultipleChoice, MathWordProblems)
+    tasks = (MaskedLanguageModel, Classification, MultipleChoice, MathWordProblems)
     evaluation_command(*tasks, prog="python -m bert.evaluate", what=_WHAT, argv=argv)
 
 

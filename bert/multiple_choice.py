@@ -13,23 +13,22 @@ best checkpoint; the test questions are looked at once, at the end. predictions.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from bert.finetune import FineTuneConfig, FineTuning, build_encoder, encode, pad_ids, split_off_valid
-from smoe.dropout import Dropout
+from bert.finetune import FineTuneConfig, FineTuning, build_encoder, pad_ids, split_off_valid
+from bert.pooled import Pooled, PooledOutput
 from smoe.errors import run_main
-from smoe.metrics import Metric
 from smoe.options import option
+from smoe.train.choosing import Choosing
 from smoe.train.command import run_training
-from smoe.train.examples import count_flops, evaluation_slices, read_examples
+from smoe.train.examples import count_flops, read_examples
 
 LABELS = "ABCDE"
 
@@ -64,40 +63,22 @@ class Encoded:
     answer: int
 
 
-class ChoiceOutput(NamedTuple):
-    """``loss``: mean nats per question; ``logits (B, choices)``; both float32."""
+class Chooser(Pooled):
+    """A score per choice, as ``BertForMultipleChoice``."""
 
-    loss: Tensor
-    logits: Tensor
-
-
-class Chooser(nn.Module):
-    """An encoder with a pooler on the first token and a score per choice, as ``BertForMultipleChoice``."""
-
-    def __init__(self, encoder: PreTrainedModel, dropout: float, init_std: float) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.pooler = nn.Linear(encoder.config.hidden_size, encoder.config.hidden_size)
-        self.dropout = Dropout(dropout)
-        self.score = nn.Linear(encoder.config.hidden_size, 1)
-        for linear in (self.pooler, self.score):
-            nn.init.normal_(linear.weight, 0.0, init_std)
-            nn.init.zeros_(linear.bias)
-
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor, answers: Tensor) -> ChoiceOutput:
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor, answers: Tensor) -> PooledOutput:
         """``input_ids`` and ``token_type_ids`` (B, choices, T), padded at the end; ``answers (B,)``."""
         batch, choices, _ = input_ids.shape
-        hidden = encode(self.encoder, input_ids.flatten(0, 1), token_type_ids=token_type_ids.flatten(0, 1))
-        pooled = torch.tanh(self.pooler(hidden[:, 0]))
-        logits = self.score(self.dropout(pooled)).float().view(batch, choices)
-        return ChoiceOutput(F.cross_entropy(logits, answers), logits)
+        scores = self.scores(input_ids.flatten(0, 1), token_type_ids=token_type_ids.flatten(0, 1))
+        logits = scores.view(batch, choices)
+        return PooledOutput(F.cross_entropy(logits, answers), logits)
 
 
-class MultipleChoice(FineTuning):
+class MultipleChoice(Choosing, FineTuning):
     """Chooses the answer of a question."""
 
     name = "multiple_choice"
-    metrics = (Metric("accuracy", "Accuracy", "share of n examples", "higher"),)
+    names = LABELS
     config_class = MultipleChoiceConfig
     config: MultipleChoiceConfig
 
@@ -108,7 +89,9 @@ class MultipleChoice(FineTuning):
         return {split: [self.encode(question) for question in questions] for split, questions in splits.items()}
 
     def build_model(self) -> Chooser:
-        return Chooser(build_encoder(self.config, self.vocabulary), self.config.residual_rate(), self.config.init_std)
+        return Chooser(
+            build_encoder(self.config, self.vocabulary), 1, self.config.residual_rate(), self.config.init_std
+        )
 
     def encode(self, question: Question) -> Encoded:
         """BERT: [CLS] question [SEP] choice [SEP]; RoBERTa: <s> question </s></s> choice </s>."""
@@ -120,6 +103,9 @@ class MultipleChoice(FineTuning):
         first = [start, *text, *between]
         return Encoded([[*first, *choice, end] for choice in choices], len(first), question.answer)
 
+    def answer(self, example: Encoded) -> int:
+        return example.answer
+
     def lengths(self, example: Encoded) -> list[int]:
         return [len(ids) for ids in example.ids]
 
@@ -130,22 +116,6 @@ class MultipleChoice(FineTuning):
         # RoBERTa has one type of tokens.
         second = (torch.arange(ids.shape[-1]) >= firsts) & (ids != self.vocabulary.pad) & (self.config.model == "bert")
         return ids, second.long(), torch.tensor([example.answer for example in examples])
-
-    def passes(self, model: nn.Module, split: str, device: torch.device) -> Iterator[Tensor]:
-        questions, kept = self.data[split], self.predictions.at(model)
-        for mine in evaluation_slices(len(questions), self.config.eval_batch_size, self.rank, self.world_size):
-            # Where others have one more pass, a question that does not count.
-            batch = self.collate([questions[i] for i in mine] or questions[:1])
-            chosen = self.forward(model, batch, device).logits.argmax(-1).tolist()
-            right = 0
-            for i, choice in zip(mine, chosen, strict=False):
-                kept[str(i)] = (LABELS[choice], choice == questions[i].answer)
-                right += choice == questions[i].answer
-            yield torch.tensor([right, len(mine)], dtype=torch.float64, device=device)
-
-    def values(self, sums: list[float]) -> dict[str, float]:
-        right, questions = sums
-        return {"accuracy": right / questions}
 
     def flops(self, model: nn.Module, k: int | list[int] | None) -> dict[str, int]:
         """Of pairs of ``seq_len`` tokens."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bert.classify import Classification
 from bert.math_word_problems import MathWordProblems
 from bert.multiple_choice import MultipleChoice
 from bert.pretrain import MaskedLanguageModel
@@ -15,7 +16,7 @@ from smoe.train.slim_run import slim_command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    tasks = (MaskedLanguageModel, MultipleChoice, MathWordProblems)
+    tasks = (MaskedLanguageModel, Classification, MultipleChoice, MathWordProblems)
     slim_command(*tasks, prog="python -m bert.slim", what="a BERT or RoBERTa", argv=argv)
 
 

@@ -8,36 +8,17 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 
 import smoe
+from bert.hf_config import SIZES, read_config
 from bert.model import with_positions
 from smoe import SMoE
 from smoe.cut import split
 from smoe.errors import one_line
 
-# Field of a training -> field of Hugging Face's config: what the weights decide.
-SIZES = {
-    "num_layers": "num_hidden_layers",
-    "d_model": "hidden_size",
-    "num_heads": "num_attention_heads",
-    "d_hidden": "intermediate_size",
-}
 # What all of our models have alike, see bert/model.py.
 _ALIKE = ("hidden_act", "layer_norm_eps", "pad_token_id", "type_vocab_size")
-
-
-def read_config(folder: str) -> PretrainedConfig:
-    """Hugging Face's config of ``folder``. Raises ValueError unless it is a BERT's or a RoBERTa's."""
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"start_from: {folder} has no config.json; it must be a Hugging Face folder")
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever the library makes of a damaged file
-        raise ValueError(f"start_from: {folder}/config.json can't be read: {one_line(error)}") from None
-    if config.model_type not in ("bert", "roberta"):
-        raise ValueError(f"start_from: {folder} is a {config.model_type}; it must be a bert or a roberta")
-    return config
 
 
 def start_from(folder: str, model: PreTrainedModel, tokenizer: Path) -> dict[str, str]:

@@ -24,6 +24,7 @@ PRELOAD = [
     "bert.pretrain",
     "bert.evaluate",
     "bert.multiple_choice",
+    "bert.classify",
     "bert.math_word_problems",
 ]
 # What they would import at their first use.

@@ -11,7 +11,7 @@ throughout, unless ``--k_min``, ``--k_max`` and ``--schedule`` say otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoe.errors import run_main
-from smoe.metrics import Metric
 from smoe.options import option
+from smoe.train.choosing import Choosing
 from smoe.train.command import run_training
-from smoe.train.examples import batch_of_step, count_flops, evaluation_slices, read_examples, where_in_epochs
-from smoe.train.finetune import FineTuned, FineTuneTask, pretrained_record
+from smoe.train.examples import batch_of_step, count_flops, read_examples, where_in_epochs
+from smoe.train.finetune import FineTuned, pretrained_record
 from smoe.train.predictions import Predictions
 from smoe.train.processes import Processes
 from smoe.train.task import equal_share
@@ -65,19 +65,19 @@ class Classifier(nn.Module):
         self.head = nn.Linear(encoder.config.d_model, num_classes)
 
     def forward(self, input_ids: Tensor, lengths: Tensor, labels: Tensor) -> ClassifierOutput:
-        """``input_ids (B, T)``, padded at the end; ``lengths (B,)``; ``labels (B,)``, -100 where one doesn't count."""
+        """``input_ids (B, T)``, padded at the end; ``lengths (B,)``; ``labels (B,)``."""
         hidden, _ = self.encoder.encode(input_ids)
         last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
         logits = self.head(self.encoder.dropout(last)).float()
         return ClassifierOutput(F.cross_entropy(logits, labels), logits)
 
 
-class Classification(FineTuneTask):
+class Classification(Choosing):
     """Classifies sentences. SST-2's test split has no public labels, so its 872 dev sentences are what is reported."""
 
     name = "classification"
-    metrics = (Metric("accuracy", "Accuracy", "share of n examples", "higher"),)
     splits = ("valid",)
+    names = ("0", "1")
     config_class = ClassifyConfig
     architecture, title = "transformer_xl", "Transformer-XL classifier"
     config: ClassifyConfig
@@ -109,33 +109,27 @@ class Classification(FineTuneTask):
     def build_model(self) -> Classifier:
         return Classifier(self.config.build_model(), num_classes=2)
 
+    def answer(self, example: tuple[bytes, int]) -> int:
+        return example[1]
+
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Every sentence once an epoch, in an order that is drawn from (seed, epoch)."""
         train, size = self.data["train"], self.config.batch_size
         chosen = batch_of_step(len(train), size, self.config.seed, step)[self.share]
-        return _padded([train[i] for i in chosen])
+        return self.collate([train[i] for i in chosen])
+
+    def collate(self, examples: Sequence[tuple[bytes, int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids (B, T), lengths and labels (B,). Causal attention never reads the zeros that pad the end."""
+        texts = [torch.from_numpy(np.frombuffer(text, dtype=np.uint8).astype(np.int64)) for text, _ in examples]
+        lengths, labels = torch.tensor([len(text) for text in texts]), torch.tensor([label for _, label in examples])
+        return nn.utils.rnn.pad_sequence(texts, batch_first=True), lengths, labels
 
     def forward(self, model: nn.Module, batch: tuple[Tensor, ...], device: torch.device) -> ClassifierOutput:
         return model(*(part.to(device) for part in batch))
 
-    def passes(self, model: nn.Module, split: str, device: torch.device) -> Iterator[Tensor]:
-        rows, kept = self.data[split], self.predictions.at(model)
-        for mine in evaluation_slices(len(rows), self.config.eval_batch_size, self.rank, self.world_size):
-            # Where other processes have one more pass, a sentence that does not count.
-            batch = _padded([rows[i] for i in mine] or [(rows[0][0], -100)])
-            chosen = self.forward(model, batch, device).logits.argmax(-1).tolist()
-            found = {str(i): (str(label), label == rows[i][1]) for i, label in zip(mine, chosen, strict=False)}
-            kept |= found
-            right = sum(is_right for _, is_right in found.values())
-            yield torch.tensor([right, len(mine)], dtype=torch.float64, device=device)
-
-    def values(self, sums: list[float]) -> dict[str, float]:
-        right, examples = sums
-        return {"accuracy": right / examples}
-
     def flops(self, model: nn.Module, k: int | list[int] | None) -> dict[str, int]:
         c = self.config
-        one_pass, batch = (_padded([(b" " * c.seq_len, 0)] * size) for size in (c.eval_batch_size, c.batch_size))
+        one_pass, batch = (self.collate([(b" " * c.seq_len, 0)] * size) for size in (c.eval_batch_size, c.batch_size))
         return count_flops(c, model, one_pass, batch, k)
 
     def result_files(self, processes: Processes) -> dict[str, str]:
@@ -155,13 +149,6 @@ def _read(config: ClassifyConfig) -> tuple[dict[str, Any], dict[str, list[tuple[
 
     splits = {"train": "train", "valid": "valid"}
     return read_examples(Path(config.data), splits, sentence, f"run: python data/sst2/prepare.py --out {config.data}")
-
-
-def _padded(rows: list[tuple[bytes, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids (B, T), lengths and labels (B,). Causal attention never reads the zeros that pad the end."""
-    texts = [torch.from_numpy(np.frombuffer(text, dtype=np.uint8).astype(np.int64)) for text, _ in rows]
-    labels = torch.tensor([label for _, label in rows])
-    return nn.utils.rnn.pad_sequence(texts, batch_first=True), torch.tensor([len(text) for text in texts]), labels
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Small prepared sets of word problems and questions, and a tokenizer, for tests of fine-tuning and of its scripts."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from example_data import write_examples
@@ -10,12 +11,12 @@ NAMES = ("ann", "ben", "cleo", "dan")
 THINGS = ("pens", "cups", "nuts", "hats", "figs")
 
 
-def tokenizer(model: str, folder: Path) -> Path:
-    """A tokenizer.json of whole words and letters."""
+def tokenizer(model: str, folder: Path, more: Sequence[str] = ()) -> Path:
+    """A tokenizer.json of whole words, ``more`` besides."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = "it has and gets more loses how many left in all ? . what is a boxes of each next to number".split()
-    vocabulary = [*_SPECIAL[model].values(), *words, *NAMES, *THINGS, *map(str, range(10))]
+    vocabulary = [*_SPECIAL[model].values(), *words, *NAMES, *THINGS, *map(str, range(10)), *more]
     pieces = {token: i for i, token in enumerate([*vocabulary, *(f"##{i}" for i in range(10))])}
     made = Tokenizer(models.WordPiece(pieces, unk_token=_SPECIAL[model]["unknown"]))
     made.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -14,7 +14,7 @@ from runs import assert_one_line, lines, result
 
 from smoe import set_top_k
 from smoe.train.command import parse_config
-from transformer_xl.classify import Classification, ClassifyConfig, _padded
+from transformer_xl.classify import Classification, ClassifyConfig
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +76,11 @@ def test_padding_changes_nothing(sentences):
     model = task.model.eval()
     set_top_k(model, 3)
     rows = [(b"good", 1), (b"a much longer sentence .", 0), (b"x", 1)]
-    together = model(*_padded(rows)).logits
+    together = model(*task.collate(rows)).logits
     for row, logits in zip(rows, together, strict=True):
-        torch.testing.assert_close(model(*_padded([row])).logits[0], logits)
+        torch.testing.assert_close(model(*task.collate([row])).logits[0], logits)
     # the classes are read at the last byte
-    hidden, _ = model.encoder.encode(_padded(rows[1:2])[0])
+    hidden, _ = model.encoder.encode(task.collate(rows[1:2])[0])
     torch.testing.assert_close(model.head(hidden[0, -1]), together[1])
 
 
