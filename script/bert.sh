@@ -4,7 +4,7 @@
 #
 #   bash script/bert.sh NAME --model bert|roberta [flags of python -m bert.pretrain]
 #                            [--source FILE|FOLDER ...] [--tokenizer FOLDER|FILES] [--vocab_size N]
-#                            [--block_length N] [--max_bytes N] [--name NAME]
+#                            [--block_length N] [--max_bytes N] [--name NAME] [--out FOLDER]
 #
 # Sets up .venv, prepares the text (the flags in the last two lines are those of data/bookcorpus/prepare.py; without
 # --source it is BookCorpus from the hub, else prose out of enwik8), trains on every GPU there is (else on the CPU),
@@ -33,7 +33,7 @@ train=()
 for_prepare=no
 for word in "$@"; do
     case "$word" in
-        --source | --source=* | --tokenizer | --tokenizer=* | --vocab_size | --vocab_size=* | --max_bytes | --max_bytes=* | --block_length | --block_length=* | --name | --name=*)
+        --source | --source=* | --tokenizer | --tokenizer=* | --vocab_size | --vocab_size=* | --max_bytes | --max_bytes=* | --block_length | --block_length=* | --name | --name=* | --out | --out=*)
             for_prepare=yes
             ;;
         --*) for_prepare=no ;;

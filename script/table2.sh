@@ -12,7 +12,7 @@
 #   --setting all     until validation no longer rises: 1200 steps for CSQA and word problems; SST-2 as its scale says
 #   --source FOLDER   the data set, instead of a download: for data/TASK/prepare.py
 #
-# The trainer is transformer_xl.classify, bert.multiple_choice or bert.math_word_problems. The run folder is
+# The trainer is transformer_xl.classify, bert.classify, bert.multiple_choice or bert.math_word_problems. The run folder is
 # runs/table2/TASK/MODEL/METHOD/<flags> (without the model for sst2), unless --run_dir says otherwise. Called again with
 # the same flags it goes on where it stopped.
 set -euo pipefail
@@ -26,13 +26,17 @@ method=$3
 shift 3
 name=table2/$task/$model/$method
 table1=table1/$model
-case "$task" in
-    sst2)
+case "$task/$model" in
+    sst2/transformer_xl)
         name=table2/$task/$method
         table1=table1
         module=transformer_xl.classify
         ;;
-    csqa) module=bert.multiple_choice ;;
+    sst2/*) # not in the table: script/pretrained/sst2
+        name=pretrained/$task/$method
+        module=bert.classify
+        ;;
+    csqa/*) module=bert.multiple_choice ;;
     *) module=bert.math_word_problems ;;
 esac
 case "$method" in
@@ -64,7 +68,7 @@ case "$setting" in
     "") ;;
     paper)
         own=(--epochs 3 --batch_size 64 --learning_rate 2e-5 --warmup_steps 0)
-        [ "$task" != sst2 ] || own=(--epochs 3 --batch_size 64 --learning_rate 1e-4 --warmup_steps 0)
+        [ "$model" != transformer_xl ] || own=(--epochs 3 --batch_size 64 --learning_rate 1e-4 --warmup_steps 0)
         [ "$task/$model" != svamp/bert ] || own+=(--fold 4)
         [ "$task/$model" != svamp/roberta ] || own+=(--fold 1)
         ;;

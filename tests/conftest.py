@@ -8,6 +8,7 @@ import pytest
 import torch
 from books import prepared  # noqa: F401 (a fixture)
 from commands import start, start_ranks  # noqa: F401 (fixtures)
+from hf_folders import hf_folder  # noqa: F401 (a fixture)
 from quick_python import quick_bash, quick_environment  # noqa: F401 (fixtures)
 
 torch.set_num_threads(1)

@@ -6,54 +6,11 @@ import shutil
 import pytest
 import torch
 from runs import assert_one_line, result
-from tokenizers import Tokenizer
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertModel,
-    PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaForMaskedLM,
-    RobertaModel,
-)
 
 import smoe
 from bert.config import PretrainConfig
 from bert.pretrain import MaskedLanguageModel
 from smoe.train.command import parse_config
-
-CLASSES = {
-    "bert": (BertConfig, BertForMaskedLM, BertModel),
-    "roberta": (RobertaConfig, RobertaForMaskedLM, RobertaModel),
-}
-
-
-@pytest.fixture(scope="module")
-def pretrained(prepared, tmp_path_factory):
-    """pretrained(model, whole, **sizes) -> a folder of a small model with the vocabulary of the prepared text, whole or
-    without the head, and that model."""
-
-    def pretrained(model, whole=True, positions=64, **sizes):
-        torch.manual_seed(7)
-        tokenizer = Tokenizer.from_file(str(prepared(model) / "tokenizer.json"))
-        meta = json.loads((prepared(model) / "meta.json").read_text())
-        config_class, *classes = CLASSES[model]
-        pad = meta["special_ids"]["pad"]
-        own = {"max_position_embeddings": positions}
-        if model == "roberta":
-            own = {"max_position_embeddings": positions + pad + 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
-        own |= {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 96}
-        built = classes[0 if whole else 1](
-            config_class(vocab_size=tokenizer.get_vocab_size(), pad_token_id=pad, **own | sizes)
-        )
-        for parameter in built.parameters():  # biases that are not 0
-            torch.nn.init.normal_(parameter, std=0.3)
-        folder = tmp_path_factory.mktemp("pretrained")
-        built.save_pretrained(folder)
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-        return folder, built.eval()
-
-    return pretrained
 
 
 def task(prepared, model, method, folder, **options):
@@ -65,8 +22,8 @@ def task(prepared, model, method, folder, **options):
 
 @pytest.mark.parametrize("model", ["bert", "roberta"])
 @pytest.mark.parametrize("method", ["dense_dropout", "smoe_dropout"])
-def test_it_computes_what_the_folders_model_does(model, method, pretrained, prepared):
-    folder, theirs = pretrained(model)
+def test_it_computes_what_the_folders_model_does(model, method, hf_folder, prepared):
+    folder, theirs = hf_folder(model)
     built = task(prepared, model, method, folder)
     assert (built.config.d_model, built.config.d_hidden, built.config.num_heads) == (32, 96, 4)
     assert built.config.score == ("sum" if method == "smoe_dropout" else "softmax_after_topk")
@@ -78,8 +35,8 @@ def test_it_computes_what_the_folders_model_does(model, method, pretrained, prep
         torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_a_model_without_a_head_and_with_other_positions(pretrained, prepared):
-    folder, theirs = pretrained("bert", whole=False, positions=24)
+def test_a_model_without_a_head_and_with_other_positions(hf_folder, prepared):
+    folder, theirs = hf_folder("bert", whole=False, positions=24)
     built = task(prepared, "bert", "dense_dropout", folder)
     fresh = task(prepared, "bert", "dense_dropout", folder)
     ids = torch.from_numpy(built.data["valid"][:3, :24].astype("int64"))
@@ -92,8 +49,8 @@ def test_a_model_without_a_head_and_with_other_positions(pretrained, prepared):
     assert torch.equal(head, fresh.bare().cls.predictions.transform.dense.weight) and 0.01 < head.std() < 0.03
 
 
-def test_a_run_records_it_and_goes_on_and_is_measured_without_it(pretrained, prepared, pretrain, start, tmp_path):
-    folder, _ = pretrained("bert")
+def test_a_run_records_it_and_goes_on_and_is_measured_without_it(hf_folder, prepared, pretrain, start, tmp_path):
+    folder, _ = hf_folder("bert")
     copy, run = tmp_path / "copy", tmp_path / "run"
     shutil.copytree(folder, copy)
     trained = pretrain("bert", "smoe_dropout", run, "--start_from", copy, "--steps", 10)
@@ -116,15 +73,15 @@ def test_a_run_records_it_and_goes_on_and_is_measured_without_it(pretrained, pre
         ({}, {"d_model": "64"}, "has hidden_size = 32; it must be 64"),
     ],
 )
-def test_a_model_that_is_built_otherwise_is_refused(sizes, flags, message, pretrained, prepared):
-    folder, _ = pretrained("bert", **sizes)
+def test_a_model_that_is_built_otherwise_is_refused(sizes, flags, message, hf_folder, prepared):
+    folder, _ = hf_folder("bert", **sizes)
     with pytest.raises(ValueError, match="^start_from: ") as error:
         task(prepared, "bert", "dense_dropout", folder, **flags)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_folders_that_can_not_be_used_are_one_line(pretrained, prepared, pretrain, tmp_path):
-    folder, built = pretrained("bert")
+def test_folders_that_can_not_be_used_are_one_line(hf_folder, prepared, pretrain, tmp_path):
+    folder, built = hf_folder("bert")
     (tmp_path / "empty").mkdir()
     modulized, other, damaged = (shutil.copytree(folder, tmp_path / name) for name in ("smoe", "other", "damaged"))
     smoe.save_pretrained(smoe.modulize(built, 4), modulized)
