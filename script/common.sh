@@ -58,6 +58,44 @@ run_dir_of() {
     printf '%s' "${RUNS_DIR:-runs}/$name/${slug:-default}"
 }
 
+# given_run CALLED_FROM WORD...: the run folder that a script's first word names, if it is no flag: it may be a checkpoint
+# in it, and relative to CALLED_FROM.
+given_run() {
+    local run=${2:-}
+    if [ -n "$run" ] && [[ $run != --* ]]; then
+        run=${run%%/checkpoints/*}
+        [[ $run == /* ]] || run=$1/$run
+        printf '%s' "$run"
+    fi
+}
+
+# same_flags NAME...  -- WORD...: sets the array `words` to those flags, with their values, that WORD... has.
+same_flags() {
+    local names=() name value
+    while [ "$1" != -- ]; do
+        names+=("$1")
+        shift
+    done
+    shift
+    words=()
+    for name in "${names[@]}"; do
+        value=$(flag_value "$name" "$@")
+        [ -z "$value" ] || words+=("--$name" "$value")
+    done
+}
+
+# run_first RUN SCRIPT FLAG...: the run that another one starts from. Under the lock of script/panel.py: several may start
+# from the same run.
+run_first() {
+    local run=$1 lock=()
+    shift
+    mkdir -p "$run"
+    if command -v flock >/dev/null; then
+        lock=(flock "$run/.lock")
+    fi
+    ${lock[@]+"${lock[@]}"} bash "$@"
+}
+
 # show_flags FLAG...: with SHOW_FLAGS set in the environment, prints the flags that the trainer would get, --run_dir
 # included, one per line, and ends the script before it has done anything. script/panel.py asks for them.
 show_flags() {

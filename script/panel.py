@@ -282,7 +282,9 @@ def changed_since(run: Run) -> str | None:
 def config_class(run: Run) -> type:
     """The configuration of the run's trainer."""
     figure, task, *_ = run.name.split("/")
-    if figure != "table2":
+    if figure == "table3":
+        from transformer_xl.distil import DistilConfig as Config
+    elif figure != "table2":
         from transformer_xl.config import LanguageModelConfig as Config
     elif task == "sst2":
         from transformer_xl.classify import ClassifyConfig as Config

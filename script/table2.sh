@@ -44,12 +44,8 @@ case "$method" in
     *) table1=$table1/$method ;;
 esac
 
-pretrained=""
-if [ $# -gt 0 ] && [[ $1 != --* ]]; then
-    pretrained=${1%%/checkpoints/*}
-    [[ $pretrained == /* ]] || pretrained=$called_from/$pretrained
-    shift
-fi
+pretrained=$(given_run "$called_from" "$@")
+[ -z "$pretrained" ] || shift
 data=$(flag_value data "$@")
 run_dir=$(flag_value run_dir "$@")
 source=$(flag_value source "$@")
@@ -87,11 +83,8 @@ fi
 [ -n "$data" ] || own+=(--data "data/$task")
 set -- ${own[@]+"${own[@]}"} "$@"
 
-same=()
-for flag in scale seed; do
-    value=$(flag_value "$flag" "$@")
-    [ -z "$value" ] || same+=("--$flag" "$value")
-done
+same_flags scale seed -- "$@"
+same=(${words[@]+"${words[@]}"})
 first=""
 if [ -z "$pretrained" ]; then
     first=script/$table1.sh
@@ -106,13 +99,7 @@ if [ -z "$data" ]; then
     python "data/$task/prepare.py" ${source:+--source "$source"}
 fi
 if [ -n "$first" ]; then
-    # Under the lock of script/panel.py: several of these may start from the same run.
-    mkdir -p "$pretrained"
-    lock=()
-    if command -v flock >/dev/null; then
-        lock=(flock "$pretrained/.lock")
-    fi
-    ${lock[@]+"${lock[@]}"} bash "$first" ${same[@]+"${same[@]}"}
+    run_first "$pretrained" "$first" ${same[@]+"${same[@]}"}
 fi
 
 train_and_report "$module" "$run_dir" --run "$pretrained" "$@"

@@ -19,6 +19,7 @@ SERVER = multiprocessing.get_context("forkserver")
 PRELOAD = [
     "transformer_xl.train",
     "transformer_xl.classify",
+    "transformer_xl.distil",
     "transformer_xl.evaluate",
     "smoe.report",
     "bert.pretrain",

@@ -12,6 +12,7 @@ from smoe.train.evaluate import evaluation_command, read_run
 from smoe.train.resume import Checkpoint
 from transformer_xl.classify import Classification
 from transformer_xl.config import LanguageModelConfig
+from transformer_xl.distil import Distillation
 from transformer_xl.model import TransformerXL
 from transformer_xl.train import LanguageModel
 
@@ -30,7 +31,8 @@ def load_run(path: str | Path, which: str = "best") -> tuple[LanguageModelConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    evaluation_command(LanguageModel, Classification, prog="python -m transformer_xl.evaluate", what=_WHAT, argv=argv)
+    tasks = (LanguageModel, Classification, Distillation)
+    evaluation_command(*tasks, prog="python -m transformer_xl.evaluate", what=_WHAT, argv=argv)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from smoe.train.task import Task
 
 # A run is measured by one process, whatever trained it, from its own folder alone.
 _HERE = {"engine": "auto", "expert_parallel": 1, "fsdp": False, "run": None, "tokenizer": None}
-_HERE |= {"keep": None, "vote_score": None, "vote_batches": None, "start_from": None}
+_HERE |= {"keep": None, "vote_score": None, "vote_batches": None, "start_from": None, "teacher": None}
 
 Config = TypeVar("Config", bound=TrainConfig)
 

@@ -15,7 +15,7 @@ from smoe.train.evaluation import Measured, k_name
 from smoe.train.task import Task
 
 # Where things were and how they were shown: a record is for others too, and goes without.
-PLACES = ("run_dir", "run", "start_from", "data", "tokenizer", "resume", "progress", "process_timeout")
+PLACES = ("run_dir", "run", "start_from", "teacher", "data", "tokenizer", "resume", "progress", "process_timeout")
 
 # Fields that make an ablation of a method.
 _VARIED = ("router", "score", "output_scale", "expert_dropout", "layers", "schedule", "k_min", "k_max")
