@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..experts import Experts
 from ..router import Routing
-from . import dense, grouped, grouped_mm, reference
+from . import dense, few, grouped, grouped_mm, reference
 
 ComputePath = Callable[[Tensor, Experts, Routing], Tensor]
 
@@ -17,6 +17,7 @@ PATHS: dict[str, ComputePath] = {
     "reference": reference.compute,
     "grouped": grouped.compute,
     "dense": dense.compute,
+    "few": few.compute,
     "grouped_mm": grouped_mm.compute,
 }
 
@@ -42,6 +43,8 @@ def choose(name: str, x: Tensor, experts: Experts, routing: Routing) -> ComputeP
             return PATHS["reference"]
     if name != "auto":
         return PATHS[name]
+    if few.usable(x, experts, routing):
+        return PATHS["few"]
     all_experts = routing.indices.shape[1] == experts.num_experts and not routing.absent
     if all_experts or experts.d_model * experts.d_expert <= TINY_EXPERT:
         return PATHS["dense"]

@@ -42,7 +42,7 @@ def test_a_token_that_is_not_finite_reaches_its_own_experts_alone(dtype, value, 
     assert broken_rows("grouped", x, grad, routing, layer) == want
 
 
-@pytest.mark.parametrize("path", ["grouped", "dense"])
+@pytest.mark.parametrize("path", ["grouped", "dense", "few"])
 @pytest.mark.parametrize("where", ["x", "weight", "infinite weight"])
 @pytest.mark.parametrize("tokens", [20, 2000])
 @pytest.mark.parametrize("gated", [False, True])
@@ -60,3 +60,5 @@ def test_relu_hides_no_nan(dtype, gated, tokens, where, path):
     want = layer(x).isfinite().all(1)
     layer.compute = path
     assert not want.all() and torch.equal(layer(x).isfinite().all(1), want)
+    with torch.no_grad():
+        assert torch.equal(layer(x).isfinite().all(1), want)
