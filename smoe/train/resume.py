@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from smoe.errors import CheckpointError, one_line
 from smoe.files import fingerprint, hash_json, write_atomic
+from smoe.json_files import load_json, parse_json
 from smoe.train.checkpoint import FORMAT, PARTIAL, checkpoint_path, list_steps
 from smoe.train.config import to_dict
 from smoe.train.processes import Processes
@@ -54,7 +55,7 @@ def load_checkpoint(path: Path, groups: Iterable[str] | None = None) -> Checkpoi
     Raises CheckpointError that says what is wrong.
     """
     try:
-        sealed = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        sealed = load_json(path / "state.json")
         content = sealed["content"]
         if hash_json(content) != sealed["sha256"]:
             raise CheckpointError(f"{path.name}: state.json has changed since it was written")
@@ -63,6 +64,8 @@ def load_checkpoint(path: Path, groups: Iterable[str] | None = None) -> Checkpoi
         if path != checkpoint_path(path.parent, content["step"]):
             raise CheckpointError(f"{path.name}: is of step {content['step']}")
         for name, expected in content["files"].items():
+            if Path(name).name != name:
+                raise CheckpointError(f"{path.name}: {name[:100]!r} is not a file's name")
             size = (path / name).stat().st_size
             if size != expected["size"]:
                 raise CheckpointError(f"{path.name}: {name} has {size} bytes of {expected['size']}")
@@ -210,8 +213,8 @@ def drop_later_lines(path: Path, step: int) -> None:
 def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for text in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
-            line = json.loads(text)
-        except (json.JSONDecodeError, UnicodeDecodeError):
+            line = parse_json(text)
+        except ValueError:
             continue
         if isinstance(line, dict):
             yield text.decode(), line

@@ -101,7 +101,7 @@ def test_bad_model_folders(capsys, tmp_path, gpt2):
         (["--model", str(tmp_path)], "--seq_len is missing"),
         (["--model", str(tmp_path), "--seq_len", "33"], "positions for 32"),
         (["--model", str(tmp_path), "--seq_len", "0"], "--seq_len is 0"),
-        (["--model", str(broken), "--seq_len", "4"], "config.json can't be read"),
+        (["--model", str(broken), "--seq_len", "4"], "config.json describes no model that can be built"),
         (["--model", str(tmp_path), "--seq_len", "4", "--tgt_len", "4"], "--tgt_len has no effect with --model"),
     ):
         assert_main_refuses(cli.main, ["flops", *argv], message, capsys)
