@@ -7,6 +7,8 @@ function a stand-in that keeps the arguments and the state as data. Nothing is i
 Both formats of torch.save are read: the zip of today and the stream of versions before 1.6.
 """
 
+import errno
+import io
 import math
 import pickletools
 import struct
@@ -191,15 +193,14 @@ def _read_zip(file: IO[bytes]) -> Any:
                 raise Damaged(f"has a pickle of {pickled.file_size} bytes, expected at most {MAX_PICKLE_BYTES}")
             if f"{top}byteorder" in entries and archive.read(f"{top}byteorder") != b"little":
                 raise Damaged("was written with another order of bytes")
-            with archive.open(pickled) as stream:
-                content, storages = _follow(stream)
+            content, storages = _follow(io.BytesIO(archive.read(pickled)))
             for storage in storages.values():
                 if f"{top}data/{storage.key}" not in entries:
                     raise Damaged(f"lacks the numbers of storage {_shown(storage.key)}")
                 _fill(storage, archive.read(f"{top}data/{storage.key}"))
             return content
     except (*_DAMAGED_ZIP, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # a place before the file's start
             raise
         raise Damaged(f"is a damaged .zip ({_shown(error)})") from None
 
@@ -243,7 +244,7 @@ def _follow(file: IO[bytes]) -> tuple[Any, dict[str, _Storage]]:
     """What one pickle describes, and the storages that it names by key."""
     machine = _Machine()
     try:
-        for number, (instruction, argument, _) in enumerate(pickletools.genops(file)):
+        for number, (instruction, argument, _) in enumerate(pickletools.genops(_Bounded(file))):
             if number >= MAX_INSTRUCTIONS:
                 raise Damaged(f"has a pickle of more than {MAX_INSTRUCTIONS} instructions")
             if instruction.name == "STOP":
@@ -252,6 +253,21 @@ def _follow(file: IO[bytes]) -> tuple[Any, dict[str, _Storage]]:
         return machine.pop(), machine.storages
     except (IndexError, KeyError, ValueError, TypeError, OverflowError) as error:
         raise Damaged(f"is no file of torch.save, or a damaged one ({_shown(error)})") from None
+
+
+class _Bounded:
+    """A file of which one value has at most `MAX_PICKLE_BYTES`: Python makes room for as much as a length claims."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.tell = file, file.tell
+
+    def read(self, size: int) -> bytes:
+        if size > MAX_PICKLE_BYTES:
+            raise ValueError(f"a value of {size} bytes")
+        return self.file.read(size)
+
+    def readline(self) -> bytes:
+        return self.file.readline(MAX_PICKLE_BYTES)
 
 
 class _Machine:

@@ -60,7 +60,7 @@ def load_checkpoint(path: Path, groups: Iterable[str] | None = None) -> Checkpoi
         if hash_json(content) != sealed["sha256"]:
             raise CheckpointError(f"{path.name}: state.json has changed since it was written")
         if content["format"] != FORMAT:
-            raise CheckpointError(f"{path.name}: format {content['format']}, this version reads {FORMAT}")
+            raise CheckpointError(f"{path.name}: format {str(content['format'])[:100]!r}, this version reads {FORMAT}")
         if path != checkpoint_path(path.parent, content["step"]):
             raise CheckpointError(f"{path.name}: is of step {content['step']}")
         for name, expected in content["files"].items():
@@ -74,11 +74,12 @@ def load_checkpoint(path: Path, groups: Iterable[str] | None = None) -> Checkpoi
         present = [name.removesuffix(".safetensors") for name in content["files"]]
         wanted = present if groups is None else [group for group in present if group in set(groups)]
         tensors = {group: load_file(path / f"{group}.safetensors") for group in wanted}
+        checkpoint = Checkpoint(content["step"], tensors, content["state"], path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.name}: {Path(error.filename).name} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{path.name}: cannot be read ({type(error).__name__}: {one_line(error)})") from None
-    return Checkpoint(content["step"], tensors, content["state"], path)
+    return checkpoint
 
 
 def load_latest(folder: Path, groups: Iterable[str] | None = None) -> Checkpoint | None:
@@ -93,7 +94,7 @@ def load_latest(folder: Path, groups: Iterable[str] | None = None) -> Checkpoint
         try:
             checkpoint = load_checkpoint(path, groups)
         except CheckpointError as error:
-            skipped.append((path, str(error)))
+            skipped.append((path, one_line(error)))
         else:
             checkpoint.skipped = skipped
             return checkpoint
