@@ -146,7 +146,7 @@ class Parser:
     """`parse(folder, content)` writes the content where the reader looks, and reads it.
 
     good: contents that are read without an error. errors: what it may raise; a message must be one printable line.
-    plain: the format of contents that are plain data, whose values are exchanged.
+    plain: whether the contents are JSON, whose values are exchanged. few: examples in the suite.
     """
 
     name: str
@@ -154,6 +154,7 @@ class Parser:
     parse: Callable[[Path, bytes], Any]
     errors: tuple[type[Exception], ...] = (ValueError,)
     plain: bool = False
+    few: int = 60
 
 
 def contents(parser: Parser) -> st.SearchStrategy[bytes]:
@@ -406,11 +407,11 @@ def _examples(folder: Path, content: bytes) -> None:
 
 
 PARSERS = [
-    Parser("YAML", lambda: [_YAML, *_json(_CONFIG)], _yaml, plain=False),
-    Parser("configuration", lambda: _json(_CONFIG), _config, plain=True),
+    Parser("YAML", lambda: [_YAML, *_json(_CONFIG)], _yaml),
+    Parser("configuration", lambda: _json(_CONFIG), _config, plain=True, few=30),
     Parser("run record", lambda: _json(_RECORD, _OLD), _record, plain=True),
     Parser("step times", lambda: _json({"records": [_TIMES]}), _step_times, plain=True),
-    Parser("run log", lambda: [b"\n".join(_json(*_LOG)), *_json(_LOG[0])], _log, plain=False),
+    Parser("run log", lambda: [b"\n".join(_json(*_LOG)), *_json(_LOG[0])], _log, few=12),
     Parser("model settings", lambda: _json(_SETTINGS, {"8": {"BPC": 1.5}}), _model_settings, plain=True),
     Parser("safetensors", _safetensors, _weights),
     Parser(
