@@ -48,7 +48,7 @@ class DataSet:
                 all(sha256_of(out / part["file"]) == part["sha256"] for part in parts.values())
                 and self._sha256_in(out) == self.sha256
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return False
 
     def prepare(self, out: Path, sources: Sequence[Source]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ archive can therefore not reach any other file. `max_bytes` bounds what comes ou
 
 import gzip
 import lzma
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -17,7 +18,8 @@ from typing import IO
 from data.errors import SourceError, printable
 from data.folder import CHUNK
 
-_DAMAGED = (OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
+_DAMAGED = (OSError, EOFError, RuntimeError, ValueError, LookupError, OverflowError, struct.error, zlib.error)
+_DAMAGED += (lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
 
 
 def read_file(path: Path, max_bytes: int) -> Iterator[bytes]:

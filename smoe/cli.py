@@ -272,23 +272,13 @@ def _saved_model(folder: Path) -> Any:
     """A model that smoe saved, as saved; any other from its config alone, on the meta device."""
     import smoe
 
-    marked = any("smoe" in path.name for path in folder.iterdir())
-    if marked or '"smoe' in (folder / "config.json").read_text(encoding="utf-8"):
-        return smoe.from_pretrained(folder).eval()
-    import torch
-    import transformers
+    from .modulize.build import build_shell
+    from .modulize.folder import CONFIG, OWN_CONFIG, read_json
+    from .modulize.hook import is_marked
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--model {folder}: config.json can't be read: {' '.join(str(error).split())}") from None
-    names = config.architectures or ["AutoModel"]
-    model_class = getattr(transformers, names[0], None)
-    if model_class is None:
-        raise ValueError(f"--model {folder}: transformers has no {names[0]}")
-    with torch.device("meta"):
-        model = model_class.from_config(config) if names[0] == "AutoModel" else model_class(config)
-    return model.eval()
+    if (folder / OWN_CONFIG).is_file() or "smoe" in (settings := read_json(folder / CONFIG)) or is_marked(settings):
+        return smoe.from_pretrained(folder).eval()
+    return build_shell(folder).eval()
 
 
 def _own_k(model: Any) -> int | None:
@@ -348,8 +338,10 @@ def _export(options: argparse.Namespace) -> int:
 
 def _read_metrics(file: Path) -> dict[int, dict[str, float]]:
     """k -> name -> value from a JSON file."""
+    from .json_files import load_json
+
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
+        rows = load_json(file, nan=False)
         return {int(k): {name: float(value) for name, value in row.items()} for k, row in rows.items()}
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, OverflowError):
         raise ValueError(f'--metrics {file}: it must be JSON like {{"8": {{"BPC": 1.21}}}}, by k') from None

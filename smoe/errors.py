@@ -41,9 +41,10 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def one_line(error: BaseException | str) -> str:
-    """The message with line breaks and runs of blanks folded into single blanks."""
-    return " ".join(str(error).split())
+def one_line(error: BaseException | str, most: int = 2000) -> str:
+    """The message as one line that is safe to print: what a file says may hold line breaks and terminal escapes."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    return line if len(line) <= most else f"{line[:most]}..."
 
 
 @contextmanager

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .files import fingerprint
+from .json_files import load_json
 
 
 def read_prepared(
@@ -28,7 +28,7 @@ def read_prepared(
     """
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = load_json(path)
         for name, kind in fields.items():
             if not isinstance(meta[name], kind) or isinstance(meta[name], bool):
                 raise ValueError(f"{name} is {str(meta[name])[:100]!r}")
@@ -39,7 +39,7 @@ def read_prepared(
         check(meta)
     except OSError as error:
         raise ValueError(f"data: no prepared data set in {folder} ({error.strerror}); {advice}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"data: {path} is damaged ({reason}); {advice} --force") from None
     for name in splits:

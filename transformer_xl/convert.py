@@ -1,13 +1,13 @@
 """Load weights of other Transformer-XL implementations: the published reference one and the paper's release.
 
-`python -m transformer_xl.convert IN.pt OUT.safetensors` converts a saved state dict. The output's metadata holds the
-configuration as JSON under `config`.
+`python -m transformer_xl.convert IN.pt OUT.safetensors` converts a file of torch.save: a state dict or a whole pickled
+model, of which only the tensors are read and nothing is run (`transformer_xl.unpickle`). The output's metadata holds
+the configuration as JSON under `config`.
 """
 
 import argparse
 import dataclasses
 import json
-import pickle
 import re
 import sys
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from transformer_xl.model import TransformerXLConfig
+from transformer_xl.unpickle import load_tensors
 
 # Computed from the sizes, or (crit.out_layers.0.weight) tied to the embedding: not needed, but fine to have.
 _DERIVED = {"pos_emb.inv_freq"}
@@ -75,8 +76,8 @@ def from_release(state_dict: Mapping[str, Tensor]) -> tuple[TransformerXLConfig,
 def _convert(source: Mapping[str, Tensor], allow_experts: bool) -> tuple[TransformerXLConfig, dict[str, Tensor]]:
     # Models wrapped for data parallelism put "module." before every key.
     source = {key.removeprefix("module."): value for key, value in source.items()}
-    layer_numbers = {int(match[1]) for key in source if (match := re.match(r"layers\.(\d+)\.", key))}
-    num_layers = max(layer_numbers, default=-1) + 1
+    layer_numbers = {int(match[1]) for key in source if (match := re.match(r"layers\.(\d{1,9})\.", key))}
+    num_layers = min(max(layer_numbers, default=-1) + 1, len(source))  # no more than there can be, whatever a key says
     has_experts = [allow_experts and f"layers.{i}.pos_ff.gate.gate.weight" in source for i in range(num_layers)]
 
     names = dict(_TOP)  # source key -> our key
@@ -96,6 +97,7 @@ def _convert(source: Mapping[str, Tensor], allow_experts: bool) -> tuple[Transfo
     # Where only some layers have experts, the others may be narrower than all experts together.
     sized_by = has_experts.index(True) if any(has_experts) else 0
     up = "experts.htoh4.weight" if has_experts[sized_by] else "CoreNet.0.weight"
+    _check_shape(source, f"layers.{sized_by}.pos_ff.{up}", (None,) * (3 if has_experts[sized_by] else 2))
     config = TransformerXLConfig(
         vocab_size=embedding.shape[0],
         num_layers=num_layers,
@@ -122,9 +124,15 @@ def _check_keys(source: Mapping[str, Tensor], needed: set[str], optional: set[st
     missing, unknown = sorted(needed - source.keys()), sorted(source.keys() - needed - optional)
     if num_layers == 0:
         missing.append("layers.0.*")
-    problems = [f"{what} {', '.join(keys)}" for what, keys in (("missing", missing), ("unknown", unknown)) if keys]
+    problems = [f"{what} {_listed(keys)}" for what, keys in (("missing", missing), ("unknown", unknown)) if keys]
     if problems:
         raise ValueError(f"These are not the weights of a Transformer-XL that can be converted: {'; '.join(problems)}")
+
+
+def _listed(keys: list[str], most: int = 20) -> str:
+    """Keys of a file for a message: the first of them, long and odd ones as Python writes text."""
+    shown = [key if len(key) <= 100 and key.isprintable() else repr(key[:100]) for key in keys[:most]]
+    return ", ".join([*shown, f"{len(keys) - most} more"] if len(keys) > most else shown)
 
 
 def _check_shapes(source: Mapping[str, Tensor], config: TransformerXLConfig, has_experts: list[bool]) -> None:
@@ -136,7 +144,10 @@ def _check_shapes(source: Mapping[str, Tensor], config: TransformerXLConfig, has
         shapes = {_QKV: (3 * inner, d), "dec_attn.r_net.weight": (inner, d), "dec_attn.o_net.weight": (d, inner)}
         shapes |= {key: (d,) for key in _LAYER if "layer_norm" in key}
         if has_experts[i]:
+            _check_shape(source, f"layers.{i}.pos_ff.gate.gate.weight", (None, d))
             experts = source[f"layers.{i}.pos_ff.gate.gate.weight"].shape[0]
+            if not experts:
+                raise ValueError(f"layers.{i}.pos_ff.gate.gate.weight has no expert, but must have at least 1")
             shapes |= {
                 "pos_ff.gate.gate.weight": (experts, d),
                 "pos_ff.gate.gate.bias": (experts,),
@@ -146,6 +157,7 @@ def _check_shapes(source: Mapping[str, Tensor], config: TransformerXLConfig, has
                 "pos_ff.experts.h4toh.bias": (experts, d),
             }
         else:
+            _check_shape(source, f"layers.{i}.pos_ff.CoreNet.0.weight", (None, d))
             width = source[f"layers.{i}.pos_ff.CoreNet.0.weight"].shape[0] if any(has_experts) else hidden
             shapes |= {
                 "pos_ff.CoreNet.0.weight": (width, d),
@@ -164,29 +176,10 @@ def _check_shape(source: Mapping[str, Tensor], key: str, expected: tuple[int | N
         raise ValueError(f"{key} has shape {actual}, but must be ({wanted})")
 
 
-def load_state_dict_file(path: str) -> dict[str, Tensor]:
-    """Read a state dict saved with torch.save, executing nothing that the file may hold.
-
-    Raises ValueError with what to do if the file holds a whole pickled model or no state dict.
-    """
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} holds a pickled model, not a state dict (or is no PyTorch file at all), and loading it would run "
-            "the code in it; if you trust it, then where its own source code is importable run: "
-            "torch.save(torch.load(PATH, map_location='cpu', weights_only=False).state_dict(), 'state.pt') "
-            "and convert state.pt"
-        ) from None
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise ValueError(f"{path} holds a {type(loaded).__name__} that is no state dict (names to tensors)")
-    return loaded
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Command line: convert IN.pt, a state dict of either source, to OUT.safetensors. Returns the exit status."""
+    """Command line: convert IN.pt, a checkpoint of either source, to OUT.safetensors. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m transformer_xl.convert", description=__doc__.split("\n\n")[0])
-    parser.add_argument("input", metavar="IN.pt", help="state dict of the reference implementation or the release")
+    parser.add_argument("input", metavar="IN.pt", help="a file of torch.save, of the reference or the release")
     parser.add_argument("output", metavar="OUT.safetensors", help="file to write")
     options = parser.parse_args(arguments)
 
@@ -195,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not Path(options.output).absolute().parent.is_dir():
             raise ValueError(f"{options.output} can't be written: its folder doesn't exist")
-        config, state = from_release(load_state_dict_file(options.input))
+        config, state = from_release(load_tensors(options.input))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

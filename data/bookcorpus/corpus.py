@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
+import queue
 import re
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -149,12 +152,26 @@ def _check_hub(timeout: float = 10.0) -> None:
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return
     url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    answers: queue.SimpleQueue[object] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout).close()
+        except urllib.error.HTTPError:
+            pass  # any answer will do
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            answers.put(getattr(error, "reason", error))
+            return
+        answers.put(None)
+
+    # A thread, which may be left behind: the timeout alone bounds each read, and headers may have no end.
+    threading.Thread(target=ask, daemon=True).start()
     try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout).close()
-    except urllib.error.HTTPError:
-        return  # any answer will do
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{url}: {printable(getattr(error, 'reason', error))}") from None
+        failure = answers.get(timeout=timeout)
+    except queue.Empty:
+        failure = f"no answer within {timeout:g} s"
+    if failure is not None:
+        raise SourceError(f"{url}: {printable(failure)}")
 
 
 def from_enwik8(chunks: Callable[[], Iterator[bytes]], sha256: str, why: str) -> Corpus:

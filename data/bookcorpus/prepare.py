@@ -58,7 +58,7 @@ def is_prepared(out: Path, request: dict[str, Any]) -> bool:
             and (out / "tokenizer.json").is_file()
             and all((out / file).stat().st_size == size for file, size in sizes.items())
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 

@@ -60,7 +60,7 @@ def read_part(path: Path, name: str) -> Iterator[dict[str, Any]]:
             yield _question(json.loads(line))
         except KeyError as error:
             raise SourceError(f"{name}, line {number}: no {error.args[0]}") from None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise SourceError(f"{name}, line {number}: {printable(error, 200)}") from None
 
 

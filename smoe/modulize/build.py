@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from ..errors import one_line
-from .folder import CONFIG, Header, brief
+from .folder import CONFIG, Header, brief, read_json
 from .hook import forget
 from .record import Record
 
 # What sets how many layers or labels are built, one by one: too many would take forever, whatever their size.
 _LAYERS = re.compile(r"(num_)?(hidden_|encoder_|decoder_)?(n_)?layers?|depths|block_sizes")
-_MOST_LABELS = 1_000_000
+_MOST_LABELS, _MOST_LAYERS = 1_000_000, 10_000
 
 
 def architecture_of(settings: Mapping[str, Any]) -> str:
@@ -66,6 +66,23 @@ def build(path: Path, settings: Mapping[str, Any], saved: Mapping[str, Header], 
         if (path / "generation_config.json").exists() and model.can_generate():
             model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return model
+
+
+def build_shell(path: Path) -> nn.Module:
+    """The model that the config of the folder ``path`` describes, on the meta device; its weights need not be there.
+
+    A config without ``architectures`` describes a base model. Raises ValueError, in one line, for any other class than
+    a model of Transformers, and for sizes that nothing has.
+    """
+    import transformers
+
+    settings = read_json(path / CONFIG)
+    model_class = _class_of(settings) if settings.get("architectures") else transformers.AutoModel
+    _check_counts(settings, _MOST_LAYERS)
+    with _OneLine(f"{CONFIG} describes no model that can be built"), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        auto = model_class is transformers.AutoModel
+        return model_class.from_config(config, trust_remote_code=False) if auto else model_class(config)
 
 
 def load_dense(path: Path, settings: Mapping[str, Any], num_tensors: int, dtype: torch.dtype | None) -> nn.Module:

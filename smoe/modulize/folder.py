@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, NamedTuple
@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from ..errors import one_line
+from ..json_files import load_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, OWN_CONFIG = "config.json", "smoe.json"
-
-MAX_JSON_BYTES = 64 << 20
 
 _DTYPES = {
     "F64": torch.float64,
@@ -46,24 +45,13 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: it holds none; one line says why.
     """
-    size = file.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ValueError(f"{file.name} has {size} bytes; it must have at most {MAX_JSON_BYTES}")
     try:
-        value = json.loads(file.read_bytes(), parse_constant=_constant)
-    except RecursionError:
-        raise ValueError(f"{file.name} is damaged: its values are nested too deeply") from None
+        value = load_json(file, nan=False)
     except ValueError as error:
-        raise ValueError(f"{file.name} is damaged: {one_line(error)}") from None
+        raise ValueError(f"{file.name} is damaged: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file.name} holds {short(value)}; it must hold an object")
     return value
-
-
-def _constant(name: str) -> float:
-    if name == "NaN":  # what JSON itself does not have; infinity is a limit in some configs
-        raise ValueError("NaN is no number")
-    return float(name)
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -107,7 +95,7 @@ def read_headers(files: list[Path]) -> dict[str, Header]:
     """What ``files`` hold, by name, without reading the tensors."""
     headers: dict[str, Header] = {}
     for file in files:
-        with _open(file) as opened:
+        with _reading(file) as opened:
             for name in opened.keys():
                 if name in headers:
                     raise ValueError(f"{file.name} holds {brief(name)}, which another file holds too")
@@ -119,14 +107,18 @@ def read_headers(files: list[Path]) -> dict[str, Header]:
 def read_tensors(files: list[Path]) -> Iterator[dict[str, Tensor]]:
     """The tensors by name, file after file."""
     for file in files:
-        with _open(file) as opened:
-            yield {name: opened.get_tensor(name) for name in opened.keys()}
+        with _reading(file) as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        yield tensors
 
 
-def _open(file: Path) -> Any:
+@contextmanager
+def _reading(file: Path) -> Iterator[Any]:
+    """A safetensors file, opened. What its library says of a damaged one becomes a ValueError of one line."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(file, "pt")
+        with safe_open(file, "pt") as opened:
+            yield opened
     except SafetensorError as error:
         raise ValueError(f"{file.name} is damaged: {one_line(error)}") from None

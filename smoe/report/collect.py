@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from smoe.errors import one_line
+from smoe.json_files import load_json
 from smoe.report.costs import STEP_TIMES, check_costs
 from smoe.report.records import check_result, in_todays_form
 from smoe.report.runs import Run, read_run
@@ -53,8 +53,8 @@ def collect(folder: str | Path) -> tuple[list[Run], list[str]]:
 def _read(path: Path, name: str) -> Run | None:
     """The run in a file; None when it holds something else; ValueError when it is damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = load_json(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{name}: is not JSON: {error}") from None
     if not isinstance(content, Mapping) or sum(mark in content for mark in _MARKS) < 3:
         return None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from smoe.json_files import load_json
 from smoe.report.records import Record, parameters_at
 from smoe.report.runs import Cell
 
@@ -56,7 +56,7 @@ def read_step_times(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]
     if not file.is_file():
         return [], []
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = load_json(file)
         rows = content["records"]
         for number, row in enumerate(rows):
             for field in ("model", "scale", "method"):
@@ -66,7 +66,7 @@ def read_step_times(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]
                 _check_number(row[field], f"records.{number}.{field}")
     except KeyError as error:
         return [], [f"{STEP_TIMES}: {error.args[0]} is missing"]
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         return [], [f"{STEP_TIMES}: {error}"]
     return list(rows), []
 

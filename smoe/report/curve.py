@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from smoe.json_files import parse_json
 from smoe.methods import METHODS
 from smoe.report.groups import plain
 from smoe.report.records import check_result, read_result
@@ -78,12 +78,12 @@ def _read_log(file: Path) -> list[Mapping[str, Any]]:
     """The lines of a log; a last one that was cut off is left out."""
     if not file.is_file():
         raise ValueError(f"run: {file} does not exist; a training writes it")
-    texts = file.read_text(encoding="utf-8").splitlines()
+    texts = file.read_bytes().splitlines()
     lines = []
     for number, text in enumerate(texts, 1):
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
+            line = parse_json(text)
+        except ValueError:
             if number < len(texts):
                 raise ValueError(f"run: {file}, line {number} is not JSON") from None
             break

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from smoe.json_files import load_json
 from smoe.metrics import BITS_PER_MASKED_TOKEN, BPC
 
 Record = Mapping[str, Any]
@@ -28,8 +28,8 @@ def read_result(path: str | Path) -> Record:
     if not file.is_file():
         raise ValueError(f"run: {file} does not exist; a run writes it when it finishes")
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        record = load_json(file)
+    except ValueError as error:
         raise ValueError(f"run: {file} is not JSON: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"run: {file} holds a {type(record).__name__}; it must be a JSON object")

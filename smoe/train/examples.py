@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from smoe.flops import count, count_step
+from smoe.json_files import parse_json
 from smoe.prepared import read_prepared
 from smoe.train.config import TrainConfig
 
@@ -37,7 +37,7 @@ def read_examples(
 
 def _read_part(file: Path, read: Callable[[Any], Example], advice: str) -> list[Example]:
     try:
-        examples = [read(json.loads(line)) for line in file.read_bytes().splitlines()]
+        examples = [read(parse_json(line)) for line in file.read_bytes().splitlines()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"data: {file} is damaged ({error}); {advice} --force") from None
     if not examples:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from smoe.errors import CheckpointError, one_line
 from smoe.files import fingerprint, hash_json, write_atomic
+from smoe.json_files import load_json, parse_json
 from smoe.train.checkpoint import FORMAT, PARTIAL, checkpoint_path, list_steps
 from smoe.train.config import to_dict
 from smoe.train.processes import Processes
@@ -54,15 +55,17 @@ def load_checkpoint(path: Path, groups: Iterable[str] | None = None) -> Checkpoi
     Raises CheckpointError that says what is wrong.
     """
     try:
-        sealed = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        sealed = load_json(path / "state.json")
         content = sealed["content"]
         if hash_json(content) != sealed["sha256"]:
             raise CheckpointError(f"{path.name}: state.json has changed since it was written")
         if content["format"] != FORMAT:
-            raise CheckpointError(f"{path.name}: format {content['format']}, this version reads {FORMAT}")
+            raise CheckpointError(f"{path.name}: format {str(content['format'])[:100]!r}, this version reads {FORMAT}")
         if path != checkpoint_path(path.parent, content["step"]):
             raise CheckpointError(f"{path.name}: is of step {content['step']}")
         for name, expected in content["files"].items():
+            if Path(name).name != name:
+                raise CheckpointError(f"{path.name}: {name[:100]!r} is not a file's name")
             size = (path / name).stat().st_size
             if size != expected["size"]:
                 raise CheckpointError(f"{path.name}: {name} has {size} bytes of {expected['size']}")
@@ -71,11 +74,12 @@ def load_checkpoint(path: Path, groups: Iterable[str] | None = None) -> Checkpoi
         present = [name.removesuffix(".safetensors") for name in content["files"]]
         wanted = present if groups is None else [group for group in present if group in set(groups)]
         tensors = {group: load_file(path / f"{group}.safetensors") for group in wanted}
+        checkpoint = Checkpoint(content["step"], tensors, content["state"], path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.name}: {Path(error.filename).name} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{path.name}: cannot be read ({type(error).__name__}: {one_line(error)})") from None
-    return Checkpoint(content["step"], tensors, content["state"], path)
+    return checkpoint
 
 
 def load_latest(folder: Path, groups: Iterable[str] | None = None) -> Checkpoint | None:
@@ -90,7 +94,7 @@ def load_latest(folder: Path, groups: Iterable[str] | None = None) -> Checkpoint
         try:
             checkpoint = load_checkpoint(path, groups)
         except CheckpointError as error:
-            skipped.append((path, str(error)))
+            skipped.append((path, one_line(error)))
         else:
             checkpoint.skipped = skipped
             return checkpoint
@@ -210,8 +214,8 @@ def drop_later_lines(path: Path, step: int) -> None:
 def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for text in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
-            line = json.loads(text)
-        except (json.JSONDecodeError, UnicodeDecodeError):
+            line = parse_json(text)
+        except ValueError:
             continue
         if isinstance(line, dict):
             yield text.decode(), line

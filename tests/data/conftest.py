@@ -19,6 +19,8 @@ def _serve(answer):
             with contextlib.suppress(ConnectionError):  # a client that has had enough
                 answer(self)
 
+        do_HEAD = do_GET
+
         def log_message(self, *arguments):
             pass
 
@@ -35,5 +37,5 @@ def _serve(answer):
 
 @pytest.fixture(scope="session")
 def serve():
-    """`with serve(answer) as url`: a server whose GETs `answer(request)` answers."""
+    """`with serve(answer) as url`: a server whose GETs and HEADs `answer(request)` answers."""
     return _serve

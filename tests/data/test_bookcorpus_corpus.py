@@ -3,6 +3,7 @@
 import hashlib
 import re
 import sys
+import time
 import types
 from dataclasses import replace
 
@@ -102,6 +103,22 @@ def test_hub_rows_become_stretches_whose_end_is_held_out(monkeypatch, tmp_path):
     }
     assert max(numbers["train"]) < min(numbers["valid"]) <= max(numbers["valid"]) < min(numbers["test"])
     assert meta["dataset"] == "bookcorpus" and meta["splits"]["test"]["documents"] == 1
+
+
+def test_a_hub_that_answers_without_end_is_given_up(monkeypatch, serve):
+    def headers(request):
+        request.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        for _ in range(100):
+            request.wfile.write(b"X: y\r\n")
+            time.sleep(0.05)
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with serve(headers) as url:
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        start = time.monotonic()
+        with pytest.raises(SourceError, match="no answer within 0.5 s"):
+            corpus_module._check_hub(timeout=0.5)
+        assert time.monotonic() - start < 3
 
 
 def test_without_a_hub_it_is_the_prose_of_enwik8_and_says_so(monkeypatch, tmp_path, capsys):

@@ -101,10 +101,39 @@ def test_bad_model_folders(capsys, tmp_path, gpt2):
         (["--model", str(tmp_path)], "--seq_len is missing"),
         (["--model", str(tmp_path), "--seq_len", "33"], "positions for 32"),
         (["--model", str(tmp_path), "--seq_len", "0"], "--seq_len is 0"),
-        (["--model", str(broken), "--seq_len", "4"], "config.json can't be read"),
+        (["--model", str(broken), "--seq_len", "4"], "config.json describes no model that can be built"),
         (["--model", str(tmp_path), "--seq_len", "4", "--tgt_len", "4"], "--tgt_len has no effect with --model"),
     ):
         assert_main_refuses(cli.main, ["flops", *argv], message, capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["Trainer"]}, "names the architecture Trainer, which transformers lacks"),
+        ({"architectures": ["GPT2Config"]}, "names the architecture GPT2Config, which transformers lacks"),
+        ({"architectures": ["__class__"]}, "which transformers lacks"),
+        ({"architectures": {"a": 1}}, "architectures is {'a': 1}; it must name"),
+        ({"architectures": [["GPT2LMHeadModel"]]}, "it must name the class"),
+        ({"architectures": ["T5Model"]}, "describes no model that can be built"),
+        ({"n_layer": 10**9}, "n_layer is 1000000000; with 10000 tensors it must be at most"),
+        ({"n_embd": "wide"}, "describes no model that can be built"),
+        ({"auto_map": {"AutoConfig": "trap.Trap"}, "model_type": "trap", "architectures": None}, "describes no model"),
+    ],
+)
+def test_flops_builds_models_of_transformers_alone(change, message, capsys, tmp_path, gpt2):
+    gpt2.config.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["architectures"] = ["GPT2LMHeadModel"]
+    (tmp_path / "config.json").write_text(json.dumps({**settings, **change}))
+    (tmp_path / "trap.py").write_text("open('trapped', 'w')\nclass Trap: ...\n")
+    assert_main_refuses(cli.main, ["flops", "--model", str(tmp_path), "--seq_len", "4"], message, capsys)
+
+
+@pytest.mark.parametrize("content", [b"[" * 10**5, b"\xff", b"[1]", b"1" * 5000])
+def test_flops_of_a_damaged_config_is_one_line(content, capsys, tmp_path):
+    (tmp_path / "config.json").write_bytes(content)
+    assert_main_refuses(cli.main, ["flops", "--model", str(tmp_path), "--seq_len", "4"], "config.json", capsys)
 
 
 def test_export(capsys, tmp_path, gpt2):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import smoe
 from transformer_xl import TransformerXL, TransformerXLConfig
-from transformer_xl.convert import from_reference, from_release, load_state_dict_file, main
+from transformer_xl.convert import from_reference, from_release, main
 
 FIXTURE = Path(__file__).parent / "fixtures" / "reference.safetensors"
 D_MODEL, EXPERTS, EXPERT_HIDDEN = 16, 4, 8
@@ -124,13 +124,44 @@ def test_command_line(reference: dict[str, torch.Tensor], tmp_path: Path, capsys
         assert json.loads(saved.metadata()["config"]) == dataclasses.asdict(config)
     assert load_file(output).keys() == state.keys()
 
-    whole_model = tmp_path / "model.pt"
-    torch.save(torch.nn.Linear(2, 2), whole_model)
+    # A whole pickled model: its tensors are read, whatever its classes are.
+    layers = torch.nn.Module()
+    for key, value in weights(reference).items():
+        *path, name = key.split(".")
+        module = layers
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, torch.nn.Module())
+            module = module._modules[part]
+        module.register_buffer(name, value)
+    whole_model, same = tmp_path / "model.pt", tmp_path / "same.safetensors"
+    torch.save(layers, whole_model)
+    assert main([str(whole_model), str(same)]) == 0
+    assert same.read_bytes() == output.read_bytes()
+
+    capsys.readouterr()
     output.unlink()
-    assert main([str(whole_model), str(output)]) == 1
-    message = capsys.readouterr().err
-    assert "pickled model" in message and "state_dict()" in message and message.count("\n") == 1
+    for other, message in (
+        (torch.nn.Linear(2, 2), "missing"),
+        ({"step": 3}, "no state dict"),
+        (print, "no state dict"),
+    ):
+        torch.save(other, whole_model)
+        assert main([str(whole_model), str(output)]) == 1
+        printed = capsys.readouterr().err
+        assert printed.startswith("error: ") and message in printed and printed.count("\n") == 1
     assert not output.exists()
-    torch.save({"step": 3}, whole_model)
-    with pytest.raises(ValueError, match="no state dict"):
-        load_state_dict_file(str(whole_model))
+
+
+def test_absurd_keys_and_shapes_are_named_at_once(reference: dict[str, torch.Tensor]) -> None:
+    state = release_weights(reference)
+    for change, message in (
+        ({"layers.999999999.a\x1b": torch.zeros(1)}, r"unknown 'layers\.999999999\.a\\x1b'"),
+        ({f"layers.{'9' * 6000}.a": torch.zeros(1)}, "unknown 'layers.99"),
+        ({"layers.0.pos_ff.gate.gate.weight": torch.zeros(())}, r"has shape \(\), but must be \(any, 16\)"),
+        ({"layers.0.pos_ff.gate.gate.weight": torch.zeros(0, 16)}, "has no expert"),
+        ({"layers.0.pos_ff.experts.htoh4.weight": torch.zeros(())}, r"has shape \(\), but must be \(any, any, any\)"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            from_release(state | change)
+        assert len(str(error.value)) < 3000

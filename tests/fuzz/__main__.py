@@ -1,0 +1,80 @@
+"""Fuzzes every parser for some minutes each and prints a table: python -m tests.fuzz --minutes 10 [--only NAME]
+
+Exit status 1 when an input was found that ends in neither a result nor the one clear error; it is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, settings
+
+from tests.fuzz.parsers import PARSERS, Parser, contents, run
+
+_BATCH = 500  # examples of one call of hypothesis
+
+
+def fuzz(parser: Parser, seconds: float, slowest_allowed: float = 10.0) -> dict[str, Any]:
+    """Tries one parser for so many seconds of this process's time; what it was and what was found."""
+    found: dict[str, str] = {}
+    counts = {"result": 0, "error": 0}
+    slowest, start = 0.0, time.process_time()
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+
+    def one(content: bytes) -> None:
+        nonlocal slowest
+        if time.process_time() - start > seconds:
+            return
+        begin = time.process_time()
+        try:
+            counts[run(parser, folder, content)] += 1
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            key = f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}"
+            if key not in found:
+                found[key] = f"{str(error)[:200]!r} for {content[:2000]!r}"
+                print(f"{parser.name}: {key}: {found[key]}", flush=True)
+        took = time.process_time() - begin
+        if took > slowest_allowed:
+            found.setdefault("slow", f"{took:.0f} s for {content[:2000]!r}")
+        slowest = max(slowest, took)
+
+    options = dict(max_examples=_BATCH, deadline=None, database=None, phases=[Phase.generate])
+    while time.process_time() - start < seconds:
+        settings(**options, suppress_health_check=[*HealthCheck])(given(content=contents(parser))(one))()
+    spent = time.process_time() - start
+    row = {"parser": parser.name, "examples": sum(counts.values()) + len(found), "results": counts["result"]}
+    return row | {"seconds": round(spent), "slowest_seconds": round(slowest, 2), "findings": sorted(found)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--minutes", type=float, default=10, help="for each parser (default: 10)")
+    parser.add_argument("--only", nargs="+", choices=[p.name for p in PARSERS], help="these parsers alone")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table there")
+    options = parser.parse_args()
+    rows = []
+    print(f"{'parser':22} {'examples':>9} {'minutes':>7} {'slowest':>9} findings", flush=True)
+    for one in PARSERS:
+        if options.only is None or one.name in options.only:
+            row = fuzz(one, 60 * options.minutes)
+            rows.append(row)
+            minutes, slowest = row["seconds"] / 60, f"{row['slowest_seconds']} s"
+            line = f"{one.name:22} {row['examples']:9} {minutes:7.1f} {slowest:>9} {len(row['findings'])}"
+            print(f"{line} {'; '.join(row['findings'])}", flush=True)
+            if options.json is not None:
+                record = {"python": platform.python_version(), "machine": platform.machine(), "parsers": rows}
+                options.json.write_text(json.dumps(record, indent=1) + "\n")
+    return int(any(row["findings"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
