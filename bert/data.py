@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smoe.mapped import MappedFile
 from smoe.prepared import check_file, read_prepared
 from smoe.train.task import equal_share
 
@@ -88,7 +89,7 @@ class Blocks:
                 f"--block_length {seq_len} of data/bookcorpus/prepare.py makes blocks that fit"
             )
         path = self.folder / self.meta["splits"][split]["file"]
-        return np.memmap(path, dtype=self.meta["dtype"], mode="r").reshape(-1, seq_len)
+        return MappedFile(path, self.meta["dtype"]).reshape(-1, seq_len)
 
 
 class TrainingBatches:

@@ -13,7 +13,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO
 
 CHUNK = 1 << 18
@@ -78,7 +78,8 @@ def main(url: str, path: str, max_bytes: str) -> int:
         with open(path, "wb") as file:
             download(url, file, int(max_bytes))
     except _Unusable as error:
-        print(error)
+        with suppress(BrokenPipeError):  # the parent is gone
+            print(error, flush=True)
         return UNUSABLE
     except OSError as error:
         print(error.errno)

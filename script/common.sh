@@ -129,7 +129,7 @@ train_and_report() {
         processes=$(python -c 'import torch; print(torch.cuda.device_count())')
     fi
     [ "$processes" -gt 0 ] || processes=1
-    launch=(torchrun --nproc_per_node "$processes" --max_restarts "${MAX_RESTARTS:-3}")
+    launch=(python script/launch.py --nproc_per_node "$processes" --max_restarts "${MAX_RESTARTS:-3}")
     if [ "$nodes" != 1 ]; then
         if [ -z "${RDZV_ENDPOINT:-}" ]; then
             echo "error: NNODES is $nodes; set RDZV_ENDPOINT to HOST:PORT of one of the machines, the same on each" >&2

@@ -24,24 +24,28 @@ def stories(count: int, seed: int = 0, words: int = 1500) -> list[str]:
     return texts
 
 
-@pytest.fixture(scope="session")
-def prepared(tmp_path_factory):
-    """prepared(model) -> a folder of data/bookcorpus/prepare.py: ten stories, blocks of 64 tokens."""
+def write_books(model: str, source: Path, out: Path) -> Path:
+    """Ten stories in `source`, prepared for `model` in `out`: blocks of 64 tokens."""
     spec = importlib.util.spec_from_file_location("bookcorpus_prepare", ROOT / "data/bookcorpus/prepare.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    source = tmp_path_factory.mktemp("stories")
     for number, text in enumerate(stories(10)):
         (source / f"{number}.txt").write_text(text)
+    flags = ["--model", model, "--scale", "smoke", "--source", source, "--out", out]
+    flags += ["--vocab_size", 300, "--block_length", 64]
+    assert module.main([str(flag) for flag in flags]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """prepared(model) -> a folder of data/bookcorpus/prepare.py: ten stories, blocks of 64 tokens."""
+    source = tmp_path_factory.mktemp("stories")
     folders = {}
 
     def prepared(model: str) -> Path:
         if model not in folders:
-            out = tmp_path_factory.mktemp(model)
-            flags = ["--model", model, "--scale", "smoke", "--source", source, "--out", out]
-            flags += ["--vocab_size", 300, "--block_length", 64]
-            assert module.main([str(flag) for flag in flags]) == 0
-            folders[model] = out
+            folders[model] = write_books(model, source, tmp_path_factory.mktemp(model))
         return folders[model]
 
     return prepared

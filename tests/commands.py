@@ -34,7 +34,9 @@ PRELOAD += ["torch.utils.flop_counter", "torch.utils.tensorboard", "matplotlib.p
 SERVER.set_forkserver_preload(PRELOAD)
 
 
-def _child(module: str, argv: list[str], environment: dict[str, str], output: str) -> None:
+def _child(
+    module: str, argv: list[str], environment: dict[str, str], output: str, before: Callable[[], None] | None
+) -> None:
     sys.stdout.flush()
     for descriptor, name in ((1, "out"), (2, "err")):
         file = os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -47,6 +49,8 @@ def _child(module: str, argv: list[str], environment: dict[str, str], output: st
         import torch
 
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    if before is not None:
+        before()
     run_main(importlib.import_module(module).main)
 
 
@@ -74,6 +78,17 @@ class Command:
         return Path(f"{self.output}.err").read_text()
 
 
+def start_command(
+    output: str, module: str, *argv: object, env: dict[str, str] | None = None, before: Callable[[], None] | None = None
+) -> Command:
+    """`python -m module argv`, not waited for; it calls `before` first. What it prints is in `output`.out and .err."""
+    for name in ("out", "err"):  # there even if it is killed at once
+        Path(f"{output}.{name}").touch()
+    process = SERVER.Process(target=_child, args=(module, [str(a) for a in argv], env or {}, output, before))
+    process.start()
+    return Command(process, output)
+
+
 @pytest.fixture
 def start(tmp_path):
     """start(module, *argv, env={}) -> Command: `python -m module argv`, not waited for."""
@@ -81,9 +96,7 @@ def start(tmp_path):
 
     def start(module: str, *argv: object, env: dict[str, str] | None = None) -> Command:
         output = str(tmp_path / f"command-{len(commands)}")
-        process = SERVER.Process(target=_child, args=(module, [str(a) for a in argv], env or {}, output))
-        process.start()
-        commands.append(Command(process, output))
+        commands.append(start_command(output, module, *argv, env=env))
         return commands[-1]
 
     yield start
@@ -91,6 +104,13 @@ def start(tmp_path):
         with contextlib.suppress(ProcessLookupError):
             command.process.kill()
         command.process.join()
+
+
+def rank_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process of a run on one machine."""
+    common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
 
 
 @pytest.fixture
@@ -105,9 +125,8 @@ def start_ranks(start):
         own: dict[int, list[object]] | None = None,
         env: dict[int, dict[str, str]] | None = None,
     ) -> list[Command]:
-        common = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "OMP_NUM_THREADS": "1"}
-        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        ranks = [{**common, "RANK": str(r), "LOCAL_RANK": str(r), **(env or {}).get(r, {})} for r in range(n)]
+        port = free_port()
+        ranks = [{**rank_variables(r, n, port), **(env or {}).get(r, {})} for r in range(n)]
         return [start(module, *argv, *(own or {}).get(r, ()), env=variables) for r, variables in enumerate(ranks)]
 
     return start_ranks

@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+SIZES = {"train": 40_000, "valid": 6_000, "test": 6_000}  # bytes
 WORDS = {0: ["awful", "dull", "a bore"], 1: ["great", "moving", "a joy"]}
 
 
@@ -15,6 +16,25 @@ def write_examples(folder: Path, name: str, splits: dict[str, list[dict]]) -> Pa
         (folder / f"{split}.jsonl").write_bytes(content)
         digest = hashlib.sha256(content).hexdigest()
         meta["splits"][split] = {"file": f"{split}.jsonl", "examples": len(rows), "sha256": digest}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def write_words(folder: Path) -> Path:
+    """52 kB in the format of data/enwik8: words drawn at random."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    words = [bytes(rng.integers(97, 123, size=rng.integers(2, 8), dtype=np.uint8)) for _ in range(50)]
+    text = b" ".join(words[i] for i in rng.integers(0, 50, size=20_000))[: sum(SIZES.values())]
+    folder.mkdir(exist_ok=True)
+    meta = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest(), "splits": {}}
+    position = 0
+    for name, size in SIZES.items():
+        part = text[position : position + size]
+        (folder / f"{name}.bin").write_bytes(part)
+        meta["splits"][name] = {"file": f"{name}.bin", "bytes": size, "sha256": hashlib.sha256(part).hexdigest()}
+        position += size
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commands import _server
+from commands import SERVER
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
@@ -17,9 +17,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     The function must be defined at the top of a module. Its result must be picklable and hold no tensors.
     """
     with tempfile.TemporaryDirectory() as folder:
-        pipes = [_server.Pipe(duplex=False) for _ in range(world_size)]
+        pipes = [SERVER.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
-            _server.Process(target=_rank, args=(rank, world_size, f"{folder}/store", pipe[1], timeout, function, args))
+            SERVER.Process(target=_rank, args=(rank, world_size, f"{folder}/store", pipe[1], timeout, function, args))
             for rank, pipe in enumerate(pipes)
         ]
         for process in processes:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smoe.mapped import MappedFile
 from smoe.prepared import read_prepared
 from smoe.train.task import equal_share
 
@@ -29,7 +30,7 @@ def load_data(data_dir: str | Path) -> tuple[dict[str, np.memmap], dict[str, str
     advice = f"run: python data/enwik8/prepare.py{newlines} --out {folder}"
     meta = read_prepared(folder, advice, ("train", "valid", "test"), {"sha256": str})
     parts = meta["splits"].items()
-    data = {split: np.memmap(folder / part["file"], dtype=np.uint8, mode="r") for split, part in parts}
+    data = {split: MappedFile(folder / part["file"], np.uint8) for split, part in parts}
     return data, {"name": meta.get("dataset", "enwik8"), "sha256": meta["sha256"]}
 
 

@@ -50,7 +50,8 @@ def save_checkpoint(
         if processes.is_main:
             for left in folder.glob(f"{PARTIAL}*"):  # by an interrupted save
                 shutil.rmtree(left, ignore_errors=True)
-            partial.mkdir(parents=True)
+            folder.mkdir(exist_ok=True)  # without parents: a run folder that is gone does not come back
+            partial.mkdir()
     with _one_clear_error(partial, "writing tensors"), processes.together():
         for group, members in tensors.items():
             if not all(tensor.isfinite().all() for tensor in members.values()):
@@ -72,11 +73,16 @@ def save_checkpoint(
             partial.rename(path)
             fsync_path(folder)
     if processes.is_main:
-        # Steps after this one belong to a future that the run left when it resumed before them.
-        kept = {*[other for other in list_steps(folder) if other <= step][-keep:], *protect}
-        for old in set(list_steps(folder)) - kept:
-            shutil.rmtree(checkpoint_path(folder, old), ignore_errors=True)
+        drop_old(folder, step, keep, protect)
     return path
+
+
+def drop_old(folder: Path, step: int, keep: int = 2, protect: Collection[int] = ()) -> None:
+    """Removes all but the newest ``keep`` checkpoints up to ``step`` and those of ``protect``."""
+    # Steps after this one belong to a future that the run left when it resumed before them.
+    kept = {*[other for other in list_steps(folder) if other <= step][-keep:], *protect}
+    for old in set(list_steps(folder)) - kept:
+        shutil.rmtree(checkpoint_path(folder, old), ignore_errors=True)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -46,6 +46,10 @@ class TrainConfig(MethodConfig):
     weight_decay: float = option(0.0, "of AdamW; 0 is Adam", at_least=0)
     clip: float = option(0.25, "largest norm of the gradient", above=0)
 
+    skip_nonfinite: int = option(
+        0, "how many steps in all may be left out for a loss or gradient that is not finite; the next stops", at_least=0
+    )
+
     eval_interval: int = option(4000, "steps between evaluations on valid; each writes a checkpoint", at_least=1)
     eval_batch_size: int = option(10, "sequences in an evaluation pass", at_least=1)
     save_interval: int | None = option(None, "steps between checkpoints; null: eval_interval", at_least=1)

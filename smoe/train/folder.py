@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
+from smoe.errors import RunError
 from smoe.files import lock_file, write_atomic
 from smoe.train.config import TrainConfig, to_dict
 from smoe.train.processes import Processes
@@ -28,6 +29,26 @@ class RunFolder:
         self.result_path = self.path / "result.json"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
+        self._lock_path, self._lock = self.path / ".training.lock", -1
+
+    def lock(self) -> None:
+        """Locks the folder as long as this object lives. ValueError when another process holds the lock."""
+        self._lock = lock_file(self._lock_path)
+        weakref.finalize(self, os.close, self._lock)
+
+    def check_there(self) -> None:
+        """RunError unless ``path`` is still the folder that this process has locked: what it writes would be lost."""
+        if self._lock < 0:  # nobody has locked it
+            return
+        try:
+            same = os.path.samestat(os.stat(self._lock_path), os.fstat(self._lock))
+        except OSError:
+            same = False
+        if not same:
+            raise RunError(
+                f"run folder {self.path} was removed, renamed or replaced while the run wrote to it; "
+                "nothing more is written; put it back and --resume goes on from its newest checkpoint"
+            )
 
     def write_result(self, result: Mapping[str, object]) -> None:
         """Writes result.json in one piece. Raises ValueError for NaN or infinity: not JSON."""
@@ -48,6 +69,8 @@ def open_run(config: TrainConfig, processes: Processes) -> RunFolder:
     folder = RunFolder(config.run_dir)
     with processes.together():
         if processes.is_main:
+            if processes.restarted and not folder.config_path.exists():
+                raise RunError(f"run folder {folder.path} was removed or renamed; the restarted run has nothing left")
             _start_or_check(folder, config)
             processes.opened()
     with processes.together():
@@ -64,11 +87,14 @@ def _start_or_check(folder: RunFolder, config: TrainConfig) -> None:
         if not config.resume:
             raise ValueError(f"run_dir: {folder.path} already holds a run; --resume continues it, or choose another")
         check_same_config(read_config(folder.path), given, MAY_CHANGE, folder.config_path)
+        if folder.metrics_path.exists() and not folder.checkpoints.is_dir():
+            gone = "metrics.jsonl but no folder checkpoints any more; put it back, or choose another folder"
+            raise ValueError(f"run_dir: {folder.path} has {gone}")
     for part in (folder.checkpoints, folder.metrics_path, folder.result_path):
         if part.exists() and not folder.config_path.exists():
             raise ValueError(f"run_dir: {folder.path} has {part.name} but no config.yaml; choose another folder")
     folder.path.mkdir(parents=True, exist_ok=True)
-    weakref.finalize(folder, os.close, lock_file(folder.path / ".training.lock"))
+    folder.lock()
     for left in folder.path.glob(".*.tmp-*"):  # by a write that was killed
         left.unlink(missing_ok=True)
     write_atomic(folder.config_path, to_yaml(given))

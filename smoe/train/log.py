@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import sys
+import threading
 import time
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from smoe.errors import RunError
 from smoe.methods import MethodLoss
 from smoe.train.evaluation import Measured
 from smoe.train.folder import RunFolder
@@ -41,6 +43,8 @@ class Log:
             with contextlib.suppress(ImportError):  # TensorBoard need not be installed
                 from torch.utils.tensorboard import SummaryWriter
 
+                # An error of its thread comes again with the next flush; the traceback on the screen says no more.
+                threading.excepthook = lambda e: issubclass(e.exc_type, OSError) or threading.__excepthook__(e)
                 self._board = SummaryWriter(str(folder.tensorboard), purge_step=done + 1)
         self._bar = tqdm(total=config.steps, initial=done, unit="step", desc=config.get_method().title,
                          dynamic_ncols=True, disable=not (processes.is_main and config.progress),
@@ -51,25 +55,36 @@ class Log:
         """Tokens per second count from here: what came before (an evaluation, a checkpoint) is left out."""
         self._interval_start, self._interval_steps = time.perf_counter(), 0
 
-    def count(self, loss: MethodLoss) -> None:
-        """Adds the loss of a step to the mean."""
-        self.nats += torch.tensor([loss.task.item(), 1.0], dtype=torch.float64)
+    def count(self, loss: MethodLoss | None) -> None:
+        """Adds the loss of a step to the mean; None of one that was left out."""
+        if loss is not None:
+            self.nats += torch.tensor([loss.task.item(), 1.0], dtype=torch.float64)
         self._interval_steps += 1
         self._bar.update()
 
     def train(
-        self, step: int, loss: MethodLoss, ks: list[int], learning_rate: float, norm: Tensor, seconds: float
+        self,
+        step: int,
+        loss: MethodLoss,
+        ks: list[int],
+        learning_rate: float,
+        norm: Tensor,
+        seconds: float,
+        skipped: int = 0,
     ) -> None:
-        """One line about the steps since the last one. ``k``: one number, or one per layer where they differ."""
+        """One line about the steps since the last one. ``k``: one number, or one per layer where they differ.
+
+        ``skipped``: steps of the run that were left out so far, in the line where there are any.
+        """
         nats, steps = self.processes.sum(self.nats).tolist()
         tokens = self._interval_steps * self.task.tokens_per_step
         speed = tokens / (time.perf_counter() - self._interval_start)
-        mean, k, decides = nats / steps, one_or_all(ks), self.task.metrics[0]
+        mean, k, decides = nats / steps if steps else math.nan, one_or_all(ks), self.task.metrics[0]
         line = {"loss": mean, "lr": learning_rate, "grad_norm": float(norm)}
         if decides.nats:
             line[decides.key] = mean / math.log(2)
         line |= {"k": k, "tokens_per_second": speed} | {name: part.item() for name, part in loss.parts.items()}
-        self._write(step, "train", line, seconds)
+        self._write(step, "train", line | ({"skipped": skipped} if skipped else {}), seconds)
         shown = decides.shown(line) if decides.nats else f"loss {mean:.4f}"
         self._bar.set_postfix_str(f"{shown}{at_k(k)}, {speed:,.0f} tokens/s", refresh=False)
         self.nats.zero_()
@@ -86,16 +101,21 @@ class Log:
         """A line of JSON, flushed, and TensorBoard tags ``split/name``. NaN and infinity become null."""
         if self._file is None:
             return
+        self.folder.check_there()
         values = json.loads(json.dumps(values), parse_constant=lambda _: None)
         print(json.dumps({"step": step, split: values, "seconds": seconds}), file=self._file, flush=True)
         if self._board is not None:
             tags = {f"{split}/{name}": value for name, value in values.items()} | {"seconds": seconds}
             if isinstance(values.get("k"), list):
                 tags |= {f"{split}/k/{layer}": k for layer, k in enumerate(tags.pop(f"{split}/k"))}
-            for tag, value in tags.items():
-                if value is not None:
-                    self._board.add_scalar(tag, value, step)
-            self._board.flush()
+            try:
+                for tag, value in tags.items():
+                    if value is not None:
+                        self._board.add_scalar(tag, value, step)
+                self._board.flush()
+            except OSError as error:  # it opens its file by name, each time
+                self.folder.check_there()
+                raise RunError(f"{self.folder.tensorboard} can't be written: {error.strerror}") from None
 
     def close(self) -> None:
         """Closes the bar and the files."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,7 @@ class Progress:
 
     step: int = 0  # finished ones
     seconds: float = 0.0  # of training
+    skipped: int = 0  # steps that were left out, since something was not finite
     # The best checkpoint at each k of ``config.eval_ks()``, in that order: {"step": finished steps, "value": metric}.
     best: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -106,18 +108,19 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
         norm = processes.clip_grad_norm(task.model, config.clip)
 
         # ---- step, unless something is not finite -------------------------------------------------------------------
-        refuse_non_finite(loss.total, norm, step, ks, task, processes)
-        optimizer.step()
+        finite = check_finite(loss.total, norm, progress, ks, task, processes)
+        if finite:
+            optimizer.step()
+            task.carry(loss.output)
         optimizer.zero_grad()
-        task.carry(loss.output)
         progress.step = step = step + 1  # from here on: finished steps
-        log.count(loss)
+        log.count(loss if finite else None)
         progress.seconds += time.perf_counter() - started
 
         # ---- log, evaluate, save, stop ------------------------------------------------------------------------------
         last = step == config.steps
         if step % config.log_interval == 0 or last:
-            log.train(step, loss, ks, learning_rate, norm, progress.seconds)
+            log.train(step, loss, ks, learning_rate, norm, progress.seconds, progress.skipped)
         evaluated = step % config.eval_interval == 0 or last
         if evaluated:
             for k in config.eval_ks():
@@ -153,23 +156,37 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
     if processes.is_main:
         sweep_seconds, per_step = time.perf_counter() - started, progress.seconds / config.steps
         seconds = {"training": progress.seconds, "sweep": sweep_seconds, "per_step": per_step}
+        folder.check_there()
         for name, content in files.items():
             write_atomic(folder.path / name, content)
         run = {"tokens_per_second": task.tokens_per_step / per_step, "processes": processes.world_size}
+        run["skipped_steps"] = progress.skipped
         folder.write_result(make_record(task, chosen, swept, seconds=seconds, **run, environment=environment))
     processes.leave()
 
 
-def refuse_non_finite(loss: Tensor, norm: Tensor, step: int, ks: list[int], task: Task, processes: Processes) -> None:
-    """Stops before the optimizer step if the loss or the gradient's norm is not finite; all processes decide alike."""
+def check_finite(
+    loss: Tensor, norm: Tensor, progress: Progress, ks: list[int], task: Task, processes: Processes
+) -> bool:
+    """Whether to take the optimizer step; all processes decide alike.
+
+    At most ``skip_nonfinite`` steps of a run whose loss or gradient is not finite are left out; the next one stops it.
+    """
     values = processes.gather(torch.stack([loss.detach().float(), norm.detach().float()]).view(1, 2))
     if values.isfinite().all():
-        return
+        return True
     what = "the norm of the gradient" if values[:, 0].isfinite().all() else "the loss"
-    raise NonFiniteError(
-        f"{what} is not finite at step {step + 1}{at_k(one_or_all(ks))} ({task.where(step)}); stopped before the "
-        f"optimizer step; checkpoints up to the last good one are in {task.config.run_dir}/checkpoints"
-    )
+    step, allowed = progress.step, task.config.skip_nonfinite
+    what = f"{what} is not finite at step {step + 1}{at_k(one_or_all(ks))} ({task.where(step)})"
+    if progress.skipped == allowed:
+        raise NonFiniteError(
+            f"{what}; stopped before the optimizer step; checkpoints up to the last good one are in "
+            f"{task.config.run_dir}/checkpoints"
+        )
+    progress.skipped += 1
+    if processes.is_main:
+        print(f"warning: {what}; left out, {progress.skipped} of skip_nonfinite = {allowed}", file=sys.stderr)
+    return False
 
 
 def save(task: Task, optimizer: torch.optim.Optimizer, progress: Progress, log: Log, processes: Processes) -> None:
@@ -177,6 +194,9 @@ def save(task: Task, optimizer: torch.optim.Optimizer, progress: Progress, log: 
 
     The newest two and the best ones are kept.
     """
+    with processes.together():
+        if processes.is_main:
+            log.folder.check_there()
     bare = task.bare()
     groups: dict[str, Any] = {
         "model": processes.gather_state(bare.state_dict(), bare),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from smoe.errors import CheckpointError, one_line
 from smoe.files import fingerprint, hash_json, write_atomic
 from smoe.json_files import load_json, parse_json
-from smoe.train.checkpoint import FORMAT, PARTIAL, checkpoint_path, list_steps
+from smoe.train.checkpoint import FORMAT, PARTIAL, checkpoint_path, drop_old, list_steps
 from smoe.train.config import to_dict
 from smoe.train.processes import Processes
 from smoe.train.task import Task
@@ -27,7 +27,7 @@ from smoe.yaml_files import load_yaml
 
 # What may differ when a run is resumed: where things are and how often they are said, nothing that changes numbers.
 MAY_CHANGE = ("data", "scale", "save_interval", "log_interval", "progress", "resume", "run_dir", "scale_reason")
-MAY_CHANGE += ("engine", "expert_parallel", "fsdp", "process_timeout")
+MAY_CHANGE += ("engine", "expert_parallel", "fsdp", "process_timeout", "skip_nonfinite")
 
 
 def read_config(run: str | Path) -> dict[str, Any]:
@@ -106,7 +106,8 @@ def load_latest(folder: Path, groups: Iterable[str] | None = None) -> Checkpoint
 def newest_checkpoint(folder: Path, processes: Processes) -> Checkpoint | None:
     """The checkpoint that a resumed run goes on from, the same on every process.
 
-    Damaged newer ones are said on stderr and removed: the run is about to write those steps again.
+    Damaged newer ones are said on stderr and removed: the run is about to write those steps again. Old ones that a kill
+    left go too. A run that has lines in metrics.jsonl and no checkpoint starts from its beginning, which is said.
     """
     checkpoint = None
     with processes.together():
@@ -121,6 +122,12 @@ def newest_checkpoint(folder: Path, processes: Processes) -> Checkpoint | None:
     for path, reason in checkpoint.skipped if checkpoint is not None and processes.is_main else ():
         print(f"warning: {path.name} is damaged ({reason}); going on from {checkpoint.path.name}", file=sys.stderr)
         shutil.rmtree(path, ignore_errors=True)
+    if checkpoint is not None and processes.is_main:
+        best = checkpoint.state.get("progress", {}).get("best", {})
+        drop_old(folder, checkpoint.step, protect={chosen["step"] for chosen in best.values()})
+    elif processes.is_main and (lines := read_metrics(folder.parent / "metrics.jsonl")):
+        reached = max(line.get("step", 0) for line in lines)
+        print(f"no checkpoint in {folder}: the run, which came to step {reached}, starts again at 0", file=sys.stderr)
     return checkpoint
 
 

@@ -1,9 +1,6 @@
 """A web server that plays a mirror, good or bad."""
 
-import contextlib
-import http.server
-import threading
-
+import mirror
 import pytest
 
 
@@ -12,30 +9,7 @@ def no_proxy(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
-@contextlib.contextmanager
-def _serve(answer):
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            with contextlib.suppress(ConnectionError):  # a client that has had enough
-                answer(self)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *arguments):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
 @pytest.fixture(scope="session")
 def serve():
     """`with serve(answer) as url`: a server whose GETs and HEADs `answer(request)` answers."""
-    return _serve
+    return mirror.serve

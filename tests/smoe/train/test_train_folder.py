@@ -132,7 +132,7 @@ def test_a_field_that_the_recorded_run_did_not_have_is_named(tmp_path):
 def test_what_changes_no_number_may_change_and_is_recorded(tmp_path):
     open_with(tmp_path)
     changes = {"save_interval": 3, "log_interval": 2, "progress": True, "process_timeout": 9.0, "expert_parallel": 2}
-    changes |= {"fsdp": True, "engine": "torch", "scale": "cpu", "scale_reason": "another"}
+    changes |= {"skip_nonfinite": 3, "fsdp": True, "engine": "torch", "scale": "cpu", "scale_reason": "another"}
     run = open_with(tmp_path, **changes, resume=True)
     assert read_config(run.path).items() >= changes.items()
     assert set(MAY_CHANGE) == {*changes, "resume", "run_dir", "data"}
