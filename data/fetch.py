@@ -14,11 +14,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol, TypeVar
 
 from data import download
 from data.errors import DownloadError, SourceError, printable
-from data.folder import scratch
 from data.unpack import read_tar_member
 
 T = TypeVar("T")
@@ -191,10 +191,12 @@ def first_that_works(sources: Sequence[Source], use: Callable[[Path], T], folder
     `folder` holds what is fetched, and is emptied between tries. Raises DownloadError, one line for all sources.
     """
     failures = []
+    folder.mkdir(parents=True, exist_ok=True)
     for source in sources:
-        with scratch(folder) as own:
+        # Not scratch(): `folder` is one already, and locked by its owner, this process.
+        with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as own:
             try:
-                return use(source.fetch(own)), source.name
+                return use(source.fetch(Path(own))), source.name
             except SourceError as error:
                 failures.append(f"{source.name}: {error}")
     raise DownloadError("; ".join(failures) or "no source was given")
