@@ -116,7 +116,8 @@ def no_leftovers(run: Path) -> None:
 
 def signalled(rig: Rig, task: TinyTask, random: Random, number: int) -> None:
     run, command, seconds = start_somewhere(rig, task, random)
-    time.sleep(0.2 + random.random() * seconds)  # past Python's own start, of which a test knows nothing
+    rig.until_begun(command)
+    time.sleep(random.random() * seconds)
     before = steps_there(run)
     if command.process.is_alive():
         strike(command, number)

@@ -112,10 +112,18 @@ class Rig:
     ) -> Command:
         output = str(self.root / f"command-{next(self._count)}")
         argv = [*self.flags(task, run, data), *flags]
-        before = functools.partial(injections.start, before)
+        before = functools.partial(injections.start, before, Path(f"{output}.begun"))
         command = start_command(output, task.module, *argv, before=before, env={"OMP_NUM_THREADS": "1"} | (env or {}))
         self._mine().commands.append(command)
         return command
+
+    def until_begun(self, command: Command) -> None:
+        """Returns once the command is past the start of Python itself."""
+        deadline = time.monotonic() + DEADLINE
+        while not Path(f"{command.output}.begun").exists() and command.process.is_alive():
+            if time.monotonic() > deadline:
+                raise Hang("it has not begun")
+            time.sleep(0.002)
 
     def once(self, key: tuple, make: Callable[[], Path]) -> Path:
         """The run that `make` makes, made once and kept, for trials to compare with or to copy."""
