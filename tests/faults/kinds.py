@@ -43,6 +43,7 @@ from runs import result, wait_for_step
 
 from data.errors import DownloadError
 from data.fetch import Url, first_that_works
+from data.folder import scratch
 
 ROOT = Path(__file__).parents[2]
 Random = random_module.Random
@@ -484,21 +485,23 @@ def _(rig: Rig, task: TinyTask, random: Random) -> None:
     with mirror.serve(answer) as url:
         bad, good = (Url(f"{url}/{name}", len(CONTENT), timeout=20) for name in ("bad", "good"))
         if how == "killed half-way":
-            code = "from pathlib import Path; from data.fetch import *\n"
-            code += f"first_that_works([{bad!r}], Path.read_bytes, Path({str(out)!r}))"
+            code = "from pathlib import Path; from data.fetch import *; from data.folder import scratch\n"
+            code += f"with scratch(Path({str(out)!r})) as own: first_that_works([{bad!r}], Path.read_bytes, own)"
             child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
             deadline = time.monotonic() + DEADLINE
-            while not (list(out.glob("*/download")) if out.exists() else []) and time.monotonic() < deadline:
+            while not (list(out.glob("*/*/download")) if out.exists() else []) and time.monotonic() < deadline:
                 time.sleep(0.01)
             child.kill()
             child.wait()
         else:
             try:
-                first_that_works([bad], take, out)
+                with scratch(out) as own:
+                    first_that_works([bad], take, own)
                 raise Lost(f"{how}: it was taken for whole")
             except DownloadError as error:
                 if "\n" in str(error):
                     raise Unclear(str(error)) from None
-        content, name = first_that_works([bad, good] if how != "killed half-way" else [good], take, out)
+        with scratch(out) as own:  # as data sets are fetched
+            content, name = first_that_works([bad, good] if how != "killed half-way" else [good], take, own)
         if content != CONTENT or name != good.url or list(out.iterdir()):
             raise Lost(f"{how}: {len(content)} bytes from {name}; left {list(out.iterdir())}")
