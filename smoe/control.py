@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -12,6 +13,8 @@ from .k_per_row import set_k_per_row
 from .layer import SMoE
 from .router import Router, Routing, check_top_k
 from .wrappers import is_offloaded
+
+T = TypeVar("T")
 
 
 def smoe_layers(model: nn.Module) -> list[tuple[str, SMoE]]:
@@ -52,6 +55,18 @@ def check_whole(model: nn.Module, doing: str) -> None:
                 )
 
 
+def one_per_layer(field: str, value: T | Sequence[T], count: int, there: str) -> list[T]:
+    """``value`` for each of ``count`` layers, or the list that it is. A ValueError for one of another length; ``there``
+    says how many layers there are."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(
+            f"{field} is {list(value)}, {len(value)} numbers; {there}, so it must be one number or {count}"
+        )
+    return list(value)
+
+
 def set_top_k(model: nn.Module, k: int | Sequence[int]) -> None:
     """Sets the number of activated experts: one k for every SMoE layer, or one k per layer in the model's order.
 
@@ -60,12 +75,7 @@ def set_top_k(model: nn.Module, k: int | Sequence[int]) -> None:
             layer. No layer is changed then.
     """
     layers = _layers_or_error(model)
-    ks = list(k) if isinstance(k, (list, tuple)) else [k] * len(layers)
-    if len(ks) != len(layers):
-        raise ValueError(
-            f"k is {ks}, {len(ks)} numbers; {type(model).__name__} has {len(layers)} SMoE layers, so it must be one "
-            f"number or {len(layers)}"
-        )
+    ks = one_per_layer("k", k, len(layers), f"{type(model).__name__} has {len(layers)} SMoE layers")
     for layer, layer_k in zip(layers, ks, strict=True):
         check_top_k(layer_k, layer.num_experts)
     for layer, layer_k in zip(layers, ks, strict=True):

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .control import check_whole, record_routing, smoe_layers
+from .control import check_whole, one_per_layer, record_routing, smoe_layers
 from .evaluating import evaluating
 from .layer import SMoE
 from .modulize.narrow import keep_experts
@@ -194,12 +194,7 @@ def slim(model: nn.Module, votes: Votes, keep: int | Sequence[int] = 8) -> nn.Mo
     if votes.keys() != layers.keys():
         odd = sorted(votes.keys() ^ layers.keys())
         raise ValueError(f"votes don't fit: {odd[0]!r} is only in the {'votes' if odd[0] in votes else 'model'}")
-    keeps = list(keep) if isinstance(keep, (list, tuple)) else [keep] * len(layers)
-    if len(keeps) != len(layers):
-        raise ValueError(
-            f"keep is {keeps}, {len(keeps)} numbers; {type(model).__name__} has {len(layers)} SMoE layers, so it must "
-            f"be one number or {len(layers)}"
-        )
+    keeps = one_per_layer("keep", keep, len(layers), f"{type(model).__name__} has {len(layers)} SMoE layers")
     for (name, layer), count in zip(layers.items(), keeps, strict=True):
         if tuple(votes[name].shape) != (layer.num_experts,):
             raise ValueError(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..control import check_whole, smoe_layers
+from ..control import check_whole, one_per_layer, smoe_layers
 from ..experts import check_divisible
 from ..layer import SMoE
 from .find import FoundMLP, find_mlps
@@ -21,8 +21,10 @@ from .swap import Outlet, exchange, make_layer, restore, silence_fast_path, slot
 
 def modulize(
     model: nn.Module,
-    num_experts: int = 16,
+    num_experts: int | Sequence[int] = 16,
     layers: Layers = "all",
+    *,
+    top_k: int | Sequence[int] | None = None,
     **layer_options: Any,
 ) -> nn.Module:
     """Cuts the MLPs of ``model`` into ``num_experts`` experts each, in place, and returns the model.
@@ -32,16 +34,19 @@ def modulize(
     ``smoe.summary`` shows what was cut. Create the optimizer afterwards: the parameters are new.
 
     Args:
-        num_experts: N; must divide the hidden width of every chosen MLP.
+        num_experts: N, one number or one per chosen MLP, in the model's order; each must divide the hidden width of its
+            MLP.
         layers: which MLPs, in the model's order (an encoder's come before its decoder's): ``all``; ``early`` or
             ``later``, the first or last half; ``middle``, the half in between; ``every-2``, the 2nd, 4th, ...
             (Figure 5 (e)); or their indices from 0.
-        layer_options: of :class:`SMoE`: ``top_k``, ``router``, ``score``, ``output_scale``, ``seed`` (layer i draws
-            its router from seed + i), ``compute``, ``engine``. Activation, biases, gate and dropout are the model's.
+        top_k: k, one number or one per chosen MLP; None means N.
+        layer_options: of :class:`SMoE`: ``router``, ``score``, ``output_scale``, ``seed`` (layer i draws its router
+            from seed + i), ``compute``, ``engine``. Activation, biases, gate and dropout are the model's.
 
     Raises:
-        ValueError: no MLP is recognised, one can't be read or is experts already, N does not divide a width, an option
-            is wrong, or the model has SMoE layers or a wrapper (DDP) already. Nothing is changed then.
+        ValueError: no MLP is recognised, one can't be read or is experts already, N does not divide a width, a list
+            does not have one number per chosen MLP, an option is wrong, or the model has SMoE layers or a wrapper
+            (DDP) already. Nothing is changed then.
     """
     layers_there = smoe_layers(model)
     if layers_there:
@@ -54,9 +59,15 @@ def modulize(
     _check_options(layer_options)
     found = find_mlps(model)
     chosen = [found[i] for i in chosen_layers(layers, len(found))]
-    for mlp in chosen:
-        _check_fit(mlp, num_experts, layer_options)
-    options = [{"num_experts": num_experts, **_seeded(layer_options, i)} for i in range(len(chosen))]
+    there = f"{len(chosen)} MLPs are chosen"
+    numbers = zip(
+        one_per_layer("num_experts", num_experts, len(chosen), there),
+        one_per_layer("top_k", top_k, len(chosen), there),
+        strict=True,
+    )
+    options = [{"num_experts": n, "top_k": k, **_seeded(layer_options, i)} for i, (n, k) in enumerate(numbers)]
+    for mlp, its_options in zip(chosen, options, strict=True):
+        _check_fit(mlp, **its_options)
     place(model, [(mlp, partial(make_layer, mlp, o)) for mlp, o in zip(chosen, options, strict=True)])
     return model
 
@@ -118,13 +129,15 @@ def _unlike_dense(layer: SMoE) -> str | None:
     return None if layer.scale == 1 else f"multiplies its output by {layer.scale}"
 
 
-_OPTIONS = ("top_k", "router", "score", "output_scale", "seed", "compute", "engine")
+_OPTIONS = ("router", "score", "output_scale", "seed", "compute", "engine")
 
 
 def _check_options(options: dict[str, Any]) -> None:
     for name in options:
         if name not in _OPTIONS:
-            raise ValueError(f"{name} is no option of modulize; there are num_experts, layers, {', '.join(_OPTIONS)}")
+            raise ValueError(
+                f"{name} is no option of modulize; there are num_experts, layers, top_k, {', '.join(_OPTIONS)}"
+            )
     if options.get("router") == "hash":
         raise ValueError("router is 'hash'; its token ids don't reach the MLPs of a finished model; use another router")
 
@@ -133,7 +146,7 @@ def _seeded(options: dict[str, Any], i: int) -> dict[str, Any]:
     return options if options.get("seed") is None else {**options, "seed": options["seed"] + i}
 
 
-def _check_fit(found: FoundMLP, num_experts: int, options: dict[str, Any]) -> None:
+def _check_fit(found: FoundMLP, num_experts: int, **options: Any) -> None:
     try:
         check_divisible(found.d_hidden, num_experts)
     except ValueError as error:

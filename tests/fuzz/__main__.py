@@ -55,6 +55,26 @@ def fuzz(parser: Parser, seconds: float, slowest_allowed: float = 10.0) -> dict[
     return row | {"seconds": round(spent), "slowest_seconds": round(slowest, 2), "findings": sorted(found)}
 
 
+def write_record(file: Path, row: dict[str, Any]) -> None:
+    """Puts a parser's row into the record of all parsers, in the order of PARSERS."""
+    rows = {row["parser"]: row for row in json.loads(file.read_text())["parsers"]} if file.exists() else {}
+    rows[row["parser"]] = row
+    record = {"python": platform.python_version(), "machine": platform.machine()}
+    record["parsers"] = [rows[parser.name] for parser in PARSERS if parser.name in rows]
+    file.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown. Minutes are of processor time."""
+    head = ["| parser | inputs | results | minutes | slowest, s | findings |", "|---|---|---|---|---|---|"]
+    rows = (
+        f"| {row['parser']} | {row['examples']:,} | {row['results']:,} | {row['seconds'] / 60:.1f} "
+        f"| {row['slowest_seconds']} | {len(row['findings'])} |"
+        for row in record["parsers"]
+    )
+    return "\n".join([*head, *rows])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=10, help="for each parser (default: 10)")
@@ -71,8 +91,7 @@ def main() -> int:
             line = f"{one.name:22} {row['examples']:9} {minutes:7.1f} {slowest:>9} {len(row['findings'])}"
             print(f"{line} {'; '.join(row['findings'])}", flush=True)
             if options.json is not None:
-                record = {"python": platform.python_version(), "machine": platform.machine(), "parsers": rows}
-                options.json.write_text(json.dumps(record, indent=1) + "\n")
+                write_record(options.json, row)
     return int(any(row["findings"] for row in rows))
 
 

@@ -267,6 +267,45 @@ def test_wrong_options_change_nothing(options, message):
     assert type(model[0]) is nn.Linear and model[0].weight.device.type == "cpu"
 
 
+def test_experts_and_k_per_layer(tmp_path):
+    model = nn.Sequential(*(sequential() for _ in range(3)))
+    x = torch.randn(5, D)
+    dense = model(x)
+    smoe.modulize(model, [2, 8, 4], score="sum")
+    torch.testing.assert_close(model(x), dense)
+    smoe.demodulize(model)
+    smoe.modulize(model, [8, 2], layers=[2, 0], top_k=(3, 1), score="sum", seed=0)
+    layers = [layer for _, layer in smoe.smoe_layers(model)]
+    assert [(layer.num_experts, layer.top_k) for layer in layers] == [(8, 3), (2, 1)]  # the model's order
+    smoe.save_pretrained(model, tmp_path)
+    loaded = smoe.from_pretrained(tmp_path, model=nn.Sequential(*(sequential() for _ in range(3))))
+    assert smoe.get_top_k(loaded) == [3, 1]
+    assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"num_experts": [4, 4]},
+            r"^num_experts is \[4, 4\], 2 numbers; 3 MLPs are chosen, so it must be one number or 3",
+        ),
+        ({"top_k": [1]}, r"^top_k is \[1\], 1 numbers; 3 MLPs are chosen"),
+        ({"num_experts": [4, 4, 5]}, r"^2\.3: d_hidden is 64, which num_experts = 5 does not divide"),
+        (
+            {"num_experts": [4, 4, 2], "top_k": [4, 4, 4]},
+            "top_k is 4; it must be a whole number from 1 to num_experts = 2",
+        ),
+    ],
+)
+def test_wrong_numbers_per_layer_change_nothing(options, message):
+    model = nn.Sequential(*(sequential() for _ in range(3)))
+    before = str(model)
+    with pytest.raises(ValueError, match=message):
+        smoe.modulize(model, **options)
+    assert str(model) == before
+
+
 def test_model_without_mlps_names_what_was_looked_at():
     for model, seen in [
         (nn.Sequential(nn.Linear(4, 4), nn.ReLU()), r"0 \(Linear\)"),
