@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from smoe.errors import one_line
 from smoe.json_files import load_json
 from smoe.report.records import Record, parameters_at
 from smoe.report.runs import Cell
@@ -22,10 +23,11 @@ def check_costs(record: Record, name: str) -> None:
         if value is not None and not isinstance(value, Mapping):
             raise ValueError(f"{name}: {field} is {reprlib.repr(value)}; it must be numbers by name")
     for key, counts in (flops or {}).items():
+        where = f"{name}: flops.{one_line(key)}"
         if not isinstance(counts, Mapping):
-            raise ValueError(f"{name}: flops.{key} is {reprlib.repr(counts)}; it must be numbers by name")
+            raise ValueError(f"{where} is {reprlib.repr(counts)}; it must be numbers by name")
         for kind, value in counts.items():
-            _check_number(value, f"{name}: flops.{key}.{kind}")
+            _check_number(value, f"{where}.{one_line(kind)}")
     _check_number((seconds or {}).get("per_step", 0), f"{name}: seconds.per_step")
 
 

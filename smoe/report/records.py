@@ -73,6 +73,8 @@ def check_result(record: Record, name: str = "result") -> Record:
             raise ValueError(f"{name}: {field} is missing")
     for field in ("model", "method", "scale", "metric"):
         _check(isinstance(record[field], str), record[field], f"{name}: {field}", "text")
+    metric = record["metric"]  # a part of names and messages from here on
+    _check(metric.isprintable(), metric, f"{name}: metric", "printable text")
     where = f"{name}: dataset.name" if isinstance(record["dataset"], Mapping) else f"{name}: dataset"
     _check(isinstance(dataset_name(record), str), dataset_name(record), where, "text")
     for field, kind, words in (("label", str, "text"), ("seed", int, "a whole number"), ("config", Mapping, "fields")):
@@ -81,7 +83,7 @@ def check_result(record: Record, name: str = "result") -> Record:
             value is None or isinstance(value, kind) and not isinstance(value, bool), value, f"{name}: {field}", words
         )
     _check(isinstance(record["metrics"], Mapping), record["metrics"], f"{name}: metrics", "metrics by name")
-    _check_metric(record, f"{name}: metrics.{record['metric']}")
+    _check_metric(record, f"{name}: metrics.{metric}")
     _check_parameters(record, name)
     _check_other_checkpoints(record, name)
     return record

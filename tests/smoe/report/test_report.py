@@ -215,6 +215,7 @@ def test_bert_is_measured_in_bits_per_masked_token():
         (["metrics"], None, "metrics is missing"),
         (["metrics"], [], "metrics is []; it must be metrics by name"),
         (["metric"], "loss", "metrics.loss is missing, the metric that decides"),
+        (["metric"], "a\x1b[2J\n", r"metric is 'a\x1b[2J\n'; it must be printable text"),
         (["metrics", "bpc", "title"], None, "metrics.bpc.title is None; it must be text"),
         (["metrics", "bpc", "direction"], "up", "metrics.bpc.direction is 'up'; it must be lower or higher"),
         (["metrics", "bpc", "test"], [1], "metrics.bpc.test is [1]; it must be a number for each k"),

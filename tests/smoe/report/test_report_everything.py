@@ -134,6 +134,7 @@ def test_records_are_found_anywhere_and_other_json_is_passed_over(folders):
         ({"config": None}, "config.num_layers is None"),
         ({"task": ["x"]}, "task is ['x']; it must be text"),
         ({"flops": {"16": {"paper": "many"}}}, "flops.16.paper is 'many'; it must be a number"),
+        ({"flops": {"1\n6": 3}}, "flops.1 6 is 3; it must be numbers by name"),
         ({"seconds": 3}, "seconds is 3; it must be numbers by name"),
         ({"best_at_other_k": [{"k": 16, "metrics": {}}]}, "best_at_other_k.0.metrics.bpc.test is None"),
         ({"best_at_other_k": {"k": 16}}, "best_at_other_k is {'k': 16}; it must be a list"),
