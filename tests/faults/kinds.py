@@ -422,7 +422,7 @@ def _(rig: Rig, task: TinyTask, random: Random) -> None:
             command, cwd=ROOT, stderr=file, stdout=file, env=os.environ | {"OMP_NUM_THREADS": "1"}
         )
     try:
-        wait_for_step(run, 5, lambda: process.poll() is None, DEADLINE)
+        wait_for_step(run, 5, lambda: process.poll() is None, 3 * DEADLINE)  # three interpreters start first
         process.send_signal(random.choice((signal.SIGTERM, signal.SIGINT)))
         code = process.wait(DEADLINE)
     except subprocess.TimeoutExpired:
