@@ -33,6 +33,7 @@ from smoe.parallel import (
     shard_state,
 )
 from smoe.train.config import TrainConfig, to_dict
+from smoe.train.launcher import end_with_launcher
 from smoe.train.processes import Processes
 
 # Fields that may differ between processes: where a path is on their machine, what they show.
@@ -52,6 +53,7 @@ class DistributedProcesses(Processes):
         self._agents: dist.Store | None = None
         # On rank 0: whether it has seen attempts before this one, and none that opened the run folder.
         self._none_opened = False
+        end_with_launcher()
         self._connect(timedelta(seconds=timeout))
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.restarted = self._was_restarted()

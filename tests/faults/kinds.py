@@ -44,6 +44,7 @@ from runs import result, wait_for_step
 from data.errors import DownloadError
 from data.fetch import Url, first_that_works
 from data.folder import scratch
+from smoe.files import lock_file
 
 ROOT = Path(__file__).parents[2]
 Random = random_module.Random
@@ -410,7 +411,19 @@ def lose_a_rank(rig: Rig, task: TinyTask, random: Random, number: int) -> None:
     Rig.is_as(alone, run)
 
 
-@kind("torchrun", "SIGTERM or SIGINT to script/launch.py with two processes", 1, ("language_model", "masked_lm"))
+def wait_until_free(run: Path) -> None:
+    """Returns once no process holds the run folder."""
+    deadline = time.monotonic() + DEADLINE
+    while True:
+        with contextlib.suppress(ValueError):
+            os.close(lock_file(run / ".training.lock"))
+            return
+        if time.monotonic() > deadline:
+            raise Hang(f"{run} is still in use")
+        time.sleep(0.05)
+
+
+@kind("torchrun", "SIGTERM, SIGINT or SIGKILL to script/launch.py with two processes", 2, MAPPED)
 def _(rig: Rig, task: TinyTask, random: Random) -> None:
     run = rig.folder() / "run"
     launch = [sys.executable, "script/launch.py", "--nproc_per_node", 2, "--max_restarts", 1]
@@ -423,15 +436,19 @@ def _(rig: Rig, task: TinyTask, random: Random) -> None:
         )
     try:
         wait_for_step(run, 5, lambda: process.poll() is None, 3 * DEADLINE)  # three interpreters start first
-        process.send_signal(random.choice((signal.SIGTERM, signal.SIGINT)))
+        (number,) = in_turn("torchrun", (signal.SIGTERM, signal.SIGKILL, signal.SIGINT))
+        process.send_signal(number)
         code = process.wait(DEADLINE)
+        if number == signal.SIGKILL:  # its workers find out themselves
+            wait_until_free(run)
     except subprocess.TimeoutExpired:
         raise Hang(log.read_text()) from None
     finally:
         process.kill()
         process.wait()
     said = log.read_text()
-    if code != 75 or "Traceback" in said or said.count("error: ") != 1 or "a checkpoint is written" not in said:
+    expected = (-number, 0) if number == signal.SIGKILL else (75, 1)
+    if (code, said.count("error: ")) != expected or "Traceback" in said or "a checkpoint is written" not in said:
         raise Unclear(f"exit code {code}: {said}")
     if newest(run) is None or newest(run) < reached(run):
         raise Lost(f"the newest checkpoint is {newest(run)}, it came to step {reached(run)}")
