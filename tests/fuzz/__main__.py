@@ -69,8 +69,8 @@ def table(record: dict[str, Any]) -> str:
     names = ("parser", "inputs", "of them read", "minutes", "of the processor", "slowest, s", "findings")
     head = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     rows = (
-        f"| {row['parser']} | {row['examples']:,} | {row['results']:,} | {row['seconds'] / 60:.0f} | {row['cpu_seconds'] / 60:.1f} "
-        f"| {row['slowest_seconds']} | {len(row['findings'])} |"
+        f"| {row['parser']} | {row['examples']:,} | {row['results']:,} | {row['seconds'] / 60:.0f} "
+        f"| {row['cpu_seconds'] / 60:.1f} | {row['slowest_seconds']} | {len(row['findings'])} |"
         for row in record["parsers"]
     )
     return "\n".join([*head, *rows])
