@@ -15,7 +15,7 @@ BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 STOPPED = 75  # of sysexits.h: a temporary failure, try again
 
 _MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-_PATH_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EEXIST}
+_PATH_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENAMETOOLONG}
 
 
 class RunError(Exception):

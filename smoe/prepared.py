@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def read_prepared(
 
 def check_file(file: Path, sha256: str, advice: str) -> None:
     """ValueError, in one line, unless the file is there and has this SHA-256."""
-    if not file.is_file():
+    if not os.path.isfile(file):  # Path.is_file raises an error for a name that is too long
         raise ValueError(f"data: {file} is missing; {advice} --force")
     found = fingerprint(file)
     if found["sha256"] != sha256:

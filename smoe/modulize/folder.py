@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,8 +73,8 @@ def weight_files(path: Path) -> list[Path]:
         )
     files = [path / name for name in shards_of(path)]
     for file in files:
-        if not file.is_file():
-            raise ValueError(f"{str(path)!r} holds no {file.name}, which {INDEX} names")
+        if not os.path.isfile(file):  # Path.is_file raises an error for a name that is too long
+            raise ValueError(f"{str(path)!r} holds no {brief(file.name)}, which {INDEX} names")
     return files
 
 

@@ -178,3 +178,5 @@ def test_a_split_that_is_not_recorded_is_named(damaged):
     splits = json.loads((folder / "meta.json").read_text())["splits"]
     change(splits={name: splits[name] for name in ("train", "valid")})
     assert f"{folder} has no test; it has train, valid" in refusal(folder)
+    change(splits=splits | {"valid": splits["valid"] | {"file": 300 * "x"}})
+    assert "xxx is missing; ADVICE --force" in refusal(folder)

@@ -18,6 +18,7 @@ from smoe.errors import CheckpointError, clean_exit, run_main
         (ValueError("n: 0,\n  expected 1 or more"), 2, "error: n: 0, expected 1 or more"),
         (OSError(errno.ENOSPC, "No space left on device", "x.bin"), 1, "error: x.bin: No space left on device"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.txt"), 2, "error: a.txt: No such file"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "xx"), 2, "error: xx: File name too long"),
         (CheckpointError("checkpoint step-3: broken"), 1, "error: checkpoint step-3: broken"),
         (KeyboardInterrupt(), 130, "error: interrupted"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), 1, "error: out of memory; "),

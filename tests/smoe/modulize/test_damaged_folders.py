@@ -158,6 +158,7 @@ def test_damaged_index(tmp_path):
         ({name: "../secret.safetensors"}, "it must be a safetensors file in the same folder"),
         ({name: "pytorch_model.bin"}, "it must be a safetensors file in the same folder"),
         ({name: "other.safetensors"}, "holds no other.safetensors"),
+        ({name: 300 * "x" + ".safetensors"}, "holds no 'xxxxx"),
         ({name: first.name}, "are missing"),
     ):
         change(tmp_path, "weight_map", value=value, file=index)
