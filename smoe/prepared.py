@@ -35,7 +35,7 @@ def read_prepared(
                 raise ValueError(f"{name} is {str(meta[name])[:100]!r}")
         there = list(meta["splits"])
         files = {name: (part["file"], part["sha256"]) for name, part in meta["splits"].items() if name in splits}
-        if elsewhere := [file for file, _ in files.values() if not file or Path(file).name != file]:
+        if elsewhere := [f for f, _ in files.values() if not f or Path(f).name != f or not f.isprintable()]:
             raise ValueError(f"file is {elsewhere[0]!r}, not a name")
         check(meta)
     except OSError as error:

@@ -180,3 +180,5 @@ def test_a_split_that_is_not_recorded_is_named(damaged):
     assert f"{folder} has no test; it has train, valid" in refusal(folder)
     change(splits=splits | {"valid": splits["valid"] | {"file": 300 * "x"}})
     assert "xxx is missing; ADVICE --force" in refusal(folder)
+    change(splits=splits | {"valid": splits["valid"] | {"file": "\x1b[2J\n"}})
+    assert r"file is '\x1b[2J\n', not a name" in refusal(folder)

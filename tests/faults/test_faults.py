@@ -37,5 +37,8 @@ def test_long_trainings_hold_no_more_in_the_end():
         early, late = row["figures"]
         assert late["step"] >= 10_000
         assert late["rss_mb"] < 1.05 * early["rss_mb"], row
-        for name in ("open_files", "threads", "checkpoint_folders", "checkpoints_mb", "log_bytes_per_step"):
+        assert late["checkpoint_folders"] <= 4, row  # the newest two, and the best at one k or two
+        for look in (early, late):
+            look["mb_each"] = look["checkpoints_mb"] / look["checkpoint_folders"]
+        for name in ("open_files", "threads", "mb_each", "log_bytes_per_step"):
             assert late[name] <= 1.02 * early[name], row
