@@ -69,7 +69,7 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         x = x.float()
         scale = (x.abs().amax(1, keepdim=True) / _STEPS).clamp_(min=torch.finfo(torch.float32).eps)
-        return (x / scale).round_().clamp_(-128, 127).to(torch.int8), scale
+        return (x * (1 / scale)).round_().clamp_(-128, 127).to(torch.int8), scale
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
