@@ -108,7 +108,7 @@ def measure(model: nn.Module, k: int, aoti: bool, options, clock: Callable[[], f
             batch = batch_of(model, rows, length)
             want = runs["eager"](batch)
             differences = {name: (run(batch) - want).abs().max().item() for name, run in runs.items()}
-            seconds = medians({name: lambda run=run: run(batch) for name, run in runs.items()}, options.repeats, clock)
+            seconds = medians(runs, batch, options.repeats, clock)
             record = {"k": k, "sentences": rows, "tokens": length, "repeats": options.repeats}
             record["median_ms"] = {name: round(1e3 * s, 3) for name, s in seconds.items()}
             records.append(record | {"max_difference": differences})

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -68,13 +69,12 @@ def measure(models: dict[str, nn.Module], k: int, options, clock: Callable[[], f
     records = []
     for model in models.values():
         smoe.set_top_k(model, k)
+    runs = {name: partial(hidden, model) for name, model in models.items()}
     for rows, length in SHAPES:
         batch = batch_of(models["float32"], rows, length)
-        out = {name: hidden(model, batch) for name, model in models.items()}
+        out = {name: run(batch) for name, run in runs.items()}
         want = out["float32"]
-        seconds = medians(
-            {name: lambda model=model: model(**batch) for name, model in models.items()}, options.repeats, clock
-        )
+        seconds = medians(runs, batch, options.repeats, clock)
         record = {"k": k, "sentences": rows, "tokens": length, "repeats": options.repeats}
         record["median_ms"] = {name: round(1e3 * s, 3) for name, s in seconds.items()}
         off = {name: (1 - F.cosine_similarity(x, want, dim=-1).double()).mean().item() for name, x in out.items()}

@@ -50,13 +50,15 @@ def parse(parser: argparse.ArgumentParser, **largest: int | None) -> tuple[argpa
     return options, time.process_time if options.clock == "cpu" else time.perf_counter
 
 
-def medians(runs: Mapping[str, Callable[[], Any]], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
-    """name -> median seconds of each of ``runs``, which take turns, so that other work slows all of them alike."""
+def medians(
+    runs: Mapping[str, Callable[[Any], Any]], given: Any, repeats: int, clock: Callable[[], float]
+) -> dict[str, float]:
+    """name -> median seconds of each of ``runs``, given the same; they take turns, so that other work slows all."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(-2, repeats):
         for name, run in runs.items():
             start = clock()
-            run()
+            run(given)
             if repeat >= 0:  # the first two warm up
                 seconds[name].append(clock() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}

@@ -1,8 +1,8 @@
 """Int8: experts that ``smoe.export.to_int8`` has quantised, computed as torchao computes a quantised linear layer.
 
-Every output of every expert's matrices has a scale of its own. Weight-only, the products are those of the inputs' dtype.
-Dynamic, every token's input and every pair's hidden units are rounded to int8 too, with a scale each, and the products
-are integers.
+Every output of every expert's matrices has a scale of its own. Weight-only, the products are those of the inputs'
+dtype. Dynamic, every token's input and every pair's hidden units are rounded to int8 too, with a scale each, and the
+products are integers.
 """
 
 from __future__ import annotations

@@ -18,6 +18,11 @@ from .dense import dense_weights
 
 def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
     """x (T, d) -> y (T, d), the same numbers as ``reference.compute``."""
+    if experts.int8 and experts.up.act_quant_kwargs is not None:
+        raise ValueError(
+            "dynamic int8 experts can't be exported or transformed; export the float32 model and quantise its graph, "
+            "or take to_int8(model), weights alone"
+        )
     if routing.absent or routing.indices.shape[1] < experts.num_experts or experts.int8:
         return reference.compute(x, experts, routing)
     weights = dense_weights(routing.weights, routing.indices, experts.num_experts, absent=False)

@@ -53,9 +53,10 @@ def to_int8(model: nn.Module, *, dynamic: bool = False) -> nn.Module:
             return Int8DynamicActivationInt8WeightConfig(granularity=[PerRow(), PerRow(dim)])
         return Int8WeightOnlyConfig(granularity=PerRow(dim))
 
-    configs = {"_default": config(-1)}
+    configs = {}
     for name, module in experts.items():
         configs |= {f"{name}.{part}": config(-1) for part in (("up", "gate") if module.gated else ("up",))}
         configs[f"{name}.down"] = config(1)  # (N, h, d): over the hidden units
     quantize_(model, FqnToConfig(configs), filter_fn=None)
+    quantize_(model, config(-1))  # the linear layers
     return model
