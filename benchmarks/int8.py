@@ -78,7 +78,7 @@ def measure(models: dict[str, nn.Module], k: int, options, clock: Callable[[], f
         record = {"k": k, "sentences": rows, "tokens": length, "repeats": options.repeats}
         record["median_ms"] = {name: round(1e3 * s, 3) for name, s in seconds.items()}
         off = {name: (1 - F.cosine_similarity(x, want, dim=-1).double()).mean().item() for name, x in out.items()}
-        record["cosine_error"] = {name: round(value, 6) for name, value in off.items()}
+        record["cosine_error"] = {name: round(abs(value), 6) for name, value in off.items()}
         record["max_difference"] = {name: round((x - want).abs().max().item(), 6) for name, x in out.items()}
         records.append(record)
     return records

@@ -10,13 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..experts import Experts
 from ..router import Routing
 from ..uncompiled import uncompiled
-from .grouping import group
+from .dense import dense_weights
 from .products import product_dtype
 
 _STEPS = 127.5  # the largest absolute value, in steps: torchao's symmetric scale is (max - min) / 255
@@ -33,35 +32,37 @@ def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
 
 
 def _compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
+    indices, num_experts = routing.indices, experts.num_experts
     dynamic = experts.up.act_quant_kwargs is not None
     rows, row_scale = _quantize(x) if dynamic else (x, None)
-    grouping = group(rows, routing.indices, experts.num_experts)
-    counts = [end - start for start, end in grouping.spans]
-    expert = torch.arange(experts.num_experts, device=x.device)
-    expert = expert.repeat_interleave(torch.tensor(counts, device=x.device), output_size=grouping.num_pairs)
-    rows, row_scale = rows[grouping.tokens], None if row_scale is None else row_scale[grouping.tokens]
+    weights = dense_weights(routing.weights.to(x.dtype), indices, num_experts, routing.absent)
+    everyone = indices.shape[1] == num_experts and not routing.absent
+    y = torch.zeros_like(x)
+    for e in range(num_experts):
+        token = slice(None) if everyone else (indices == e).any(1).nonzero().squeeze(1)
+        part, part_scale = rows[token], None if row_scale is None else row_scale[token]
+        if not len(part):
+            continue
 
-    def linear(rows: Tensor, row_scale: Tensor | None, matrices: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """The pairs' rows (P, n) through their experts' matrices (N, n, m), scale and bias (N, m) -> (P, m)."""
-        products = [_product(part, matrices[e]) for e, part in enumerate(rows.split(counts)) if len(part)]
-        out = torch.cat(products).to(x.dtype if row_scale is None else torch.float32)
-        out = out if row_scale is None else out * row_scale
-        scale = scale.to(out.dtype)[expert]
-        out = out * scale if bias is None else torch.addcmul(bias.to(out.dtype)[expert], out, scale)
-        return out.to(x.dtype)
+        def first(weight: Any, bias: Tensor | None, e: int = e, x: Tensor = part, scale: Any = part_scale) -> Tensor:
+            return _linear(x, scale, weight.qdata[e].t(), weight.scale[e, :, 0], None if bias is None else bias[e])
 
-    def first(weight: Any, bias: Tensor | None) -> Tensor:
-        return linear(rows, row_scale, weight.qdata.transpose(1, 2), weight.scale.squeeze(2), bias)
+        gate = first(experts.gate, experts.gate_bias) if experts.gated else None
+        hidden = experts.hidden(first(experts.up, experts.up_bias), gate).to(x.dtype)
+        hidden, hidden_scale = _quantize(hidden) if dynamic else (hidden, None)
+        bias = None if experts.down_bias is None else experts.down_bias[e]
+        out = _linear(hidden, hidden_scale, experts.down.qdata[e], experts.down.scale[e, 0], bias).to(x.dtype)
+        weighted = out * weights[token, e].unsqueeze(1)
+        y = y + weighted if everyone else y.index_add(0, token, weighted)
+    return y
 
-    gate = first(experts.gate, experts.gate_bias) if experts.gated else None
-    hidden = experts.hidden(first(experts.up, experts.up_bias), gate)
-    hidden, hidden_scale = _quantize(hidden) if dynamic else (hidden, None)
-    down = experts.down
-    out = linear(hidden, hidden_scale, down.qdata, down.scale.squeeze(1), experts.down_bias)
-    if grouping.absent is not None:
-        out = F.pad(out, (0, 0, 0, 1))  # the row that absent slots point at
-    weights = grouping.without_absent(routing.weights).to(x.dtype)
-    return F.embedding_bag(grouping.position, out, mode="sum", per_sample_weights=weights)
+
+def _linear(x: Tensor, row_scale: Tensor | None, matrix: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x (n, d) @ the int8 matrix (d, m), times the scales (n, 1) and (m,), plus bias (m,) -> (n, m)."""
+    out = _product(x, matrix)
+    out = out if row_scale is None else out * row_scale
+    scale = scale.to(out.dtype)
+    return out * scale if bias is None else torch.addcmul(bias.to(out.dtype), out, scale)
 
 
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
