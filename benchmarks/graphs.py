@@ -8,8 +8,8 @@ exported once, with a dynamic batch and length. Contenders take turns on the sam
 eager     the model as it is
 exported  the program of ``torch.export``, called from Python
 onnx      the same program through ``torch.onnx.export``, run by onnxruntime on as many threads as PyTorch has
-aoti      the program of the layers' path ``grouped_mm``, compiled ahead of time by AOTInductor; takes minutes and a C++
-          compiler, so only at the k of ``--aoti``
+aoti      the same program, compiled ahead of time by AOTInductor; takes many minutes and a C++ compiler, so only at the
+          k of ``--aoti``
 """
 
 from __future__ import annotations
@@ -51,19 +51,12 @@ def batch_of(model: nn.Module, rows: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def exported(model: nn.Module, compute: str = "auto") -> torch.export.ExportedProgram:
+def exported(model: nn.Module) -> torch.export.ExportedProgram:
     """The program at the model's k, for every batch and length."""
-    layers = [layer for _, layer in smoe.smoe_layers(model)]
     axes = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=512)}
     batch = batch_of(model, 2, 24)
-    for layer in layers:
-        layer.compute = compute
-    try:
-        with torch.no_grad():
-            return torch.export.export(model, (), batch, dynamic_shapes=dict.fromkeys(batch, axes))
-    finally:
-        for layer in layers:
-            layer.compute = "auto"
+    with torch.no_grad():
+        return torch.export.export(model, (), batch, dynamic_shapes=dict.fromkeys(batch, axes))
 
 
 def onnx_session(program: torch.export.ExportedProgram, folder: str) -> Any:
@@ -89,8 +82,6 @@ def contenders(model: nn.Module, folder: str, aoti: bool) -> dict[str, Run]:
         "onnx": lambda batch: torch.from_numpy(session.run(None, {n: t.numpy() for n, t in batch.items()})[0]),
     }
     if aoti:
-        # At k = N the graph is one MLP anyway.
-        program = program if smoe.get_top_k(model) == NUM_EXPERTS else exported(model, "grouped_mm")
         file = torch._inductor.aoti_compile_and_package(program, package_path=str(Path(folder) / "model.pt2"))
         compiled = torch._inductor.aoti_load_package(file)
         runs["aoti"] = lambda batch: compiled(**batch).last_hidden_state

@@ -34,11 +34,10 @@ def choose(name: str, x: Tensor, experts: Experts, routing: Routing) -> ComputeP
 
     Under the transforms of ``torch.func``, under ``torch.jit.trace`` and in ``torch.export`` (and so in
     ``torch.onnx.export``) always ``plain``: it is plain autograd without operators of smoe's own, and its trace holds
-    for other inputs. ``torch.export`` leaves ``grouped_mm`` to those who name it: a smaller graph, but with an operator
-    that few runtimes know.
+    for other inputs.
     """
     if torch.compiler.is_exporting():
-        return PATHS["grouped_mm" if name == "grouped_mm" and not experts.int8 else "plain"]
+        return PATHS["plain"]
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():
             _refuse_vmap()

@@ -116,24 +116,12 @@ def test_hugging_faces_exporters(kind, tmp_path):
         assert_equal(model, onnxruntime_of(tmp_path / "model.onnx"))
 
 
-def test_path_grouped_mm_when_named_is_a_graph_without_loops():
-    model = make("bert", 2)
-    for _, layer in smoe.smoe_layers(model):
-        layer.compute = "grouped_mm"
-    program = export(model)
-    targets = [str(node.target) for node in program.graph.nodes]
-    assert sum("_grouped_mm" in name for name in targets) == 2 and not any("nonzero" in name for name in targets)
-    module = program.module()
-    assert_equal(model, lambda inputs: module(**inputs)[0])
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
-@pytest.mark.parametrize("compute", ["auto", "grouped_mm"])
-def test_compiled_ahead_of_time(compute, tmp_path):
+def test_compiled_ahead_of_time(tmp_path):
     torch.manual_seed(0)
     mlp = nn.Sequential(nn.Linear(16, 48), nn.GELU(), nn.Linear(48, 16)).eval()
-    model = smoe.modulize(mlp, 3, seed=0, top_k=2, score="sum", compute=compute)
+    model = smoe.modulize(mlp, 3, seed=0, top_k=2, score="sum")
     x = torch.randn(5, 16)
     with torch.no_grad():
         program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("tokens", min=2, max=64)},))
