@@ -22,8 +22,8 @@ def to_int8(model: nn.Module, *, dynamic: bool = False) -> nn.Module:
     Args:
         model: with or without SMoE layers.
         dynamic: whether inputs are rounded to int8 as well, at every pass, one scale per token (torchao's
-            ``Int8DynamicActivationInt8WeightConfig``): faster on CPUs with integer products, less exact. Else weights
-            alone (``Int8WeightOnlyConfig``): a quarter of the memory of float32, no faster.
+            ``Int8DynamicActivationInt8WeightConfig``): less exact. Else weights alone (``Int8WeightOnlyConfig``). Both
+            take a quarter of the memory of float32, and without a compiler more time (docs/ship.md).
 
     Raises:
         ValueError: torchao is not installed, or the experts can't be quantised: spread over ranks, wrapped by PEFT,
