@@ -6,8 +6,9 @@ from setuptools import find_packages, setup
 
 TRAIN = ["accelerate>=1.0", "jsonargparse[signatures]>=4.30", "pyyaml>=6", "safetensors>=0.4", "tensorboard", "tqdm"]
 HF = ["datasets>=3.0", "safetensors>=0.4", "tokenizers>=0.20", "transformers>=4.45"]
+EXPORT = ["onnx", "onnxruntime>=1.20", "onnxscript", "torchao>=0.18"]
 REPORT = ["matplotlib>=3.7", "pyyaml>=6", "scipy>=1.15", "vl-convert-python>=1.9"]
-TEST = ["grimp", "hypothesis", "import-linter>=2.6", "markdown-it-py>=3", "onnx", "onnxscript", "peft>=0.18"]
+TEST = ["grimp", "hypothesis", "import-linter>=2.6", "markdown-it-py>=3", "peft>=0.18"]
 TEST += ["pytest>=8", "pytest-xdist", "ruff"]
 
 readme = Path(__file__).with_name("README.md")
@@ -32,8 +33,9 @@ setup(
     extras_require={
         "train": TRAIN,
         "hf": HF,
+        "export": EXPORT,
         "report": REPORT,
-        "test": sorted({*TRAIN, *HF, *REPORT, *TEST}),
+        "test": sorted({*TRAIN, *HF, *EXPORT, *REPORT, *TEST}),
     },
     entry_points={"console_scripts": ["smoe=smoe.cli:main"]},
 )

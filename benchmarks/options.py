@@ -6,8 +6,9 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,20 @@ def parse(parser: argparse.ArgumentParser, **largest: int | None) -> tuple[argpa
     if options.threads:
         torch.set_num_threads(options.threads)
     return options, time.process_time if options.clock == "cpu" else time.perf_counter
+
+
+def medians(
+    runs: Mapping[str, Callable[[Any], Any]], given: Any, repeats: int, clock: Callable[[], float]
+) -> dict[str, float]:
+    """name -> median seconds of each of ``runs``, given the same; they take turns, so that other work slows all."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(-2, repeats):
+        for name, run in runs.items():
+            start = clock()
+            run(given)
+            if repeat >= 0:  # the first two warm up
+                seconds[name].append(clock() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def write_record(options: argparse.Namespace, what: str, **content: Any) -> None:

@@ -35,6 +35,11 @@ def check_divisible(d_hidden: int, num_experts: int) -> int:
     return d_hidden // num_experts
 
 
+def is_int8(parameter: Tensor) -> bool:
+    """Whether ``smoe.export.to_int8`` has quantised a weight: it is torchao's ``Int8Tensor`` then."""
+    return hasattr(parameter, "qdata")
+
+
 class Experts(nn.Module):
     """N MLPs of hidden width h: ``E_e(x) = act(x @ up[e].T + up_bias[e]) @ down[e] + down_bias[e]``.
 
@@ -90,6 +95,11 @@ class Experts(nn.Module):
     @property
     def gated(self) -> bool:
         return self.gate is not None
+
+    @property
+    def int8(self) -> bool:
+        """Whether the weights are quantised (see :func:`is_int8`)."""
+        return is_int8(self.up)
 
     def hidden(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
         """Hidden units from the outputs of the first linear layers, all (..., h): ``act(up)`` or ``act(gate) * up``.

@@ -9,17 +9,20 @@ from torch import Tensor
 
 from ..experts import Experts
 from ..router import Routing
-from . import dense, few, grouped, grouped_mm, reference
+from . import dense, few, grouped, grouped_mm, int8, plain, reference
 
 ComputePath = Callable[[Tensor, Experts, Routing], Tensor]
 
 PATHS: dict[str, ComputePath] = {
     "reference": reference.compute,
+    "plain": plain.compute,
     "grouped": grouped.compute,
     "dense": dense.compute,
     "few": few.compute,
     "grouped_mm": grouped_mm.compute,
 }
+# Not by name: it computes quantised experts, and nothing else does.
+INT8: ComputePath = int8.compute
 
 # Up to this many weights, the matrix products of one expert cost more to start than to compute: at 64 x 128 weights and
 # 1024 tokens a training step took 0.38 s with `grouped` at k = 8 and 0.22 s with `dense`.
@@ -30,17 +33,19 @@ def choose(name: str, x: Tensor, experts: Experts, routing: Routing) -> ComputeP
     """The path called ``name``; for ``auto`` the fastest one known for this input.
 
     Under the transforms of ``torch.func``, under ``torch.jit.trace`` and in ``torch.export`` (and so in
-    ``torch.onnx.export``) always ``reference``: it is plain autograd without operators of smoe's own, and its trace
-    holds for other inputs.
+    ``torch.onnx.export``) always ``plain``: it is plain autograd without operators of smoe's own, and its trace holds
+    for other inputs.
     """
     if torch.compiler.is_exporting():
-        return PATHS["reference"]
+        return PATHS["plain"]
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():
             _refuse_vmap()
-            return PATHS["reference"]
+            return PATHS["plain"]
         if torch.jit.is_tracing():
-            return PATHS["reference"]
+            return PATHS["plain"]
+    if experts.int8:
+        return INT8
     if name != "auto":
         return PATHS[name]
     if few.usable(x, experts, routing):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..experts import Experts
+from ..experts import Experts, is_int8
 from ..router import Routing
 
 
@@ -19,7 +19,7 @@ def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
         rows = x[token]
         names = ("up", "up_bias", "gate", "gate_bias", "down", "down_bias")
         # In the dtype of x, like the other paths: parameters may be of several.
-        own = {name: p[e].to(x.dtype) for name in names if (p := getattr(experts, name)) is not None}
+        own = {name: _of(p, e, x.dtype) for name in names if (p := getattr(experts, name)) is not None}
         up = F.linear(rows, own["up"], own.get("up_bias"))
         gate = F.linear(rows, own["gate"], own.get("gate_bias")) if "gate" in own else None
         out = experts.hidden(up, gate) @ own["down"]
@@ -27,3 +27,9 @@ def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
             out = out + own["down_bias"]
         y = y.index_add(0, token, (out * routing.weights[token, slot].unsqueeze(1)).to(y.dtype))
     return y
+
+
+def _of(parameter: Tensor, e: int, dtype: torch.dtype) -> Tensor:
+    """What expert e has of a parameter, in ``dtype``; dequantised if it is int8."""
+    own = parameter[e].dequantize() if is_int8(parameter) else parameter[e]
+    return own if own.dtype == dtype else own.to(dtype)  # without a node in exported graphs where nothing is cast

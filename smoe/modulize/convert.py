@@ -105,6 +105,9 @@ def demodulize(model: nn.Module) -> nn.Module:
         hint = "; adopt_layers of smoe.modulize.adopt puts its own into such a model" if smoe_layers(model) else ""
         raise ValueError(f"{type(model).__name__} has no SMoE layer that smoe.modulize made{hint}")
     check_whole(model, "demodulize")
+    quantised = next((name for name, outlet in outlets.items() if outlet.mlp.experts.int8), None)
+    if quantised is not None:
+        raise ValueError(f"demodulize: the experts of {quantised} are int8; do it before to_int8")
     differing = {name: why for name, outlet in outlets.items() if (why := _unlike_dense(outlet.mlp))}
     if differing:
         name, why = next(iter(differing.items()))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..control import check_whole
+from ..experts import is_int8
 from .folder import CONFIG, INDEX, OWN_CONFIG, WEIGHTS, shards_of
 from .hook import is_transformers_model, record_when_saving
 from .record import describe, plain_name
@@ -73,7 +74,13 @@ def check_tensors(model: nn.Module) -> None:
         if hasattr(value, "to_local"):  # a DTensor
             raise ValueError(f"{name} is spread over ranks (FSDP, tensor parallel); save the model once it is whole")
         if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided:
-            kind = f"{value.layout} tensor" if isinstance(value, Tensor) else type(value).__name__
+            if is_int8(value):
+                raise ValueError(
+                    f"{name} is int8; save the model before to_int8, or its tensors with "
+                    "torch.save(model.state_dict(), file)"
+                )
+            strided = not isinstance(value, Tensor) or value.layout == torch.strided
+            kind = type(value).__name__ if strided else f"{value.layout} tensor"
             raise ValueError(f"{name} is a {kind}; only plain tensors can be saved")
         if value.is_meta:
             raise ValueError(f"{name} is on the meta device, without values; load the model's weights first")

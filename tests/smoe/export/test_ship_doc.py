@@ -25,6 +25,14 @@ def test_its_python_runs_from_the_page_alone(tmp_path, monkeypatch):
                     torch.testing.assert_close(loaded(ids).logits, first.eval()(ids).logits, atol=1e-5, rtol=0)
             if "activated(" in block:
                 assert_rows_as_if_alone(scope, [2, 16, 4])
+            if "InferenceSession(" in block:
+                served, batch = scope["served"], scope["batch"]
+                with torch.no_grad():
+                    want = served(**batch).logits
+                torch.testing.assert_close(torch.from_numpy(scope["logits"]), want, atol=1e-4, rtol=0)
+            if "to_int8(" in block:
+                with torch.no_grad():
+                    assert torch.equal(scope["loaded"](**batch).logits, scope["served"](**batch).logits)
             if "fit_budget(" in block:
                 assert [layer.top_k for _, layer in scope["smoe"].smoe_layers(scope["model"])] == scope["ks"]
     assert type(scope["native"]).__name__ == "MixtralForCausalLM"
@@ -92,3 +100,26 @@ def test_its_table_of_budgets_is_the_record():
             gain = row["test_one_k"] - row["test_fitted"]
             assert gain > 0 if row["k"] < 8 else gain > -0.002
     assert rows == 8
+
+
+def test_its_table_of_graphs_is_the_record():
+    records = json.loads((ROOT / "results/graphs.json").read_text())["records"]
+    assert {record["k"] for record in records} == {4, 8, 16} and len(records) == 9
+    for record in records:
+        times = [f"{record['median_ms'][name]:.2f}" for name in ("eager", "exported", "onnx")]
+        assert _row(str(record["k"]), [f"{record['sentences']} x {record['tokens']}", *times]) in DOC
+        assert max(record["max_difference"].values()) < 1e-4
+
+
+def test_its_table_of_int8_is_the_record():
+    record = json.loads((ROOT / "results/int8.json").read_text())
+    assert record["weights"] == "minilm"
+    by_shape = {(r["k"], r["sentences"], r["tokens"]): r for r in record["records"]}
+    names = {"float32": "float32", "linear": "linear alone", "weight_only": "weight-only", "dynamic": "dynamic"}
+    for name, title in names.items():
+        cells = [f"{record['bytes'][name] / 1e6:.1f} MB"]
+        for k in (4, 8, 16):
+            few, many = by_shape[k, 1, 24], by_shape[k, 8, 64]
+            cells.append(f"{few['median_ms'][name]:.0f}, {many['median_ms'][name]:.0f} ms")
+            cells[-1] += f"; {many['cosine_error'][name]:.4f}"
+        assert _row(title, cells) in DOC
