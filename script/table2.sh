@@ -9,7 +9,8 @@
 #            the same scale and seed, which is trained first if there is none
 #   --setting paper   as the paper trains: 3 epochs of batches of 64 at its learning rate; of word problems the fold
 #                     that its numbers fit. Other flags win over these.
-#   --setting all     until validation no longer rises: 1200 steps for CSQA and word problems; SST-2 as its scale says
+#   --setting all     until 4 evaluations in a row bring no new best on valid, at most 1200 steps for CSQA and word
+#                     problems, and as many as its scale says for SST-2
 #   --source FOLDER   the data set, instead of a download: for data/TASK/prepare.py
 #
 # The trainer is transformer_xl.classify, bert.classify, bert.multiple_choice or bert.math_word_problems. The run folder is
@@ -69,7 +70,8 @@ case "$setting" in
         [ "$task/$model" != svamp/roberta ] || own+=(--fold 1)
         ;;
     all)
-        [ "$task" = sst2 ] || own=(--steps 1200)
+        own=(--patience 4)
+        [ "$task" = sst2 ] || own+=(--steps 1200)
         ;;
     *)
         echo "error: --setting is $setting; it must be paper or all" >&2
