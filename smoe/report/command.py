@@ -2,6 +2,7 @@
 
 python -m smoe.report RUN [RUN ...] [--plot slimming.png] [--json] [--into README.md --block NAME]
 python -m smoe.report RUN --curve curve.png
+python -m smoe.report --compare RUN_A RUN_B [--k 16] [--json]
 python -m smoe.report --all [--results results] [--figures Figs]
 """
 
@@ -21,6 +22,7 @@ from smoe.report.curve import plot_curve
 from smoe.report.everything import write_report
 from smoe.report.figure import plot_slimming
 from smoe.report.groups import Block, Group, blocks_of
+from smoe.report.predictions import compare_runs, comparison_text
 from smoe.report.records import Record, check_result, examples_of, read_result
 from smoe.report.tables import slimming_table, with_block
 
@@ -34,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--into", type=Path, metavar="FILE", help="also write the table into this Markdown file ...")
     parser.add_argument("--block", metavar="NAME", help="... between the comments `NAME: ...` and `end`")
+    compare = "instead: two runs on the same examples, of which each has predictions"
+    parser.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help=compare)
+    parser.add_argument("--k", nargs="+", metavar="K", help="with --compare: of both or of each (all of their experts)")
     parser.add_argument("--all", action="store_true", help="instead: report all records under --results")
     parser.add_argument(
         "--results", metavar="DIR", help="with --all: records; gets REPORT.md and report.html (results)"
@@ -43,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check(options)
     if options.all:
         return _report_all(options.results or "results", options.figures or "Figs")
+    if options.compare is not None:
+        ks = (options.k or [None]) * (1 if options.k and len(options.k) == 2 else 2)
+        found = compare_runs(tuple(options.compare), tuple(ks))
+        return print(json.dumps(found, indent=2) if options.json else comparison_text(found))
     records = _read(options.runs)
     table = slimming_table(records)
     if options.into is not None:  # first of all, since it may not fit
@@ -63,6 +72,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     """ValueError for options that do not go together."""
+    if options.compare is not None:
+        given = {name: getattr(options, name) for name in ("all", "plot", "curve", "into", "block")}
+        for name in [*(["RUN"] if options.runs else []), *(f"--{name}" for name, value in given.items() if value)]:
+            raise ValueError(f"{name} has no effect with --compare; leave it out")
+        if options.k is not None and len(options.k) > 2:
+            raise ValueError(f"--k is given {len(options.k)} numbers; it must be one, or one for each run")
+        return
+    if options.k is not None:
+        raise ValueError("--k has no effect without --compare; leave it out")
     if options.all:
         given = {name: getattr(options, name) for name in ("plot", "curve", "json", "into", "block")}
         for name in [*(["RUN"] if options.runs else []), *(f"--{name}" for name, value in given.items() if value)]:
