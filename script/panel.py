@@ -284,10 +284,10 @@ def config_class(run: Run) -> type:
     figure, task, *_ = run.name.split("/")
     if figure == "table3":
         from transformer_xl.distil import DistilConfig as Config
+    elif figure == "tablea5" or (figure, task) == ("table2", "sst2"):
+        from transformer_xl.classify import ClassifyConfig as Config
     elif figure != "table2":
         from transformer_xl.config import LanguageModelConfig as Config
-    elif task == "sst2":
-        from transformer_xl.classify import ClassifyConfig as Config
     elif task == "csqa":
         from bert.multiple_choice import MultipleChoiceConfig as Config
     else:

@@ -4,7 +4,7 @@
 #   bash script/table2.sh TASK MODEL METHOD [RUN] [--setting paper|all] [--source FOLDER] [flags of the trainer]
 #
 #   TASK     sst2, csqa, asdiv_a, mawps or svamp        MODEL    transformer_xl, bert or roberta
-#   METHOD   dense_model, smoe_dropout, smoe or thor
+#   METHOD   dense_model, smoe_dropout, smoe or thor; growing_k_smoe with sst2
 #   RUN      the run folder (or one of its checkpoints) to start from; without it, that of METHOD's script in table1/ at
 #            the same scale and seed, which is trained first if there is none
 #   --setting paper   as the paper trains: 3 epochs of batches of 64 at its learning rate; of word problems the fold
@@ -42,6 +42,10 @@ case "$task/$model" in
 esac
 case "$method" in
     dense_model) table1=$table1/directly_dense_training ;;
+    growing_k_smoe) # Table A5's
+        name=tablea5/$method
+        table1=figure5/$method
+        ;;
     *) table1=$table1/$method ;;
 esac
 

@@ -45,7 +45,7 @@ def test_a_pretrained_run_is_fine_tuned_and_measured_at_any_k(train, classify, s
     assert accuracy["direction"] == "higher" and accuracy["n"] == {"valid": 23} and "test" not in accuracy
     assert accuracy["valid"].keys() == {"1", "16"} and accuracy["valid"]["16"] > 0.9
     assert accuracy["valid"]["16"] * 23 == pytest.approx(round(accuracy["valid"]["16"] * 23))
-    assert record["pretrained"] == {"scale": "smoke", "seed": 1, "step": 20}
+    assert record["pretrained"] == {"scale": "smoke", "seed": 1, "step": 20, "k_schedule": [8, 16, "linear"]}
     assert str(tmp_path) not in json.dumps(record)
     assert {line["k"] for line in lines(run).values()} == {16}
     assert record["best"]["value"] == accuracy["valid"]["16"]
