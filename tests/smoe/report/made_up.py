@@ -102,7 +102,7 @@ def fine_tuned(
     record = made_up(method, seed, model=model, **config | sizes)
     shares = {key: sum(of_k) / len(of_k) for key, of_k in right.items()}
     n = len(next(iter(right.values())))
-    record |= {"task": task, "metric": metric, "dataset": {"name": dataset, "sha256": "1" * 64}}
+    record |= {"task": task, "metric": metric, "dataset": {"name": dataset, "sha256": dataset.encode().hex()}}
     record["metrics"] = {metric: {**ACCURACY, "n": {"valid": n, "test": n}, "valid": shares, "test": shares}}
     record["pretrained"] = {"scale": "cpu", "seed": seed, "step": 3000} | ({"num_experts": 16} if keep else {})
     record["floors"] = {"most_frequent": {"test": 0.3}}
