@@ -8,7 +8,7 @@ TRAIN = ["accelerate>=1.0", "jsonargparse[signatures]>=4.30", "pyyaml>=6", "safe
 HF = ["datasets>=3.0", "safetensors>=0.4", "tokenizers>=0.20", "transformers>=4.45"]
 REPORT = ["matplotlib>=3.7", "pyyaml>=6", "scipy>=1.15", "vl-convert-python>=1.9"]
 TEST = ["grimp", "hypothesis", "import-linter>=2.6", "markdown-it-py>=3", "onnx", "onnxscript", "peft>=0.18"]
-TEST += ["pytest>=8", "pytest-xdist", "ruff"]
+TEST += ["pytest>=8", "pytest-xdist", "ruff", "scikit-learn>=1.5"]
 
 readme = Path(__file__).with_name("README.md")
 
