@@ -99,7 +99,9 @@ def figure4(context: Context) -> Panel:
 
     A method that was fine-tuned with all of its experts alone is shown over the k of that training.
     """
-    panel = Panel("Figure 4", context, "kept experts (dense: an MLP as wide)", parameters=False)
+    panel = Panel(
+        "Figure 4", context, "experts: kept, or activated of one training (dense: an MLP as wide)", parameters=False
+    )
     num_layers, d_hidden, num_experts = context.standard
     if num_experts is None:
         return panel

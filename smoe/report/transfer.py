@@ -52,11 +52,9 @@ class Kind:
         return row if row in ROWS and not self.pretrained_k and not self.teacher else None
 
     @property
-    def label(self) -> str:
-        """E.g. ``SMoE-Dropout (k = N/2), output_scale k``."""
-        budget = "" if self.kept is None else f" (k = {self.kept} of {self.of})"
-        said = [f"{name} {value}" for name, value in self.options if (name, value) not in _UNSAID]
-        return plain(", ".join([f"{METHODS[self.method].title}{budget}", *said]))
+    def as_released(self) -> bool:
+        """Whether its layers weigh and scale experts as the release does, and so as the paper's numbers."""
+        return all(option in _UNSAID for option in self.options if option[0] in ("score", "output_scale"))
 
 
 _UNSAID = {("score", "softmax_after_topk"), ("output_scale", "1")}
@@ -134,10 +132,22 @@ class Column:
     def name(self) -> str:
         return f"{self.model}, {self.dataset}"
 
+    def label(self, kind: Kind) -> str:
+        """E.g. ``SMoE-Dropout (k = 8 of 16), output_scale k``: options that not all have, or not the release."""
+        budget = "" if kind.kept is None else f" (k = {kind.kept} of {kind.of})"
+        routed = [other.options for other in self.tuned if other.kept is not None]
+        said = [
+            f"{name} {value}"
+            for name, value in kind.options
+            if (name, value) not in _UNSAID
+            and (name in ("score", "output_scale") or any((name, value) not in options for options in routed))
+        ]
+        return plain(", ".join([f"{METHODS[kind.method].title}{budget}", *said]))
+
     def of_row(self, row: str) -> list[Tuned]:
         """The kinds of a row of Table 2, the method as released first."""
         found = [tuned for kind, tuned in self.tuned.items() if kind.row == row]
-        return sorted(found, key=lambda tuned: (set(tuned.kind.options) - _UNSAID != set(), tuned.kind.options))
+        return sorted(found, key=lambda tuned: (not tuned.kind.as_released, tuned.kind.options))
 
     def of(self, row: str) -> Tuned | None:
         """The method of a row as released, else in its first variant; None if there is none."""

@@ -69,7 +69,8 @@ def stable_on_sst2(columns: Sequence[Column]) -> list[Check]:
             for row in ROWS[:3]:
                 sides = [column.of(name) for name in (ours, row)]
                 names = [
-                    tuned.kind.label if tuned else row_label(r) for tuned, r in zip(sides, (ours, row), strict=True)
+                    column.label(tuned.kind) if tuned else row_label(r)
+                    for tuned, r in zip(sides, (ours, row), strict=True)
                 ]
                 checks.append(compare(names[0], by_seed(sides[0]), names[1], by_seed(sides[1]), column.metric))
     return checks

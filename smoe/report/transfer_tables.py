@@ -76,7 +76,7 @@ def _table2(columns: Sequence[Column]) -> list[str]:
             printed = paper_results()["table2"].get(model, {}).get(dataset, {})
             for row in ROWS:
                 tuned = column.of_row(row) if column else []
-                rows += [_row(column, t, printed.get(row) if i == 0 else None) for i, t in enumerate(tuned) if column]
+                rows += [_row(column, t, printed.get(row) if t.kind.as_released else None) for t in tuned if column]
                 if not tuned:
                     name = md(f"{model}, {dataset}")
                     rows.append([name, row_label(row), number(printed.get(row), 2), *[MISSING] * (len(_HEAD) - 3)])
@@ -95,7 +95,7 @@ def _row(column: Column, tuned: Tuned, printed: float | None) -> list[str]:
         interval = MISSING if found is None or found.low is None else _span(found.low, found.high, "+.2f")
         p = number(test)
     n = f"{score.n:,}" + (f" ({part})" if (part := complete(tuned, tuned.seeds[0])) else "")
-    return [md(column.name), md(tuned.kind.label), "-" if printed is None else f"{printed:.2f}",
+    return [md(column.name), md(column.label(tuned.kind)), "-" if printed is None else f"{printed:.2f}",
             f"{100 * score.share:.2f}", _span(*score.interval, ".2f"), _minus(score.share, printed), n,
             to_dense, interval, p, *_floor(score), _over_seeds(tuned)]  # fmt: skip
 
@@ -152,9 +152,10 @@ def _table_a4(columns: Sequence[Column]) -> list[str]:
             for tuned in column.of_row(row):
                 values = tuned.values()
                 interval = mean_interval(values)
+                paper = paper if tuned.kind.as_released else "-"
                 found = paired_difference(by_seed(tuned), by_seed(column.of("dense_dropout")), column.margin)
                 own = row == "dense_dropout" or found is None
-                rows.append([md(tuned.kind.label), paper, f"{100 * fmean(values):.2f}",
+                rows.append([md(column.label(tuned.kind)), paper, f"{100 * fmean(values):.2f}",
                              f"{100 * stdev(values):.2f}" if len(values) > 1 else "-",
                              _span(*interval, ".2f") if interval else "-",
                              f"{', '.join(map(str, tuned.seeds))} (n = {len(tuned.seeds)})",
@@ -217,8 +218,8 @@ def _table_a6(columns: Sequence[Column]) -> list[str]:
                 score, dense = _first(tuned), column.of("dense_dropout")
                 p = number(mcnemar_p(tuned, dense)) if dense and dense is not tuned else "-"
                 values = [number(None if (v := tuned.other(key)) is None else 100 * v, 2) for key in others]
-                rows.append([md(tuned.kind.label), *paper, f"{100 * score.share:.2f}", _span(*score.interval, ".2f"),
-                             f"{score.n:,}", p, *values, _over_seeds(tuned)])  # fmt: skip
+                ours = [f"{100 * score.share:.2f}", _span(*score.interval, ".2f"), f"{score.n:,}"]
+                rows.append([md(column.label(tuned.kind)), *paper, *ours, p, *values, _over_seeds(tuned)])
             if not column.of_row(row) and name in printed["exact_match"] and whole:
                 rows.append([row_label(row), *paper, *[MISSING] * (len(head) - 3)])
         parts += [_heading(column), table(head, rows)]

@@ -148,6 +148,19 @@ def test_what_is_not_there_is_missing_and_a_floor_that_is_not_beaten_is_said(tmp
     assert dense["n"] == "453 (3 of 5 folds)"
 
 
+def test_a_variant_of_a_method_has_a_row_of_its_own_without_the_papers_number(tmp_path):
+    records = table2(PAPER, columns=COLUMNS[:1])
+    records = [r for r in records if (r["method"], r["config"]["keep"]) != ("smoe_dropout", None)]
+    records += [run("smoe_dropout", 0.6, 150, output_scale="num_experts", expert_dropout=0.1, **PAPER)]
+    records += [run("smoe_dropout", 0.6, 150, keep=8, output_scale=16.0, expert_dropout=0.1, **PAPER)]
+    rows = rows_of(report_of(tmp_path, records), "Table 2", "Scale cpu, setting `paper`")[:6]
+    half, variant, full = rows[3:]
+    assert (half["method"], half["paper"]) == ("SMoE-Dropout (k = 8 of 16)", "81.60")
+    words = "output\\_scale num\\_experts, expert\\_dropout 0.1"
+    assert [row["method"] for row in (variant, full)] == [f"SMoE-Dropout (k = {k} of 16), {words}" for k in (8, 16)]
+    assert variant["paper"] == full["paper"] == variant["difference"] == "-"
+
+
 def test_table_2_as_text_goes_into_a_document(tmp_path, capsys):
     write(tmp_path / "results", records := table2(PAPER, columns=COLUMNS[:1]))
     readme = tmp_path / "README.md"
