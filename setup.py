@@ -9,7 +9,7 @@ HF = ["datasets>=3.0", "safetensors>=0.4", "tokenizers>=0.20", "transformers>=4.
 EXPORT = ["onnx", "onnxruntime>=1.20", "onnxscript", "torchao>=0.18"]
 REPORT = ["matplotlib>=3.7", "pyyaml>=6", "scipy>=1.15", "vl-convert-python>=1.9"]
 TEST = ["grimp", "hypothesis", "import-linter>=2.6", "markdown-it-py>=3", "peft>=0.18"]
-TEST += ["pytest>=8", "pytest-xdist", "ruff"]
+TEST += ["pytest>=8", "pytest-xdist", "ruff", "scikit-learn>=1.5"]
 
 readme = Path(__file__).with_name("README.md")
 

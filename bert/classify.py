@@ -11,7 +11,6 @@ sentences are what is reported.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from smoe.options import option
 from smoe.train.choosing import Choosing
 from smoe.train.command import run_training
 from smoe.train.examples import count_flops, read_examples
+from smoe.train.sentence_floors import sentence_floors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +62,7 @@ class Classification(Choosing, FineTuning):
 
     def read_data(self) -> dict[str, list[tuple[list[int], int]]]:
         self.dataset, splits = read_sentences(self.config)
-        label = Counter(label for _, label in splits["train"]).most_common(1)[0][0]
-        share = sum(own == label for _, own in splits["valid"]) / len(splits["valid"])
-        self.record["floors"] = {"most_frequent_label": {"valid": share}}
+        self.sentences = splits
         self.step_shape = f"{self.config.batch_size} sentences"
         return {split: [(self.encode(text), label) for text, label in rows] for split, rows in splits.items()}
 
@@ -86,6 +84,10 @@ class Classification(Choosing, FineTuning):
     def collate(self, examples: Sequence[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
         ids, labels = zip(*examples, strict=True)
         return pad_ids(ids, self.vocabulary.pad), torch.tensor(labels)
+
+    def notes(self) -> list[str]:
+        self.record |= sentence_floors(self.sentences)  # here: it takes seconds, which evaluating a run should not
+        return super().notes()
 
     def flops(self, model: nn.Module, k: int | list[int] | None) -> dict[str, int]:
         """Of sentences of ``seq_len`` tokens."""

@@ -2,6 +2,8 @@
 
 A token is an operator, a slot (``number3``: the fourth number of the problem's text) or a constant. A model writes
 these tokens, so they are only ever data: an equation that is malformed or has no value is wrong, and nothing else.
+
+    python -m bert.equations --data data/mawps     # lists the problems whose own equation does not give their answer
 """
 
 from __future__ import annotations
@@ -10,6 +12,12 @@ import math
 import operator
 import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from smoe.errors import Parser, run_main
+from smoe.json_files import parse_json
+from smoe.prepared import read_prepared
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 # The largest difference from the answer that still counts as solved, that of Patel et al. 2021 and of MWPToolkit.
@@ -90,6 +98,50 @@ def solves(tokens: Sequence[str], numbers: Sequence[float], answer: float) -> bo
         return False
 
 
+def tested_problems(folder: Path) -> list[dict[str, Any]]:
+    """The different problems that the folds of a folder of data/{asdiv_a,mawps,svamp}/prepare.py test on, in order.
+
+    Raises ValueError, in one line, when the folder is not prepared, has no problems, or holds one that can't be read.
+    """
+    advice = f"run: python data/{folder.name}/prepare.py --out {folder}"
+    splits = [name for name in read_prepared(folder, advice, (), {})["splits"] if name.endswith("-test")]
+    if not splits:
+        raise ValueError(f"data: {folder} has no fold with test problems; it must be of word problems")
+    meta = read_prepared(folder, advice, splits, {})
+    found: dict[str, dict[str, Any]] = {}  # MAWPS has some problems more than once
+    for file in (folder / meta["splits"][name]["file"] for name in splits):
+        try:
+            for line in file.read_text(encoding="utf-8").splitlines():
+                row = parse_json(line)
+                problem = {"question": str(row["question"]), "equation": row["equation"].split()}
+                problem |= {"numbers": [*map(float, row["numbers"])], "answer": float(row["answer"])}
+                found.setdefault(line, problem)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"data: {file} is damaged ({error}); {advice} --force") from None
+    return list(found.values())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Lists the problems whose equation does not give the stored answer, each with what it gives instead."""
+    parser = Parser(prog="python -m bert.equations", description="Computes every test problem's own equation.")
+    parser.add_argument("--data", type=Path, required=True, help="a folder of data/{asdiv_a,mawps,svamp}/prepare.py")
+    problems = tested_problems(parser.parse_args(argv).data)
+    wrong = [p for p in problems if not solves(p["equation"], p["numbers"], p["answer"])]
+    for problem in wrong:
+        try:
+            value = f"{evaluate(problem['equation'], problem['numbers']):g}"
+        except EquationError as error:
+            value = str(error)
+        numbers = ", ".join(f"{number:g}" for number in problem["numbers"])
+        print(f"{' '.join(problem['equation'])} with {numbers}: {value}, stored {problem['answer']:g}")
+        print(f"    {' '.join(problem['question'].split())}")
+    print(f"{len(problems) - len(wrong)} of {len(problems)} different problems are solved by their own equation")
+
+
 def _shown(tokens: Sequence[str]) -> str:
     text = " ".join(tokens)
     return repr(text if len(text) <= 60 else f"{text[:60]}...")
+
+
+if __name__ == "__main__":
+    run_main(main)

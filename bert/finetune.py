@@ -30,6 +30,7 @@ from smoe.train.finetune import FineTuned, FineTuneTask, pretrained_record
 from smoe.train.folder import RunFolder
 from smoe.train.predictions import Predictions
 from smoe.train.processes import Processes
+from smoe.train.sentence_floors import floor_notes
 from smoe.train.task import equal_share
 
 TOKENIZER = "tokenizer.json"
@@ -134,10 +135,7 @@ class FineTuning(FineTuneTask):
 
     def notes(self) -> list[str]:
         sizes = ", ".join(f"{split} {len(examples)}" for split, examples in self.data.items())
-        lines = [f"data: {self.dataset['name']}, {sizes}"]
-        split = self.splits[-1]
-        floors = {name: f"{shares[split]:.4f}" for name, shares in self.record["floors"].items()}
-        return [*lines, f"floors on {split}: {', '.join(f'{name} {share}' for name, share in floors.items())}"]
+        return [f"data: {self.dataset['name']}, {sizes}", *floor_notes(self.record, self.splits[-1])]
 
 
 def read_tokenizer(config: FineTuneConfig) -> tuple[Tokenizer, Vocabulary]:

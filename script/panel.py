@@ -20,11 +20,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import gzip
 import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -284,10 +284,10 @@ def config_class(run: Run) -> type:
     figure, task, *_ = run.name.split("/")
     if figure == "table3":
         from transformer_xl.distil import DistilConfig as Config
+    elif figure == "tablea5" or (figure, task) == ("table2", "sst2"):
+        from transformer_xl.classify import ClassifyConfig as Config
     elif figure != "table2":
         from transformer_xl.config import LanguageModelConfig as Config
-    elif task == "sst2":
-        from transformer_xl.classify import ClassifyConfig as Config
     elif task == "csqa":
         from bert.multiple_choice import MultipleChoiceConfig as Config
     else:
@@ -296,7 +296,8 @@ def config_class(run: Run) -> type:
 
 
 def collect(run: Run, results: Path) -> None:
-    """Copies the run's record, in one piece: to RESULTS/figure5/cpu/8layers_smoe_dropout-seed1.json."""
+    """Copies the run's record to RESULTS/figure5/cpu/8layers_smoe_dropout-seed1.json, and its predictions, if it has
+    some, to 8layers_smoe_dropout-seed1.predictions.jsonl.gz beside it, each in one piece."""
     record = json.loads(run.result.read_text(encoding="utf-8"))
     figure, *folders, name = run.name.split("/")
     elsewhere = ("--scale", "--seed")  # in the name already
@@ -306,8 +307,16 @@ def collect(run: Run, results: Path) -> None:
     name = "_".join(re.sub(r"[^\w.-]", "-", word.lstrip("-")) for word in (name, *flags))
     target = results.joinpath(figure, record["scale"], *folders, f"{name}-seed{record['seed']}.json")
     target.parent.mkdir(parents=True, exist_ok=True)
+    predictions = run.folder / "predictions.jsonl"
+    if predictions.exists():  # first, so that no record is without
+        packed = gzip.compress(predictions.read_bytes(), mtime=0)  # the same predictions give the same bytes
+        _write(target.with_suffix(".predictions.jsonl.gz"), packed)
+    _write(target, run.result.read_bytes())
+
+
+def _write(target: Path, content: bytes) -> None:
     aside = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    shutil.copyfile(run.result, aside)
+    aside.write_bytes(content)
     os.replace(aside, target)
 
 

@@ -14,4 +14,5 @@ for model in bert roberta; do
     python -m smoe.report results/table1/cpu/$model/*.json --plot Figs/table1_cpu_$model.png \
         --into README.md --block table1-cpu-$model
 done
+python -m smoe.report --table2 --into README.md --block table2 >/dev/null
 python -m smoe.report --all

@@ -4,12 +4,13 @@
 #   bash script/table2.sh TASK MODEL METHOD [RUN] [--setting paper|all] [--source FOLDER] [flags of the trainer]
 #
 #   TASK     sst2, csqa, asdiv_a, mawps or svamp        MODEL    transformer_xl, bert or roberta
-#   METHOD   dense_model, smoe_dropout, smoe or thor
+#   METHOD   dense_model, smoe_dropout, smoe or thor; growing_k_smoe with sst2
 #   RUN      the run folder (or one of its checkpoints) to start from; without it, that of METHOD's script in table1/ at
 #            the same scale and seed, which is trained first if there is none
 #   --setting paper   as the paper trains: 3 epochs of batches of 64 at its learning rate; of word problems the fold
 #                     that its numbers fit. Other flags win over these.
-#   --setting all     until validation no longer rises: 1200 steps for CSQA and word problems; SST-2 as its scale says
+#   --setting all     until 4 evaluations in a row bring no new best on valid, at most 1200 steps for CSQA and word
+#                     problems, and as many as its scale says for SST-2
 #   --source FOLDER   the data set, instead of a download: for data/TASK/prepare.py
 #
 # The trainer is transformer_xl.classify, bert.classify, bert.multiple_choice or bert.math_word_problems. The run folder is
@@ -41,6 +42,10 @@ case "$task/$model" in
 esac
 case "$method" in
     dense_model) table1=$table1/directly_dense_training ;;
+    growing_k_smoe) # Table A5's
+        name=tablea5/$method
+        table1=figure5/$method
+        ;;
     *) table1=$table1/$method ;;
 esac
 
@@ -69,7 +74,8 @@ case "$setting" in
         [ "$task/$model" != svamp/roberta ] || own+=(--fold 1)
         ;;
     all)
-        [ "$task" = sst2 ] || own=(--steps 1200)
+        own=(--patience 4)
+        [ "$task" = sst2 ] || own+=(--steps 1200)
         ;;
     *)
         echo "error: --setting is $setting; it must be paper or all" >&2

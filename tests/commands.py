@@ -30,6 +30,7 @@ PRELOAD = [
 ]
 # What they would import at their first use.
 PRELOAD += ["transformers.models.bert.modeling_bert", "transformers.models.roberta.modeling_roberta", "torch._dynamo"]
+PRELOAD += ["sklearn.feature_extraction.text", "sklearn.linear_model"]
 PRELOAD += ["torch.utils.flop_counter", "torch.utils.tensorboard", "matplotlib.pyplot"]
 SERVER.set_forkserver_preload(PRELOAD)
 

@@ -12,6 +12,10 @@ import pytest
 from runs import assert_close_runs
 
 from smoe.report import read_result, slimming_table, with_block
+from smoe.report.collect import collect
+from smoe.report.transfer import columns_of
+from smoe.report.transfer_claims import transfer_findings
+from smoe.report.transfer_tables import table2_text
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -116,3 +120,8 @@ def test_the_drawing_is_what_its_script_writes():
     drawing = runpy.run_path(str(ROOT / "Figs/framework.py"))["drawing"]
     assert drawing() == (ROOT / "Figs/framework.svg").read_text(encoding="utf-8"), "run python Figs/framework.py"
     ElementTree.fromstring(drawing())  # it is XML
+
+
+def test_table_2_is_that_of_the_records():
+    columns = columns_of(collect(ROOT / "results")[0])
+    assert columns and with_block(README, "table2", table2_text(columns, transfer_findings(columns))) == README

@@ -29,6 +29,7 @@ from smoe.train.examples import batch_of_step, count_flops, read_examples, where
 from smoe.train.finetune import FineTuned, pretrained_record
 from smoe.train.predictions import Predictions
 from smoe.train.processes import Processes
+from smoe.train.sentence_floors import floor_notes, sentence_floors
 from smoe.train.task import equal_share
 from transformer_xl.config import LanguageModelConfig, RunConfig
 from transformer_xl.model import TransformerXL
@@ -137,6 +138,14 @@ class Classification(Choosing):
 
     def where(self, step: int) -> str:
         return where_in_epochs(len(self.data["train"]), self.config.batch_size, step)
+
+    def notes(self) -> list[str]:
+        # Here: a bag of words takes seconds, which evaluating or slimming a run should not.
+        splits = {
+            split: [(text.decode(errors="replace"), label) for text, label in rows] for split, rows in self.data.items()
+        }
+        self.record |= sentence_floors(splits)
+        return floor_notes(self.record, self.splits[-1])
 
 
 def _read(config: ClassifyConfig) -> tuple[dict[str, Any], dict[str, list[tuple[bytes, int]]]]:

@@ -11,7 +11,7 @@ from smoe.report.statistics import Difference, paired_difference
 
 # The largest difference that counts as none, in the metric's own unit. 0.01 bits is what the paper draws conclusions
 # from: SMoE-Dropout is ahead of dense by 0.0137 with Transformer-XL.
-MARGINS = {"bpc": 0.01, "bits_per_masked_token": 0.01, "accuracy": 0.005}
+MARGINS = {"bpc": 0.01, "bits_per_masked_token": 0.01, "accuracy": 0.005, "solving_rate": 0.005, "exact_match": 0.005}
 DEFAULT_MARGIN = 0.01
 
 
@@ -98,10 +98,11 @@ def compare(
     if difference is None:
         return Check(better, worse, Status.NOT_RUN)
     means = tuple(sum(values[seed] for seed in difference.seeds) / len(difference.seeds) for values in (a, b))
-    return Check(better, worse, _status(difference), (means[0], means[1]), difference)
+    return Check(better, worse, status_of(difference), (means[0], means[1]), difference)
 
 
-def _status(difference: Difference) -> Status:
+def status_of(difference: Difference) -> Status:
+    """What a difference comes to, by its interval."""
     if difference.low is None or difference.high is None:
         return Status.FEW_SEEDS
     if difference.low > 0:

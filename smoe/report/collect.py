@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from smoe.errors import one_line
 from smoe.json_files import load_json
 from smoe.report.costs import STEP_TIMES, check_costs
-from smoe.report.records import check_result, in_todays_form
+from smoe.report.predictions import predictions_of, read_right
+from smoe.report.records import check_result, examples_of, in_todays_form, values_of
 from smoe.report.runs import Run, read_run
 
 # A JSON object with three of these is meant to be a run record; outputs of benchmarks have one at most.
@@ -34,6 +36,7 @@ def collect(folder: str | Path) -> tuple[list[Run], list[str]]:
         name = path.relative_to(folder).as_posix()
         try:
             run = _read(path, name)
+            run = None if run is None else _with_predictions(run, path, name, problems)
         except ValueError as error:
             problems.append(one_line(error))
             continue
@@ -61,6 +64,23 @@ def _read(path: Path, name: str) -> Run | None:
     record = check_result(in_todays_form(content, name), name)
     check_costs(record, name)
     return read_run(record, name)
+
+
+def _with_predictions(run: Run, path: Path, name: str, problems: list[str]) -> Run:
+    """The run and what it is right in, if there are predictions beside its record; those that do not fit are named."""
+    file = predictions_of(path)
+    if file is None:
+        return run
+    try:
+        right = read_right(file).get(run.full, {})
+    except ValueError as error:
+        problems.append(one_line(f"{name}: {error}"))
+        return run
+    value, n = values_of(run.record).get(run.full), examples_of(run.record)
+    if n != len(right) or value is None or abs(sum(right.values()) - n * value) > 1e-6 * n:
+        problems.append(f"{name}: its predictions are not those of the record, with all of its experts")
+        return run
+    return dataclasses.replace(run, right=right)
 
 
 def _date(record: Mapping[str, Any]) -> str:

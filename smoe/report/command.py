@@ -2,6 +2,8 @@
 
 python -m smoe.report RUN [RUN ...] [--plot slimming.png] [--json] [--into README.md --block NAME]
 python -m smoe.report RUN --curve curve.png
+python -m smoe.report --compare RUN_A RUN_B [--k 16] [--json]
+python -m smoe.report --table2 [--results results] [--into README.md --block table2]
 python -m smoe.report --all [--results results] [--figures Figs]
 """
 
@@ -17,12 +19,17 @@ from typing import Any
 
 from smoe.errors import Parser, one_line
 from smoe.files import write_atomic
+from smoe.report.collect import collect
 from smoe.report.curve import plot_curve
 from smoe.report.everything import write_report
 from smoe.report.figure import plot_slimming
 from smoe.report.groups import Block, Group, blocks_of
+from smoe.report.predictions import compare_runs, comparison_text
 from smoe.report.records import Record, check_result, examples_of, read_result
 from smoe.report.tables import slimming_table, with_block
+from smoe.report.transfer import columns_of
+from smoe.report.transfer_claims import transfer_findings
+from smoe.report.transfer_tables import table2_text
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,15 +41,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--into", type=Path, metavar="FILE", help="also write the table into this Markdown file ...")
     parser.add_argument("--block", metavar="NAME", help="... between the comments `NAME: ...` and `end`")
+    compare = "instead: two runs on the same examples, of which each has predictions"
+    parser.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help=compare)
+    parser.add_argument("--k", nargs="+", metavar="K", help="with --compare: of both or of each (all of their experts)")
+    parser.add_argument("--table2", action="store_true", help="instead: Table 2 of all records under --results")
     parser.add_argument("--all", action="store_true", help="instead: report all records under --results")
     parser.add_argument(
-        "--results", metavar="DIR", help="with --all: records; gets REPORT.md and report.html (results)"
+        "--results",
+        metavar="DIR",
+        help="with --all, --table2: records; --all writes REPORT.md, report.html there (results)",
     )
     parser.add_argument("--figures", metavar="DIR", help="with --all: gets the plots (Figs)")
     options = parser.parse_args(argv)
     _check(options)
     if options.all:
         return _report_all(options.results or "results", options.figures or "Figs")
+    if options.compare is not None:
+        ks = (options.k or [None]) * (1 if options.k and len(options.k) == 2 else 2)
+        found = compare_runs(tuple(options.compare), tuple(ks))
+        return print(json.dumps(found, indent=2) if options.json else comparison_text(found))
+    if options.table2:
+        columns = columns_of(collect(options.results or "results")[0])
+        text = table2_text(columns, transfer_findings(columns))
+        if options.into is not None:
+            markdown = with_block(options.into.read_text(encoding="utf-8"), options.block, text)
+            write_atomic(options.into, markdown)
+        return print(text)
     records = _read(options.runs)
     table = slimming_table(records)
     if options.into is not None:  # first of all, since it may not fit
@@ -63,22 +87,36 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     """ValueError for options that do not go together."""
-    if options.all:
-        given = {name: getattr(options, name) for name in ("plot", "curve", "json", "into", "block")}
+    if options.compare is not None:
+        given = {name: getattr(options, name) for name in ("all", "table2", "plot", "curve", "into", "block")}
         for name in [*(["RUN"] if options.runs else []), *(f"--{name}" for name, value in given.items() if value)]:
-            raise ValueError(f"{name} has no effect with --all; leave it out")
+            raise ValueError(f"{name} has no effect with --compare; leave it out")
+        if options.k is not None and len(options.k) > 2:
+            raise ValueError(f"--k is given {len(options.k)} numbers; it must be one, or one for each run")
         return
+    if options.k is not None:
+        raise ValueError("--k has no effect without --compare; leave it out")
+    if options.all or options.table2:
+        mode, others = ("--all", ("into", "block", "table2")) if options.all else ("--table2", ("figures",))
+        given = {name: getattr(options, name) for name in ("plot", "curve", "json", *others)}
+        for name in [*(["RUN"] if options.runs else []), *(f"--{name}" for name, value in given.items() if value)]:
+            raise ValueError(f"{name} has no effect with {mode}; leave it out")
+        return _check_block(options)
     for name in ("results", "figures"):
         if getattr(options, name) is not None:
-            raise ValueError(f"--{name} has no effect without --all; leave it out")
+            raise ValueError(f"--{name} has no effect without --all or --table2; leave it out")
     if not options.runs:
         raise ValueError("the following arguments are required: RUN, or --all")
-    if (options.into is None) != (options.block is None):
-        raise ValueError("--into and --block must be given together: a Markdown file and the name of a block in it")
+    _check_block(options)
     if options.json and options.into is not None:
         raise ValueError("--into has no effect with --json; leave it out")
     if options.curve is not None and len(options.runs) != 1:
         raise ValueError(f"--curve is given with {len(options.runs)} runs; it must be one")
+
+
+def _check_block(options: argparse.Namespace) -> None:
+    if (options.into is None) != (options.block is None):
+        raise ValueError("--into and --block must be given together: a Markdown file and the name of a block in it")
 
 
 def _report_all(results: str, figures: str) -> None:

@@ -15,6 +15,9 @@ from smoe.report.plots import Plot
 from smoe.report.records import examples_of
 from smoe.report.runs import Cell, Context
 from smoe.report.tables import slimming_table
+from smoe.report.transfer import Column
+from smoe.report.transfer_claims import CLAIMS as TRANSFER_CLAIMS
+from smoe.report.transfer_tables import shown_of, transfer_parts
 
 _HEAD = """# Report
 
@@ -39,8 +42,9 @@ Each finding is a set of comparisons. With three seeds or more, a comparison is 
 difference, paired by seed, lies on the paper's side of 0; *not held* if it lies on the other side; *no difference* if
 two one-sided tests (5 %) show that the difference is within the margin; else *within noise*. The margin, in the unit of
 the metric, is {margins}.
-The weakest comparison decides what becomes of a finding. Intervals are those of single comparisons; all of them are at
-the end."""
+Comparisons of fine-tuned runs have an interval with fewer seeds too, where predictions of each example are kept: that
+of a paired bootstrap over the examples; *no difference* is then an interval within the margin. The weakest comparison
+decides what becomes of a finding. Intervals are those of single comparisons; all of them are at the end."""
 
 _TABLE1 = """## Table 1
 
@@ -52,7 +56,8 @@ Seconds are those of the runs' own clocks, on whatever machine they ran, beside 
 _FIGURES = {
     "figure1": "Figure 1: over active parameters. Experts: one training at several k. Dense: a training per point.",
     "figure3": "Figure 3: all methods over active parameters.",
-    "figure4": "Figure 4: after fine-tuning, over active parameters.",
+    "figure4": "Figure 4: after fine-tuning, over kept experts. Bars: the standard deviation over seeds, of one seed "
+    "the Wilson interval.",
     "figure5": "Figure 5: what makes SMoE-Dropout work. (a) and (b) at k = N.",
 }
 
@@ -64,12 +69,13 @@ def document(
     problems: Sequence[str],
     step_times: list[dict],
     figures: str,
+    columns: Sequence[Column] = (),
 ) -> str:
     """REPORT.md as text.
 
     Args:
         problems: records that were left out, a line each. step_times: rows of ``step_times.json``.
-        figures: the folder of the plots as seen from the document.
+        figures: the folder of the plots as seen from the document. columns: the fine-tuned runs.
     """
     count = sum(len(context.runs) for context in contexts)
     parts = [_HEAD, f"Records: {count} runs." + (f" {len(problems)} left out:" if problems else " None was left out.")]
@@ -78,9 +84,10 @@ def document(
     parts += _findings(findings)
     parts.append(_TABLE1)
     parts += [part for context in contexts if context.task in PRETRAINING for part in _table1(context, step_times)]
+    parts += transfer_parts(columns, [finding for finding in findings if finding.key in TRANSFER_CLAIMS])
     for name, title in _FIGURES.items():
         parts += _figure(name, title, [plot for plot in plots if plot.figure == name], figures)
-    parts += _other_runs(contexts, plots)
+    parts += _other_runs(contexts, plots, columns)
     parts += _step_times(step_times) + _comparisons(findings)
     return "\n\n".join(parts) + "\n"
 
@@ -95,7 +102,7 @@ def _findings(findings: Sequence[Finding]) -> list[str]:
 def _comparisons(findings: Sequence[Finding]) -> list[str]:
     parts = ["## The findings, comparison by comparison"]
     head = ["better, as claimed", "than", "value", "value", "better by", "95 % interval", "seeds", "status"]
-    for key, claim in CLAIMS.items():
+    for key, claim in (CLAIMS | TRANSFER_CLAIMS).items():
         found = [finding for finding in findings if finding.key == key and finding.checks]
         parts += [f"### {md(claim.statement)}"] if found else []
         for finding in found:
@@ -204,12 +211,14 @@ def _column(panel: Panel, key: str, x: float) -> str:
     return f"{x:.2f} M" if key == "dense" else f"k = {key}"
 
 
-def _other_runs(contexts: Sequence[Context], plots: Sequence[Plot]) -> list[str]:
+def _other_runs(contexts: Sequence[Context], plots: Sequence[Plot], columns: Sequence[Column]) -> list[str]:
     """The runs that no table or figure above shows."""
     panels = [panel for plot in plots for row in plot.rows for panel in row if not is_empty(panel)]
     shown = [point.cell for panel in panels for line in panel.lines for point in line.points]
     shown += [cell for context in contexts if context.task in PRETRAINING for _, cell in table1(context)]
     known = {id(run) for cell in shown for run in cell.runs}
+    tuned = [of_seed for column in columns for one in shown_of(column) for of_seed in one.runs.values()]
+    known |= {id(run) for of_seed in tuned for run in of_seed.values()}
     others = [run.record for context in contexts for run in context.runs if id(run) not in known]
     return ["## Other runs", f"```\n{slimming_table(others)}\n```"] if others else []
 

@@ -13,6 +13,8 @@ from smoe.report.document import document
 from smoe.report.page import page
 from smoe.report.plots import draw, plots_of
 from smoe.report.runs import contexts_of
+from smoe.report.transfer import columns_of
+from smoe.report.transfer_claims import transfer_findings
 
 
 def write_report(results: str | Path, figures: str | Path) -> tuple[list[Path], list[str]]:
@@ -31,10 +33,11 @@ def write_report(results: str | Path, figures: str | Path) -> tuple[list[Path], 
     step_times, wrong = read_step_times(results)
     problems += wrong
     contexts = contexts_of(runs)
-    plots, findings = plots_of(contexts), findings_of(contexts)
+    columns = columns_of(runs)
+    plots, findings = plots_of(contexts), findings_of(contexts) + transfer_findings(columns)
     where = Path(os.path.relpath(figures, results)).as_posix()
     texts = {
-        results / "REPORT.md": document(contexts, findings, plots, problems, step_times, where),
+        results / "REPORT.md": document(contexts, findings, plots, problems, step_times, where, columns),
         results / "report.html": page(contexts, step_times),
     }
     written = [file for plot in plots for file in draw(plot, figures)]

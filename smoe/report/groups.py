@@ -180,6 +180,7 @@ def settings_of(record: Record) -> dict[str, str]:
     unsaid = _NO_RESULT | _TOLD_ELSEWHERE
     settings = {name: value for name, value in (record.get("config") or {}).items() if name not in unsaid}
     settings |= {"task": record.get("task"), "precision": record.get("precision"), "n": examples_of(record)}
+    settings |= _began_with(record)
     if isinstance(record["dataset"], Mapping):
         for name in ("sha256", "tokenizer.sha256", "splits.train"):
             found: Any = record["dataset"]
@@ -187,6 +188,24 @@ def settings_of(record: Record) -> dict[str, str]:
                 found = found.get(part) if isinstance(found, Mapping) else None
             settings[f"dataset.{name}"] = found[:8] if isinstance(found, str) else None
     return {name: _text(value) for name, value in settings.items() if value not in (None, _EARLIER.get(name))}
+
+
+def _began_with(record: Record) -> dict[str, Any]:
+    """What a fine-tuning says of the runs that it started from: what is not as usual.
+
+    pretrained_k: how k moved, where not as the method has it. pretrained.scale: another scale. teacher: its method.
+    """
+    parts = (record.get("pretrained"), record.get("teacher"), record.get("config"))
+    pretrained, teacher, config = (part if isinstance(part, Mapping) else {} for part in parts)
+    found = {"teacher": teacher.get("method")}
+    if pretrained.get("scale") != record["scale"]:
+        found["pretrained.scale"] = pretrained.get("scale")
+    schedule, n = pretrained.get("k_schedule"), pretrained.get("num_experts") or config.get("num_experts")
+    method = METHODS.get(record["method"])
+    if isinstance(schedule, list) and len(schedule) == 3 and method is not None and isinstance(n, int):
+        if schedule != [method.k_min(n), method.k_max(n), method.schedule]:
+            found["pretrained_k"] = "{}..{} {}".format(*schedule)
+    return found
 
 
 def _sizes(record: Record) -> dict[str, str]:

@@ -6,13 +6,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from smoe.report.groups import plain
 from smoe.report.panels import FIGURE5, PRETRAINING, Line, Panel, figure1, figure3, figure4, is_empty
 from smoe.report.runs import Context
 from smoe.report.style import INK, SPARE, STYLES, clean_axes, new_figure, save
+from smoe.report.transfer import DISTILLATION
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def plots_of(contexts: Sequence[Context]) -> list[Plot]:
         figures = {
             "figure1": [figure1(context) for context in pretrained if context.model == "transformer_xl"],
             "figure3": list(map(figure3, pretrained)),
-            "figure4": [figure4(context) for context in here if context.task not in PRETRAINING],
+            "figure4": [figure4(context) for context in here if _over_kept(context)],
         }
         for name, panels in figures.items():
             if panels := [panel for panel in panels if not is_empty(panel)]:
@@ -47,6 +48,13 @@ def plots_of(contexts: Sequence[Context]) -> list[Plot]:
         if rows := [row for row in rows if not all(map(is_empty, row))]:
             plots.append(Plot("figure5", scale, rows))
     return sorted(plots, key=lambda plot: plot.figure)
+
+
+def _over_kept(context: Context) -> bool:
+    """Whether Figure 4 has a panel for it: fine-tuned, and no fold of several that are only a whole together."""
+    settings = dict(context.runs[0].conditions)
+    pooled = "patience" in settings and "fold" in settings and settings["fold"] != "challenge"
+    return context.task not in (*PRETRAINING, DISTILLATION) and not pooled
 
 
 def draw(plot: Plot, folder: str | Path) -> list[Path]:
@@ -92,15 +100,15 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
 
 
 def _draw_line(axes: Any, line: Line, style: tuple[str, str, Any]) -> None:
-    """Means over the seeds, with the standard deviation as bars where there are several seeds."""
+    """Means over the seeds, with bars as ``Point.spread`` has them."""
     color, marker, dashes = style
     points = [point for point in line.points if point.values]
     values = [point.values for point in points]
-    spread = [stdev(of_seeds) if len(of_seeds) > 1 else 0.0 for of_seeds in values]
+    spread = list(zip(*(point.spread for point in points), strict=True))  # below, above
     axes.errorbar(
         [point.x for point in points],
         [fmean(of_seeds) for of_seeds in values],
-        yerr=spread if any(spread) else None,
+        yerr=spread if any(map(any, spread)) else None,
         color=color,
         marker=marker,
         linestyle=dashes,

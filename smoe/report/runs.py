@@ -19,7 +19,7 @@ _SIZES = {"num_layers", "num_experts", "d_hidden", "d_hidden_bert", "d_hidden_ro
 _ROUTING = {"layers", "router", "schedule", "k_min", "k_max"}
 # What else only experts have: variants of a method, each compared on its own.
 _VOTES = ("keep", "vote_score", "vote_batches")
-_OPTIONS = ("score", "output_scale", "expert_dropout", "balance_weight", "consistency_weight", *_VOTES)
+_OPTIONS = ("score", "output_scale", "expert_dropout", "balance_weight", "consistency_weight", "pretrained_k", *_VOTES)
 _AS_RELEASED = {"score": "softmax_after_topk", "output_scale": "1"}  # goes without saying
 # Said first where two conditions must be told apart.
 _TELLING = ("steps", "batch_size", "learning_rate")
@@ -33,6 +33,7 @@ class Run:
     schedule: (k_min, k_max, mode), the method's own where the configuration says nothing else.
     options: what else only experts have, by name, as text. conditions: everything else but the seed, likewise; runs
     are compared only where these agree.
+    right: whether it is right with all of its experts, by example; None without predictions beside the record.
     """
 
     record: Record
@@ -46,6 +47,7 @@ class Run:
     schedule: tuple[int, int, str] | None
     options: tuple[tuple[str, str], ...]
     conditions: tuple[tuple[str, str], ...]
+    right: Mapping[str, bool] | None = None
 
     @property
     def identity(self) -> tuple:
@@ -184,6 +186,7 @@ def read_run(record: Record, name: str) -> Run:
         schedule = (k_min, k_max, _own_or(config, "schedule", METHODS[method].schedule, str, name))
     known = _AS_RELEASED | settings
     options = tuple((name, known[name]) for name in _OPTIONS if name in known) if num_experts else ()
+    _check_fine_tuning(record, name)
     conditions = {name: value for name, value in settings.items() if name not in {*_SIZES, *_ROUTING, *_OPTIONS}}
     return Run(record, method, record.get("seed"), num_layers, d_hidden, num_experts, layers, router, schedule, options,
                tuple(sorted(conditions.items())))  # fmt: skip
@@ -242,6 +245,21 @@ def _name_contexts(contexts: Sequence[Context]) -> None:
 
 def _place(context: Context) -> tuple:
     return context.model, context.dataset, context.scale
+
+
+def _check_fine_tuning(record: Record, name: str) -> None:
+    """ValueError where what a fine-tuning says of its pretraining, its teacher or its floors is not what it must be."""
+    for part in ("pretrained", "teacher", "floors"):
+        if not isinstance(record.get(part) or {}, Mapping):
+            raise ValueError(f"{name}: {part} is {reprlib.repr(record[part])}; it must be fields by name")
+    if (record.get("pretrained") or {}).get("num_experts") is not None:
+        _whole(record["pretrained"], "num_experts", name)
+    for floor, shares in (record.get("floors") or {}).items():
+        proper = isinstance(shares, Mapping) and all(
+            isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares.values()
+        )
+        if not proper:
+            raise ValueError(f"{name}: floors.{floor} is {reprlib.repr(shares)}; it must be a share for each split")
 
 
 def _whole(config: Mapping[str, Any], field: str, name: str) -> int:

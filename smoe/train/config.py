@@ -51,6 +51,9 @@ class TrainConfig(MethodConfig):
     )
 
     eval_interval: int = option(4000, "steps between evaluations on valid; each writes a checkpoint", at_least=1)
+    patience: int | None = option(
+        None, "stop when so many evaluations in a row bring no new best on valid; null: after steps", at_least=1
+    )
     eval_batch_size: int = option(10, "sequences in an evaluation pass", at_least=1)
     save_interval: int | None = option(None, "steps between checkpoints; null: eval_interval", at_least=1)
     log_interval: int = option(200, "steps between lines in metrics.jsonl", at_least=1)

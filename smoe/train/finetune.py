@@ -134,5 +134,6 @@ class FineTuneTask(Task):
 
 
 def pretrained_record(pretrained: TrainConfig, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What result.json says of the run that a training started from."""
-    return {"scale": pretrained.scale, "seed": pretrained.seed, "step": checkpoint.step}
+    """What result.json says of the run that a training started from; of experts also (k_min, k_max, mode)."""
+    record = {"scale": pretrained.scale, "seed": pretrained.seed, "step": checkpoint.step}
+    return record | ({"k_schedule": list(pretrained.k_schedule())} if pretrained.get_method().routed else {})

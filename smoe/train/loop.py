@@ -43,6 +43,16 @@ class Progress:
     # The best checkpoint at each k of ``config.eval_ks()``, in that order: {"step": finished steps, "value": metric}.
     best: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def is_over(self, config: TrainConfig) -> bool:
+        """Whether all steps are done, or ``patience`` evaluations have brought no new best.
+
+        A best checkpoint is of an evaluation, so its step says how many there were since: nothing more is kept, and a
+        resumed run stops where it would have.
+        """
+        best = self.best.get(k_name(config.eval_ks()[0]))
+        waited = 0 if best is None else (self.step - best["step"]) // config.eval_interval
+        return self.step >= config.steps or config.patience is not None and waited >= config.patience
+
 
 def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> None:
     """Runs ``config`` to its end: trains, sweeps over k from the best checkpoint, writes result.json.
@@ -85,7 +95,7 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
     stop, stopped = StopRequest(), False
     model.train()
 
-    while progress.step < config.steps and not stopped:
+    while not progress.is_over(config) and not stopped:
         step, started = progress.step, time.perf_counter()  # the first step is 0
 
         # ---- learning rate and k ------------------------------------------------------------------------------------
@@ -136,6 +146,8 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
 
     log.close()
     stop.release()
+    if progress.step < config.steps and not stopped and processes.is_main:
+        print(f"no new best in {config.patience} evaluations: ends after step {progress.step} of {config.steps}")
     if stopped:
         processes.leave()
         message = f"stopped by a signal after step {progress.step}; a checkpoint is written, --resume goes on from it"
@@ -154,13 +166,13 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
         swept[step] = sweep(task, processes)
         files = task.result_files(processes) if files is None else files
     if processes.is_main:
-        sweep_seconds, per_step = time.perf_counter() - started, progress.seconds / config.steps
+        sweep_seconds, per_step = time.perf_counter() - started, progress.seconds / progress.step
         seconds = {"training": progress.seconds, "sweep": sweep_seconds, "per_step": per_step}
         folder.check_there()
         for name, content in files.items():
             write_atomic(folder.path / name, content)
         run = {"tokens_per_second": task.tokens_per_step / per_step, "processes": processes.world_size}
-        run["skipped_steps"] = progress.skipped
+        run |= {"steps": progress.step, "skipped_steps": progress.skipped}
         folder.write_result(make_record(task, chosen, swept, seconds=seconds, **run, environment=environment))
     processes.leave()
 

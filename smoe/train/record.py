@@ -25,7 +25,7 @@ Sweep = dict[str, dict[str, Measured]]  # split -> k -> what was measured
 
 
 def make_record(
-    task: Task, chosen: list[tuple[int | None, dict[str, Any]]], swept: dict[int, Sweep], **run: Any
+    task: Task, chosen: list[tuple[int | None, dict[str, Any]]], swept: dict[int, Sweep], *, steps: int, **run: Any
 ) -> dict[str, Any]:
     """The record of a finished run: what the task and its configuration say, and ``run``: what the loop knows.
 
@@ -33,6 +33,7 @@ def make_record(
         chosen: the best checkpoints, as (k that it was chosen at, its step and its value on valid). The metrics are
             those of the first one; the others stand under ``best_at_other_k``, with metrics if their step differs.
         swept: step of a checkpoint -> what was measured with it.
+        steps: of training, fewer than ``config.steps`` where patience ended it.
     """
     config, key = task.config, task.metrics[0].key
     best = [{"step": found["step"], "metric": key, "value": found["value"], "k": k} for k, found in chosen]
@@ -56,7 +57,8 @@ def make_record(
         **({"best_at_other_k": best[1:]} if best[1:] else {}),
         "parameters": parameter_counts(model, filter(None, config.sweep_ks())),
         "flops": {k_name(k): task.flops(model, k) for k in config.sweep_ks()},
-        "training_flops": training_flops(task, model),
+        "steps": steps,
+        "training_flops": training_flops(task, model, steps),
         "tokens_per_step": task.tokens_per_step,
         **{name: getattr(config, name) for name in ("expert_parallel", "fsdp", "precision")},
         "config": {field: value for field, value in to_dict(config).items() if field not in PLACES},
@@ -77,15 +79,15 @@ def label(config: TrainConfig) -> dict[str, str]:
     return {"label": ", ".join([config.get_method().title, *changed])} if changed else {}
 
 
-def training_flops(task: Task, model: nn.Module) -> int:
-    """True FLOPs of all training steps, at the k that each layer had at each.
+def training_flops(task: Task, model: nn.Module, steps: int) -> int:
+    """True FLOPs of so many training steps, at the k that each layer had at each.
 
     A step's FLOPs are a constant plus a multiple of the sum of its layers' k, since all SMoE layers are of one size.
     """
     config = task.config
     if not config.smoe_layers():
-        return config.steps * task.flops(model, None)["training_step"]
+        return steps * task.flops(model, None)["training_step"]
     layers, n = len(config.smoe_layers()), config.num_experts
     least, most = (task.flops(model, k)["training_step"] for k in (1, n))
-    more = sum(sum(config.ks_at(step)) - layers for step in range(config.steps))
-    return config.steps * least + more * (most - least) // max(layers * (n - 1), 1)
+    more = sum(sum(config.ks_at(step)) - layers for step in range(steps))
+    return steps * least + more * (most - least) // max(layers * (n - 1), 1)

@@ -54,7 +54,8 @@ def test_a_pretrained_run_is_fine_tuned_and_measured_at_any_k(pretrain, classify
     assert (record["task"], record["metric"], record["model"]) == ("classification", "accuracy", "bert")
     assert (record["dataset"]["name"], record["method"]) == ("sst2", "smoe_dropout")
     accuracy = record["metrics"]["accuracy"]
-    assert accuracy["n"] == {"valid": 23} and record["floors"] == {"most_frequent_label": {"valid": 12 / 23}}
+    assert accuracy["n"] == {"valid": 23} and record["floors"]["most_frequent_label"] == {"valid": 12 / 23}
+    assert record["floors"]["bag_of_words"] == {"valid": 1.0} and "bag_of_words 1.0000" in command.out
     kept = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     labels = [json.loads(line)["label"] for line in (sentences / "valid.jsonl").read_text().splitlines()]
     for k in ("1", "16"):

@@ -5,8 +5,10 @@ import random
 from fractions import Fraction
 
 import pytest
+from commands import assert_main_refuses
+from example_data import record_sha256, write_examples
 
-from bert.equations import OPERATORS, EquationError, check, evaluate, is_constant, slot_index, solves
+from bert.equations import OPERATORS, EquationError, check, evaluate, is_constant, main, slot_index, solves
 
 
 @pytest.mark.parametrize(
@@ -117,3 +119,22 @@ def test_a_long_sequence_needs_no_recursion():
 def test_tokens():
     assert [slot_index(t) for t in ("number0", "number12", "number", "+", "1.0")] == [0, 12, None, None, None]
     assert [is_constant(t) for t in ("100.0", "-3", "0.25", "number0", "", "1e3", "++1")] == [True] * 3 + [False] * 4
+
+
+def test_problems_that_their_own_equation_does_not_solve_are_listed(tmp_path, capsys):
+    row = {"question": "number0 of number1 ?", "numbers": [7.0, 2.0], "equation": "/ number0 number1", "answer": 3.5}
+    rounded, other = row | {"answer": 3.0}, row | {"equation": "/ number0 - number1 number1"}
+    splits = {"0-train": [row | {"answer": 9.0}], "0-test": [row, rounded], "1-test": [row, other]}
+    data = write_examples(tmp_path / "mawps", "mawps", splits)
+    main(["--data", str(data)])
+    found = capsys.readouterr().out.splitlines()
+    assert found[::2] == [
+        "/ number0 number1 with 7, 2: 3.5, stored 3",
+        "/ number0 - number1 number1 with 7, 2: '/ number0 - number1 number1' divides by zero, stored 3.5",
+        "1 of 3 different problems are solved by their own equation",
+    ]
+    (data / "1-test.jsonl").write_text('{"question": 3}\n')
+    record_sha256(data, "1-test")
+    assert_main_refuses(main, ["--data", str(data)], "1-test.jsonl is damaged", capsys)
+    data = write_examples(tmp_path / "sst2", "sst2", {"valid": []})
+    assert_main_refuses(main, ["--data", str(data)], "has no fold with test problems", capsys)

@@ -90,7 +90,13 @@ def test_a_pretrained_run_is_fine_tuned_and_measured_at_any_k(model, pretrain, s
     assert (record["task"], record["metric"], record["model"]) == ("math_word_problems", "solving_rate", model)
     assert record["config"]["output_scale"] == "k" and record["method"] == "smoe_dropout", "the run decides these"
     assert (record["dataset"]["name"], record["fold"]) == ("mawps", "0")
-    assert record["pretrained"] == {"scale": "smoke", "seed": 1, "step": 20, "seq_len": 32}
+    assert record["pretrained"] == {
+        "scale": "smoke",
+        "seed": 1,
+        "step": 20,
+        "k_schedule": [8, 16, "linear"],
+        "seq_len": 32,
+    }
     assert str(tmp_path) not in json.dumps(record)
     assert {line["k"] for line in lines(run).values()} == {16}
     rates, rows = record["metrics"]["solving_rate"], [fine_tuning.problem(i) for i in range(23)]

@@ -40,6 +40,7 @@ from smoe.modulize.record import read_record
 from smoe.report.collect import collect
 from smoe.report.costs import read_step_times
 from smoe.report.curve import plot_curve
+from smoe.report.predictions import read_right
 from smoe.report.records import check_result, read_result
 from smoe.report.tables import slimming_table
 from smoe.train.command import parse_config
@@ -261,6 +262,14 @@ def _log(folder: Path, content: bytes) -> None:
     plot_curve(folder, folder / "curve.svg")
 
 
+_SAID = {"id": "12", "8": ["+ number0 number1", 0], "16": ["0", 1]}
+
+
+def _predictions(folder: Path, content: bytes) -> None:
+    zipped = content[:2] == b"\x1f\x8b"
+    read_right(_written(folder, "a.predictions.jsonl.gz" if zipped else "predictions.jsonl", content))
+
+
 # ---- models and checkpoints
 
 _LAYER = {"num_experts": 4, "d_hidden": 64, "top_k": 2, "router": "random", "score": "softmax_after_topk"}
@@ -412,6 +421,7 @@ PARSERS = [
     Parser("run record", lambda: _json(_RECORD, _OLD), _record, plain=True),
     Parser("step times", lambda: _json({"records": [_TIMES]}), _step_times, plain=True),
     Parser("run log", lambda: [b"\n".join(_json(*_LOG)), *_json(_LOG[0])], _log, few=12),
+    Parser("predictions", lambda: [*_json(_SAID), gzip.compress(_json(_SAID)[0], mtime=0)], _predictions, few=12),
     Parser("model settings", lambda: _json(_SETTINGS, {"8": {"BPC": 1.5}}), _model_settings, plain=True),
     Parser("safetensors", _safetensors, _weights),
     Parser(

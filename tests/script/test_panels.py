@@ -3,6 +3,7 @@
 How runs are started, locked, stopped and collected is tested with a trainer that sleeps; one test trains.
 """
 
+import gzip
 import json
 import os
 import re
@@ -339,9 +340,13 @@ def test_dry_run_says_what_is_left_and_how_long_the_last_one_took(checkout):
 def test_records_are_collected_only_when_asked_for(checkout):
     assert call(checkout, "--scale", "smoke", "--seeds", 1)[0] == 0
     assert not (checkout / "results").exists()
+    said = '{"id": "0", "16": ["1", 1]}\n'
+    (next((checkout / "runs/figure/two").glob("*/result.json")).parent / "predictions.jsonl").write_text(said)
     assert call(checkout, "--scale", "smoke", "--seeds", 1, "--collect")[0] == 0
     files = sorted(path.name for path in (checkout / "results/figure/smoke").iterdir())
-    assert files == ["four_flag_x-y-seed1.json", "one-seed1.json", "three-seed1.json", "two-seed1.json"]
+    assert files == ["four_flag_x-y-seed1.json", "one-seed1.json", "three-seed1.json", "two-seed1.json",
+                     "two-seed1.predictions.jsonl.gz"]  # fmt: skip
+    assert gzip.decompress((checkout / "results/figure/smoke" / files[-1]).read_bytes()).decode() == said
     record = checkout / "results/figure/smoke/one-seed1.json"
     assert record.read_text() == next((checkout / "runs/figure/one").glob("*/result.json")).read_text()
 

@@ -69,7 +69,9 @@ def test_the_flags_of_every_script(script, setting, tmp_path):
         assert (config.epochs, config.batch_size) == (3, 64)
         assert config.learning_rate == (1e-4 if task == "sst2" else 2e-5)
     if setting == "all":
-        assert config.epochs is None and (task == "sst2" or config.steps == 1200)
+        assert config.patience == 4 and config.epochs is None and (task == "sst2" or config.steps == 1200)
+    else:
+        assert config.patience is None
     if config_class is MathConfig:
         fold = {"svamp/bert": "4", "svamp/roberta": "1"}.get(f"{task}/{model}", "0")
         assert config.fold == (fold if setting == "paper" else "0")

@@ -45,7 +45,9 @@ def test_a_pretrained_run_is_fine_tuned_and_measured_at_any_k(train, classify, s
     assert accuracy["direction"] == "higher" and accuracy["n"] == {"valid": 23} and "test" not in accuracy
     assert accuracy["valid"].keys() == {"1", "16"} and accuracy["valid"]["16"] > 0.9
     assert accuracy["valid"]["16"] * 23 == pytest.approx(round(accuracy["valid"]["16"] * 23))
-    assert record["pretrained"] == {"scale": "smoke", "seed": 1, "step": 20}
+    assert record["pretrained"] == {"scale": "smoke", "seed": 1, "step": 20, "k_schedule": [8, 16, "linear"]}
+    assert record["floors"] == {"most_frequent_label": {"valid": 12 / 23}, "bag_of_words": {"valid": 1.0}}
+    assert "floors on valid: most_frequent_label 0.5217, bag_of_words 1.0000" in command.out
     assert str(tmp_path) not in json.dumps(record)
     assert {line["k"] for line in lines(run).values()} == {16}
     assert record["best"]["value"] == accuracy["valid"]["16"]

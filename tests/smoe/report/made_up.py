@@ -80,6 +80,39 @@ def made_up(method: str, seed: int = 1, *, model: str = "transformer_xl", scale:
     }
 
 
+ACCURACY = {"title": "Accuracy", "unit": "share of n examples", "direction": "higher"}
+
+
+def fine_tuned(
+    method: str,
+    seed: int = 1,
+    *,
+    right: dict[str, list[bool]],
+    keep: int | None = None,
+    model: str = "transformer_xl",
+    dataset: str = "sst2",
+    task: str = "classification",
+    metric: str = "accuracy",
+    teacher: str | None = None,
+    **config: Any,
+) -> dict:
+    """A record of a fine-tuning with all 16 experts of a run or with ``keep`` of them; ``right``: by k, by example."""
+    config = {"schedule": None if method.startswith("dense") else "constant", "keep": keep, **config}
+    sizes = {} if keep is None else {"num_experts": keep, "d_hidden": 64 * keep}
+    record = made_up(method, seed, model=model, **config | sizes)
+    shares = {key: sum(of_k) / len(of_k) for key, of_k in right.items()}
+    n = len(next(iter(right.values())))
+    record |= {"task": task, "metric": metric, "dataset": {"name": dataset, "sha256": dataset.encode().hex()}}
+    record["metrics"] = {metric: {**ACCURACY, "n": {"valid": n, "test": n}, "valid": shares, "test": shares}}
+    record["pretrained"] = {"scale": "cpu", "seed": seed, "step": 3000} | ({"num_experts": 16} if keep else {})
+    record["floors"] = {"most_frequent": {"test": 0.3}}
+    if config.get("fold") is not None:
+        record["fold"] = config["fold"]
+    if teacher is not None:
+        record |= {"task": "distillation", "teacher": {"method": teacher, "d_hidden": 1024}}
+    return record
+
+
 def every_panel(seeds: tuple[int, ...] = (1, 2, 3)) -> list[dict]:
     """Table 1 and every panel of Figures 1, 3 and 5."""
     records = []

@@ -103,7 +103,10 @@ def test_figure_4_is_over_the_experts_that_were_kept():
     point = lines["SMoE, kept experts"].points[1]
     runs = [fine_tuned("smoe", seed, 8) for seed in (1, 2)]
     assert sorted(point.values) == sorted(run["metrics"]["bpc"]["test"]["8"] for run in runs)
-    assert point.x == runs[0]["parameters"]["total"] / 1e6
+    assert [p.x for p in lines["SMoE, kept experts"].points] == [2, 8, 16] and lines["Dense w. Dropout"].points[
+        0
+    ].x == 16
+    assert point.spread == pytest.approx([abs(a - b) / 2**0.5 for a, b in [point.values]] * 2)
 
 
 # ---- finding records
@@ -233,7 +236,7 @@ def test_every_panel_is_drawn_and_what_was_not_run_is_said(folders):
     report = (results / "REPORT.md").read_text()
     for stem in stems:
         assert f"](../Figs/{stem}.png)" in report
-    assert "## Figure 4\n\nAfter fine-tuning, over active parameters.\n\nNot run." in report
+    assert "of one seed the Wilson interval.\n\nNot run." in report
     assert "## Other runs" not in report
     again, _ = write_report(results, figures)
     contents = {path: path.read_bytes() for path in written}

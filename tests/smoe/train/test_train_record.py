@@ -71,7 +71,8 @@ def test_training_flops_are_those_of_all_steps(fields, tmp_path):
     with torch.device("meta"):
         meta = task.build_model()
     each = [task.flops(meta, config.ks_at(step) or None)["training_step"] for step in range(config.steps)]
-    assert training_flops(task, meta) == sum(each) > 0
+    assert training_flops(task, meta, config.steps) == sum(each) > 0
+    assert training_flops(task, meta, 5) == sum(each[:5])
     if config.schedule in ("random", "random_per_layer"):
         assert statistics.pstdev(each) > 0
 
@@ -80,7 +81,7 @@ def test_one_pass_of_thor_costs_half(tmp_path):
     flops = []
     for weight in (None, 2.0, 0.0):
         task, _ = toy(toy_config(tmp_path, "thor", consistency_weight=weight))
-        flops.append(training_flops(task, task.build_model()))
+        flops.append(training_flops(task, task.build_model(), task.config.steps))
     assert flops[0] == flops[1] == 2 * flops[2]
 
 
@@ -101,7 +102,7 @@ def test_a_record_has_every_metric_at_every_k_and_what_it_was_told(tmp_path):
     task, processes = toy(config)
     task.record = {"own": "field"}
     swept = sweep(task, processes)
-    record = make_record(task, [(16, {"step": 4, "value": 0.5})], {4: swept}, processes=1)
+    record = make_record(task, [(16, {"step": 4, "value": 0.5})], {4: swept}, steps=12, processes=1)
     assert json.loads(json.dumps(record)) == record
     assert (record["metric"], record["own"], record["processes"]) == ("accuracy", "field", 1)
     assert record["best"] == {"step": 4, "metric": "accuracy", "value": 0.5, "k": 16}
@@ -124,7 +125,7 @@ def test_a_record_of_a_dense_run_is_read_by_the_report(tmp_path):
     assert set(sweep(task, processes)["test"]) == {"dense"}
     measured = {split: {"dense": Measured({"accuracy": 0.5, "cross_entropy": 1.0}, 10)} for split in ("valid", "test")}
     best = {"step": 8, "value": 0.5}
-    record = make_record(task, [(None, best)], {8: measured}, seconds={}, processes=1, environment={})
+    record = make_record(task, [(None, best)], {8: measured}, steps=12, seconds={}, processes=1, environment={})
     assert record["metrics"]["accuracy"]["test"] == {"dense": 0.5} and "label" not in record
     assert record["parameters"]["active_per_k"] == {} and record["parameters"]["experts"] == 0
     assert check_result(record)

@@ -1,5 +1,6 @@
 """The loop has room for tasks: one of a few lines trains, stops, goes on bit for bit and leaves a record."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -85,6 +86,39 @@ def test_a_best_checkpoint_is_kept_where_training_ends_and_at_n(tmp_path, fields
         metrics = record["metrics"] if best["step"] == record["best"]["step"] else best["metrics"]
         assert metrics["accuracy"]["valid"][str(k)] == found[step]
         assert step in list_steps(tmp_path / "checkpoints")
+
+
+def test_patience_ends_a_training_that_brings_no_new_best(tmp_path, monkeypatch, capsys):
+    """At the step that the values of an undisturbed run say, stopped and resumed on the way or not."""
+    fields = {"steps": 40, "eval_interval": 2, "learning_rate": 0.5}
+    train(Toy, toy_config(tmp_path / "whole", **fields), Processes())
+    logged = read_metrics(tmp_path / "whole/metrics.jsonl")
+    found = {line["step"]: line["valid"]["accuracy"] for line in logged if "valid" in line}
+    since = {step: step - max((s for s in found if s <= step), key=lambda s: (found[s], -s)) for step in found}
+    end = next(step for step, waited in since.items() if waited == 3 * 2)
+    assert end < 40
+    alone, stopped = (toy_config(tmp_path / name, patience=3, **fields) for name in ("alone", "stopped"))
+    capsys.readouterr()
+    train(Toy, alone, Processes())
+    assert f"no new best in 3 evaluations: ends after step {end} of 40\n" in capsys.readouterr().out
+    monkeypatch.setenv("TOY_STOP_AT", str(end - 2))  # between two evaluations
+    with pytest.raises(Stopped):
+        train(Toy, stopped, Processes())
+    monkeypatch.delenv("TOY_STOP_AT")
+    stopped = dataclasses.replace(stopped, resume=True)
+    for _ in range(2):  # the second time as if it had been killed before its record was written
+        train(Toy, stopped, Processes())
+        assert_same_weights(tmp_path / "alone", tmp_path / "stopped")
+        of_whole = {step: loss for step, loss in losses(tmp_path / "whole").items() if step <= end}
+        assert losses(tmp_path / "alone") == losses(tmp_path / "stopped") == of_whole
+        records = [result(tmp_path / name) for name in ("alone", "stopped")]
+        for record in records:
+            assert record["steps"] == end and record["config"]["patience"] == 3
+            assert record["best"]["step"] == end - 6 and record["metrics"] == records[0]["metrics"]
+            assert (
+                record["training_flops"] == records[0]["training_flops"] < result(tmp_path / "whole")["training_flops"]
+            )
+        (tmp_path / "stopped/result.json").unlink()
 
 
 FLAGS = ("--method", "thor", "--scale", "smoke")

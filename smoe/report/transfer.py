@@ -1,0 +1,292 @@
+"""Fine-tuned runs in the terms of Tables 2, 3, A4, A5 and A6: which run is which cell, and what two cells differ by."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from smoe.methods import METHODS
+from smoe.paper import SIZES, paper_results
+from smoe.report.checks import DEFAULT_MARGIN, MARGINS
+from smoe.report.groups import plain
+from smoe.report.predictions import compare_right
+from smoe.report.records import dataset_name, examples_of, split_of, value_at
+from smoe.report.runs import Run
+from smoe.report.statistics import Difference, mean_interval, paired_bootstrap, wilson_interval
+
+DISTILLATION, QUESTIONS = "distillation", "question_answering"
+TASKS = ("classification", "multiple_choice", "math_word_problems", QUESTIONS, DISTILLATION)
+FOLDS = 5  # of a set of word problems
+# The rows of Table 2 as the paper's numbers are named.
+ROWS = ("dense_dropout", "thor_k_N", "smoe_k_N", "smoe_dropout_k_half", "smoe_dropout_k_N")
+SETTINGS = {
+    "paper": "setting `paper`: 3 epochs of batches of 64, of word problems one fold",
+    "all": "setting `all`: until validation stops rising, of word problems every fold",
+    "challenge": "SVAMP as a challenge: all 1000 problems after training on MAWPS and ASDiv-A",
+    "own": "as the scale has it, under no setting of Table 2",
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What was fine-tuned: a method, ``kept`` of the ``of`` experts of its pretraining (None: it has none).
+
+    pretrained_k: how k moved in pretraining, where not as the method has it. teacher: of a distilled model.
+    """
+
+    method: str
+    kept: int | None = None
+    of: int | None = None
+    options: tuple[tuple[str, str], ...] = ()
+    pretrained_k: str = ""
+    teacher: str = ""
+
+    @property
+    def row(self) -> str | None:
+        """The name of its row in Table 2; None if it has none. A variant of a method is in its method's row."""
+        budget = "" if self.kept is None else {1.0: "_k_N", 0.5: "_k_half"}.get(self.kept / (self.of or self.kept), "?")
+        row = self.method + budget
+        return row if row in ROWS and not self.pretrained_k and not self.teacher else None
+
+    @property
+    def as_released(self) -> bool:
+        """Whether its layers weigh and scale experts as the release does, and so as the paper's numbers."""
+        return all(option in _UNSAID for option in self.options if option[0] in ("score", "output_scale"))
+
+
+_UNSAID = {("score", "softmax_after_topk"), ("output_scale", "1")}
+
+
+@dataclass
+class Score:
+    """``right`` of ``n`` examples, over the folds; ``by_example``: whether each is right, None without predictions."""
+
+    right: int
+    n: int
+    by_example: Mapping[Any, bool] | None
+    floors: Mapping[str, float]
+
+    @property
+    def share(self) -> float:
+        return self.right / self.n
+
+    @cached_property
+    def interval(self) -> tuple[float, float]:
+        """The Wilson interval of the share."""
+        return wilson_interval(self.right, self.n)
+
+
+@dataclass
+class Tuned:
+    """The runs of one kind in one column, by seed and fold (None where the task has no folds)."""
+
+    kind: Kind
+    runs: dict[Any, dict[Any, Run]] = field(default_factory=dict)
+
+    @property
+    def seeds(self) -> list[Any]:
+        return sorted(self.runs, key=str)
+
+    def folds(self, seed: Any) -> list[Any]:
+        return sorted(self.runs[seed], key=str)
+
+    def score(self, seed: Any, folds: Sequence[Any] | None = None) -> Score:
+        """Of one seed, over these folds (all that there are), each example counting as much."""
+        chosen = [(fold, self.runs[seed][fold]) for fold in (self.folds(seed) if folds is None else folds)]
+        counts = [examples_of(run.record) for _, run in chosen]
+        rights = [round(n * value_at(run.record, run.full)) for (_, run), n in zip(chosen, counts, strict=True)]
+        by_example = None
+        if all(run.right is not None for _, run in chosen):
+            by_example = {(fold, name): right for fold, run in chosen for name, right in run.right.items()}
+        return Score(sum(rights), sum(counts), by_example, _floors([run for _, run in chosen], counts))
+
+    def values(self) -> list[float]:
+        """The share by seed, of seeds that have as many folds as any."""
+        most = max(map(len, self.runs.values()))
+        return [self.score(seed).share for seed in self.seeds if len(self.runs[seed]) == most]
+
+    def other(self, key: str) -> float | None:
+        """Another metric of the first seed's run, None if its record has none."""
+        (run, *_) = self.runs[self.seeds[0]].values()
+        split = run.record["metrics"].get(key, {}).get(split_of(run.record))
+        value = split.get(run.full) if isinstance(split, Mapping) else None
+        return value if isinstance(value, (int, float)) else None
+
+
+@dataclass
+class Column:
+    """One model on one data set, fine-tuned under one setting."""
+
+    model: str
+    dataset: str
+    task: str
+    scale: str
+    setting: str
+    metric: Mapping[str, Any]
+    tuned: dict[Kind, Tuned] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}, {self.dataset}"
+
+    def label(self, kind: Kind) -> str:
+        """E.g. ``SMoE-Dropout (k = 8 of 16), output_scale k``: options that not all have, or not the release."""
+        budget = "" if kind.kept is None else f" (k = {kind.kept} of {kind.of})"
+        routed = [other.options for other in self.tuned if other.kept is not None]
+        said = [
+            f"{name} {value}"
+            for name, value in kind.options
+            if (name, value) not in _UNSAID
+            and (name in ("score", "output_scale") or any((name, value) not in options for options in routed))
+        ]
+        return plain(", ".join([f"{METHODS[kind.method].title}{budget}", *said]))
+
+    def of_row(self, row: str) -> list[Tuned]:
+        """The kinds of a row of Table 2, the method as released first."""
+        found = [tuned for kind, tuned in self.tuned.items() if kind.row == row]
+        return sorted(found, key=lambda tuned: (not tuned.kind.as_released, tuned.kind.options))
+
+    def of(self, row: str) -> Tuned | None:
+        """The method of a row as released, else in its first variant; None if there is none."""
+        return next(iter(self.of_row(row)), None)
+
+    @property
+    def margin(self) -> float:
+        return MARGINS.get(self.metric["key"], DEFAULT_MARGIN)
+
+
+def columns_of(runs: Iterable[Run]) -> list[Column]:
+    """The fine-tuned runs by scale, setting, model and data, in the paper's order.
+
+    Where a column has runs under several other conditions (steps, learning rate), those of most kinds are taken.
+    """
+    found: dict[tuple, dict[tuple, list[tuple[Kind, Run]]]] = {}
+    for run in runs:
+        kind = kind_of(run)
+        if kind is None:
+            continue
+        where = (
+            run.record["scale"],
+            setting_of(run),
+            run.record["model"],
+            dataset_name(run.record),
+            run.record["task"],
+        )
+        conditions = tuple((name, value) for name, value in run.conditions if name not in ("fold", "n", "teacher"))
+        found.setdefault(where, {}).setdefault(conditions, []).append((kind, run))
+    columns = []
+    for (scale, setting, model, dataset, task), groups in found.items():
+        most = max(groups.values(), key=lambda group: (len({kind for kind, _ in group}), len(group)))
+        record = most[0][1].record
+        metric = {"key": record["metric"], **record["metrics"][record["metric"]]}
+        column = Column(*map(plain, (model, dataset, task, scale)), setting, metric)
+        for kind, run in most:
+            of_seed = column.tuned.setdefault(kind, Tuned(kind)).runs.setdefault(run.seed, {})
+            of_seed[run.record.get("fold")] = run
+        columns.append(column)
+    models, sets, settings = list(SIZES), _datasets(), list(SETTINGS)
+    place = lambda value, known: (known.index(value) if value in known else len(known), value)  # noqa: E731
+    return sorted(
+        columns,
+        key=lambda c: (c.scale, settings.index(c.setting), place(c.model, models), place(c.dataset, sets), c.task),
+    )
+
+
+def kind_of(run: Run) -> Kind | None:
+    """None for a run that is no fine-tuning measured in shares, or one with fewer active experts than it has."""
+    record = run.record
+    metric = record["metrics"][record["metric"]]
+    value, n = value_at(record, run.full), examples_of(record)
+    if record.get("task") not in TASKS or metric["direction"] != "higher" or n is None:
+        return None
+    if value is None or not 0 <= value <= 1:
+        return None
+    teacher = (record.get("teacher") or {}).get("method", "")
+    if run.num_experts is None:
+        return Kind(run.method, teacher=teacher)
+    if not (run.own_router and run.all_layers and run.all_active):
+        return None
+    options = tuple(option for option in run.line_over_kept[1] if option[0] != "pretrained_k")
+    keep = (record.get("config") or {}).get("keep")
+    of = (record.get("pretrained") or {}).get("num_experts") if keep else run.num_experts
+    return Kind(run.method, run.num_experts, of or run.num_experts, options, dict(run.options).get("pretrained_k", ""))
+
+
+def setting_of(run: Run) -> str:
+    """Which setting of Table 2's scripts a record's configuration is."""
+    config = run.record.get("config") or {}
+    if config.get("fold") == "challenge":
+        return "challenge"
+    if config.get("patience") is not None:
+        return "all"
+    return "paper" if (config.get("epochs"), config.get("batch_size")) == (3, 64) else "own"
+
+
+def shared(a: Tuned, b: Tuned) -> list[tuple[Any, list[Any]]]:
+    """The seeds that both have, each with the folds that both have."""
+    both = [(seed, [fold for fold in a.folds(seed) if fold in b.runs[seed]]) for seed in a.seeds if seed in b.runs]
+    return [(seed, folds) for seed, folds in both if folds]
+
+
+def mcnemar_p(a: Tuned, b: Tuned) -> float | None:
+    """p of McNemar's exact test at the first shared seed; None without predictions of the same examples."""
+    for seed, folds in shared(a, b):
+        one, other = a.score(seed, folds).by_example, b.score(seed, folds).by_example
+        if one and other and one.keys() == other.keys() and len(one) > 1:
+            return compare_right(one, other).p
+    return None
+
+
+def difference(a: Tuned, b: Tuned, margin: float) -> Difference | None:
+    """``a`` minus ``b``, the mean over the seeds that both have, on the same folds; None if there is none.
+
+    Its interval covers what is known of: the paired bootstrap over the examples, each averaged over the seeds, where
+    there are predictions; and the t interval over the seeds, where there are three.
+    """
+    both = shared(a, b)
+    if not both:
+        return None
+    scores = [(a.score(seed, folds), b.score(seed, folds)) for seed, folds in both]
+    differences = [one.share - other.share for one, other in scores]
+    intervals = [mean_interval(differences)]
+    names = scores[0][0].by_example
+    if (
+        names
+        and len(names) > 1
+        and all(s.by_example and s.by_example.keys() == names.keys() for p in scores for s in p)
+    ):
+        means = [[sum(s[i].by_example[name] for s in scores) / len(scores) for name in names] for i in (0, 1)]
+        intervals.append(paired_bootstrap(*means))
+    known = [interval for interval in intervals if interval is not None]
+    seeds, mean = tuple(seed for seed, _ in both), sum(differences) / len(differences)
+    if not known:
+        return Difference(seeds, mean, margin)
+    low, high = min(low for low, _ in known), max(high for _, high in known)
+    return Difference(seeds, mean, margin, low, high, 0.0 if -margin < low and high < margin else 1.0)
+
+
+def complete(tuned: Tuned, seed: Any) -> str:
+    """``3 of 5 folds`` where some are missing."""
+    folds = tuned.folds(seed)
+    run = tuned.runs[seed][folds[0]]
+    pooled = setting_of(run) == "all" and folds != [None]
+    return f"{len(folds)} of {FOLDS} folds" if pooled and len(folds) < FOLDS else ""
+
+
+def _datasets() -> list[str]:
+    return list(dict.fromkeys(task for tasks in paper_results()["table2"].values() for task in tasks))
+
+
+def _floors(runs: Sequence[Run], counts: Sequence[int]) -> dict[str, float]:
+    """Each floor that all records have, over their examples."""
+    sums: Counter[str] = Counter()
+    times: Counter[str] = Counter()
+    for run, n in zip(runs, counts, strict=True):
+        for name, shares in (run.record.get("floors") or {}).items():
+            if split_of(run.record) in shares:
+                sums[name] += n * shares[split_of(run.record)]
+                times[name] += 1
+    return {name: sums[name] / sum(counts) for name in sums if times[name] == len(runs)}

@@ -1,0 +1,302 @@
+"""Tables 2, 3, A4, A5 and A6 from made-up records, and what becomes of the paper's claims about transfer."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from statistics import fmean, stdev
+
+import pytest
+from made_up import fine_tuned
+
+from smoe.paper import paper_results
+from smoe.report import main
+from smoe.report.collect import collect
+from smoe.report.document import document
+from smoe.report.plots import plots_of
+from smoe.report.runs import contexts_of
+from smoe.report.statistics import mcnemar, mean_interval, paired_bootstrap, wilson_interval
+from smoe.report.transfer import FOLDS, ROWS, columns_of
+from smoe.report.transfer_claims import summary, transfer_findings
+
+COLUMNS = [(model, dataset) for model, tasks in paper_results()["table2"].items() for dataset in tasks]
+TASK = {"sst2": ("classification", "accuracy"), "csqa": ("multiple_choice", "accuracy")}
+PAPER, ALL = {"epochs": 3, "batch_size": 64}, {"patience": 4}
+# Row of Table 2 -> method, kept experts, by how much more it is right than dense training.
+KINDS = {
+    "dense_dropout": ("dense_dropout", None, 0.0),
+    "thor_k_N": ("thor", None, -0.10),
+    "smoe_k_N": ("smoe", None, -0.05),
+    "smoe_dropout_k_half": ("smoe_dropout", 8, -0.02),
+    "smoe_dropout_k_N": ("smoe_dropout", None, 0.15),
+}
+
+
+def answers(share: float, n: int, seed: object) -> list[bool]:
+    """Right in the examples whose own number is below ``share``, but for a few: runs agree on most examples."""
+    own, noise = random.Random(n), random.Random(repr((share, n, seed)))
+    return [own.random() + 0.1 * noise.random() < share for _ in range(n)]
+
+
+def run(method: str, share: float, n: int, seed: int = 1, *, keep: int | None = None, growing=False, **fields) -> dict:
+    """A record and, under ``said``, what its predictions are."""
+    key = "dense" if method.startswith("dense") else str(keep or 16)
+    said = {key: answers(share, n, (method, seed, keep, fields.get("teacher"), growing))}
+    record = fine_tuned(method, seed, right=said, keep=keep, **fields) | {"said": said}
+    if growing:
+        record["pretrained"]["k_schedule"] = [8, 16, "linear"]
+    return record
+
+
+def table2(setting: dict, columns=COLUMNS, seeds=(1,), n=150) -> list[dict]:
+    records = []
+    for model, dataset in columns:
+        task, metric = TASK.get(dataset, ("math_word_problems", "solving_rate"))
+        pooled = task == "math_word_problems" and setting is ALL
+        folds = [str(fold) for fold in range(FOLDS)] if pooled else [None] if dataset in TASK else ["4"]
+        for seed in seeds:
+            for method, keep, more in KINDS.values():
+                shared = {"model": model, "dataset": dataset, "task": task, "metric": metric, "keep": keep, **setting}
+                records += [
+                    run(method, 0.5 + more, n + i, seed, **shared, **({} if fold is None else {"fold": fold}))
+                    for i, fold in enumerate(folds)
+                ]
+    return records
+
+
+def write(folder, records: list[dict]) -> None:
+    """As --collect leaves them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, record in enumerate(records):
+        said = record.get("said")
+        content = {name: value for name, value in record.items() if name != "said"}
+        (folder / f"{number}.json").write_text(json.dumps(content))
+        if said is not None:
+            rows = zip(*said.values(), strict=True)
+            lines = [json.dumps({"id": str(i)} | {k: ["x", int(r)] for k, r in zip(said, row, strict=True)})
+                     for i, row in enumerate(rows)]  # fmt: skip
+            packed = gzip.compress("\n".join(lines).encode(), mtime=0)
+            (folder / f"{number}.predictions.jsonl.gz").write_bytes(packed)
+
+
+def report_of(folder, records: list[dict]) -> str:
+    """REPORT.md without its plots."""
+    write(folder, records)
+    runs, problems = collect(folder)
+    assert problems == []
+    columns = columns_of(runs)
+    return document(contexts_of(runs), transfer_findings(columns), [], problems, [], "Figs", columns)
+
+
+def rows_of(report: str, section: str, heading: str) -> list[dict[str, str]]:
+    """The table under a heading within a section, by the names in its head."""
+    part = report.split(f"## {section}\n", 1)[1].split(f"### {heading}", 1)[1]
+    lines = [line for line in part.split("\n### ")[0].split("\n## ")[0].splitlines() if line.startswith("|")]
+    head, _, *body = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    names = [f"{name} of the difference" if name in head[:i] else name for i, name in enumerate(head)]
+    return [dict(zip(names, line, strict=True)) for line in body]
+
+
+def test_table_2_has_every_cell_in_both_settings(tmp_path):
+    records = table2(PAPER) + table2(ALL)
+    report = report_of(tmp_path, records)
+    assert "## Other runs" not in report
+    for setting, fields in (("paper", PAPER), ("all", ALL)):
+        rows = rows_of(report, "Table 2", f"Scale cpu, setting `{setting}`")
+        assert len(rows) == 40 and "missing" not in str(rows)
+        for i, (model, dataset) in enumerate(COLUMNS):
+            for row, shown in zip(ROWS, rows[5 * i : 5 * i + 5], strict=True):
+                method, keep, _ = KINDS[row]
+                mine = [
+                    r for r in records if (r["model"], r["dataset"]["name"], r["method"]) == (model, dataset, method)
+                ]
+                mine = [r for r in mine if r["config"].items() >= {"keep": keep, **fields}.items()]
+                dense = [r for r in records if (r["model"], r["dataset"]["name"]) == (model, dataset)]
+                dense = [r for r in dense if r["method"] == "dense_dropout" and r["config"].items() >= fields.items()]
+                assert len(mine) == len(dense) == (5 if setting == "all" and dataset not in TASK else 1)
+                right, base = ([x for r in side for of_k in r["said"].values() for x in of_k] for side in (mine, dense))
+                n, share, printed = len(right), fmean(right), paper_results()["table2"][model][dataset][row]
+                low, high = wilson_interval(sum(right), n)
+                assert shown["task"] == f"{model}, {dataset}".replace("_", "\\_") and shown["n"] == str(n)
+                assert shown["paper"] == f"{printed:.2f}" and shown["ours"] == f"{100 * share:.2f}"
+                assert shown["95 %"] == f"{100 * low:.2f} to {100 * high:.2f}"
+                assert shown["difference"] == f"{100 * share - printed:+.2f}"
+                assert shown["beats its floor"] == "yes" and shown["floor"] == "30.00 (most frequent)"
+                if method != "dense_dropout":
+                    low, high = paired_bootstrap(right, base)
+                    assert shown["to dense"] == f"{100 * (share - fmean(base)):+.2f}"
+                    assert shown["p"] == f"{mcnemar(right, base):.4f}"
+                    assert shown["95 % of the difference"] == f"{100 * low:+.2f} to {100 * high:+.2f}"
+
+
+def test_what_is_not_there_is_missing_and_a_floor_that_is_not_beaten_is_said(tmp_path):
+    records = table2(PAPER, columns=COLUMNS[:2])[:7]
+    for i, floor in enumerate((0.9, None, 0.3)):
+        records[i]["floors"] = {} if floor is None else {"chance": {"test": 0.1}, "bag_of_words": {"test": floor}}
+    records[2]["floors"]["bag_of_words"]["test"] = fmean(records[2]["said"]["16"]) - 0.001
+    del records[6]["said"]  # no predictions
+    damaged = [*records, *table2(ALL, columns=[("bert", "mawps")])[:3]]
+    report = report_of(tmp_path, damaged)
+    rows = rows_of(report, "Table 2", "Scale cpu, setting `paper`")
+    assert [row["beats its floor"] for row in rows[:3]] == ["**no**", "missing", "within noise"]
+    assert rows[0]["floor"] == "90.00 (bag of words)"
+    assert rows[6]["ours"] != "missing" and rows[6]["to dense"] != "missing" and rows[6]["p"] == "missing"
+    assert rows[7]["paper"] == "29.27" and {*list(rows[7].values())[3:]} == {"missing"}
+    pooled = rows_of(report, "Table 2", "Scale cpu, setting `all`")
+    (dense,) = (row for row in pooled if row["task"] == "bert, mawps" and row["method"] == "Dense w. Dropout")
+    assert dense["n"] == "453 (3 of 5 folds)"
+
+
+def test_a_variant_of_a_method_has_a_row_of_its_own_without_the_papers_number(tmp_path):
+    records = table2(PAPER, columns=COLUMNS[:1])
+    records = [r for r in records if (r["method"], r["config"]["keep"]) != ("smoe_dropout", None)]
+    records += [run("smoe_dropout", 0.6, 150, output_scale="num_experts", expert_dropout=0.1, **PAPER)]
+    records += [run("smoe_dropout", 0.6, 150, keep=8, output_scale=16.0, expert_dropout=0.1, **PAPER)]
+    rows = rows_of(report_of(tmp_path, records), "Table 2", "Scale cpu, setting `paper`")[:6]
+    half, variant, full = rows[3:]
+    assert (half["method"], half["paper"]) == ("SMoE-Dropout (k = 8 of 16)", "81.60")
+    words = "output\\_scale num\\_experts, expert\\_dropout 0.1"
+    assert [row["method"] for row in (variant, full)] == [f"SMoE-Dropout (k = {k} of 16), {words}" for k in (8, 16)]
+    assert variant["paper"] == full["paper"] == variant["difference"] == "-"
+
+
+def test_table_2_as_text_goes_into_a_document(tmp_path, capsys):
+    write(tmp_path / "results", records := table2(PAPER, columns=COLUMNS[:1]))
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- table2: -->\nold\n<!-- end -->\n")
+    main(["--table2", "--results", str(tmp_path / "results"), "--into", str(readme), "--block", "table2"])
+    text = capsys.readouterr().out
+    right = records[0]["said"]["dense"]
+    low, high = (100 * value for value in wilson_interval(sum(right), len(right)))
+    assert f"transformer_xl, sst2  150  81.94 / {100 * fmean(right):.1f} [{low:.1f}, {high:.1f}]  81.13 / " in text
+    assert "bert, csqa" in text and "30.44 / missing" in text and "Of what the paper says of transfer: " in text
+    assert readme.read_text() == f"<!-- table2: -->\n```\n{text}```\n<!-- end -->\n"
+
+
+@pytest.fixture(scope="module")
+def of_sst2():
+    """Tables 3, A4 and A5."""
+    records = table2(PAPER, columns=COLUMNS[:1], seeds=(1, 2, 3), n=400)
+    for keep in (1, 2, 4, 8, None):
+        more = 0.02 * [1, 2, 4, 8, None].index(keep)
+        records += [run("smoe", 0.4 + more, 400, keep=keep, growing=True, **PAPER)]
+        if keep is not None:
+            records += [run("smoe", 0.45, 400, keep=keep, **PAPER)]
+        if keep not in (None, 8):
+            records += [run("smoe_dropout", 0.4 + more, 400, keep=keep, **PAPER)]
+    teachers = {"dense_dropout": 0.5, "thor": 0.4, "smoe": 0.45, "smoe_dropout": 0.7}
+    return records + [run("dense_dropout", s, 400, teacher=t, d_hidden=64) for t, s in teachers.items()]
+
+
+def test_tables_3_a4_and_a5(of_sst2, tmp_path):
+    report = report_of(tmp_path, of_sst2)
+    of = lambda **f: [r for r in of_sst2 if all(r.get(k, r["config"].get(k)) == v for k, v in f.items())]  # noqa: E731
+    right = lambda r: next(iter(r["said"].values()))  # noqa: E731
+    rows = rows_of(report, "Table 3", "transformer\\_xl, sst2")
+    students = {r["teacher"]["method"]: right(r) for r in of(task="distillation")}
+    for row, (method, printed) in zip(rows, paper_results()["table3"]["sst2"].items(), strict=True):
+        assert row["paper"] == f"{printed:.2f}" and row["ours"] == f"{100 * fmean(students[method]):.2f}"
+        p = mcnemar(students[method], students["dense_dropout"])
+        assert row["p"] == ("-" if method == "dense_dropout" else f"{p:.4f}")
+    rows = rows_of(report, "Table A4", "transformer\\_xl, sst2")
+    for row, (method, keep, _), printed in zip(
+        rows, KINDS.values(), paper_results()["tableA4"]["sst2"].values(), strict=True
+    ):
+        records = [
+            r for r in of(method=method, keep=keep, task="classification") if "k_schedule" not in r["pretrained"]
+        ]
+        shares = [100 * fmean(right(r)) for r in records]
+        low, high = mean_interval(shares)
+        assert len(shares) == 3 and row["paper"] == "{:.2f} ± {:.2f}".format(*printed)
+        assert (row["mean"], row["standard deviation"]) == (f"{fmean(shares):.2f}", f"{stdev(shares):.2f}")
+        assert row["95 % (t)"] == f"{low:.2f} to {high:.2f}" and row["seeds"] == "1, 2, 3 (n = 3)"
+    rows = rows_of(report, "Table A5", "transformer\\_xl, sst2")
+    assert [row["16"] for row in rows[::2]] == ["81.20", "81.51", "82.32"]
+    growing = {r["config"]["num_experts"]: fmean(right(r)) for r in of_sst2 if "k_schedule" in r["pretrained"]}
+    for k, share in growing.items():
+        assert rows[3][str(k)].startswith(f"{100 * share:.2f} (")
+    assert "missing" not in str(rows) and "(n = 3)" in rows[5]["8"] and "(n = 3)" in rows[1]["16"]
+
+
+def test_table_a6_has_whatever_metrics_its_records_hold(tmp_path):
+    records = []
+    for method, share in (("dense_dropout", 0.4), ("smoe_dropout", 0.6)):
+        fields = {"model": "bert", "dataset": "hotpotqa", "task": "question_answering", "metric": "exact_match"}
+        records.append(run(method, share, 100, **fields))
+        key = next(iter(records[-1]["said"]))
+        for name, value in (("f1", 0.55), ("compositionality_gap", 0.21)):
+            records[-1]["metrics"][name] = {"title": name.upper(), "unit": "share", "direction": "lower",
+                                            "test": {key: value}, "valid": {key: value}}  # fmt: skip
+    rows = rows_of(report_of(tmp_path, records), "Table A6", "bert, hotpotqa")
+    assert [row["method"] for row in rows] == ["Dense w. Dropout", "SMoE (k = N)", "SMoE-Dropout (k = 16 of 16)"]
+    assert [(row["exact match, paper"], row["gap, paper"]) for row in rows] == [
+        ("15.10", "14.90"), ("14.90", "15.00"), ("15.20", "14.70")
+    ]  # fmt: skip
+    assert rows[1]["exact match, ours"] == "missing" and rows[2]["F1"] == "55.00" and rows[2]["n"] == "100"
+    assert rows[0]["COMPOSITIONALITY\\_GAP"] == "21.00" and float(rows[2]["p to dense"]) < 0.01
+
+
+def test_figure_4_is_over_kept_experts_with_error_bars(of_sst2, tmp_path):
+    write(tmp_path, of_sst2)
+    plots = plots_of(contexts_of(collect(tmp_path)[0]))
+    ((panel,),) = (plot.rows[0] for plot in plots if plot.figure == "figure4")
+    lines = {line.label: line for line in panel.lines}
+    ours, dense = lines["SMoE-Dropout, kept experts"], lines["Dense w. Dropout"]
+    assert [point.x for point in ours.points] == [1, 2, 4, 8, 16] and [point.x for point in dense.points] == [16]
+    assert ours.points[4].spread == (stdev(ours.points[4].values),) * 2
+    (share,) = ours.points[0].values
+    low, high = wilson_interval(round(400 * share), 400)
+    assert ours.points[0].spread == pytest.approx((share - low, high - share))
+
+
+def findings(folder, records: list[dict]):
+    write(folder, records)
+    runs, problems = collect(folder)
+    assert problems == []
+    found = transfer_findings(columns_of(runs))
+    return {finding.key: finding for finding in found}, summary(found)
+
+
+def test_claims_hold_where_the_records_bear_them(of_sst2, tmp_path):
+    found, text = findings(tmp_path, of_sst2)
+    words = {key: finding.words for key, finding in found.items()}
+    assert words["transfer_dense"] == words["transfer_learned"] == words["transfer_half"] == words["teacher"] == "held"
+    assert words["growing_learned"] == "held" and words["questions"] == "not run"
+    # Over seeds alone, without the examples.
+    assert [check.status.name for check in found["seeds"].checks[:3]] == ["HELD"] * 3 and len(
+        found["seeds"].checks
+    ) == 6
+    assert (
+        "Held: Fine-tuned, SMoE-Dropout at k = N is better than dense training (Table 2; setting paper, scale cpu:"
+        in text
+    )
+    assert "Not run: SMoE-Dropout answers multi-hop questions best (Table A6)." in text
+
+
+@pytest.mark.parametrize(("share", "status"), [(0.5, "within noise"), (0.35, "not held")])
+def test_claims_that_do_not_hold_or_drown(share, status, tmp_path):
+    records = [
+        r for r in table2(PAPER, columns=COLUMNS[:1]) if (r["method"], r["config"]["keep"]) != ("smoe_dropout", None)
+    ]
+    found, text = findings(tmp_path, [*records, run("smoe_dropout", share, 150, **PAPER)])
+    assert found["transfer_dense"].checks[0].status.name.lower().replace("_", " ") == status
+    verdict = "Not held" if status == "not held" else "Drowned in noise"
+    assert f"{verdict}, in some comparison at least: Fine-tuned, SMoE-Dropout at k = N is better than dense" in text
+
+
+def test_without_predictions_and_seeds_nothing_is_said_to_hold(tmp_path):
+    records = [{name: part for name, part in r.items() if name != "said"} for r in table2(PAPER, columns=COLUMNS[:1])]
+    found, text = findings(tmp_path, records)
+    assert found["transfer_dense"].checks[0].difference.low is None
+    assert "Without an interval" in text and "Held: " not in text
+
+
+def test_predictions_that_are_not_the_records_are_named(tmp_path):
+    write(tmp_path, [run("smoe", 0.5, 50)])
+    record = json.loads((tmp_path / "0.json").read_text())
+    record["metrics"]["accuracy"]["test"]["16"] += 0.1
+    (tmp_path / "0.json").write_text(json.dumps(record))
+    runs, problems = collect(tmp_path)
+    assert runs[0].right is None
+    assert problems == ["0.json: its predictions are not those of the record, with all of its experts"]
