@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from . import few_tokens
 from .compute import check_compute, choose
 from .engine import Engine, resolve_engine
 from .experts import Experts, check_divisible
@@ -149,6 +150,9 @@ class SMoE(nn.Module):
             raise ValueError(f"x is {x.dtype}; it must have a floating-point dtype")
         if x.is_meta:
             raise ValueError("x is on the meta device, without values to route by; smoe.flops.count takes meta tensors")
+        y = few_tokens.forward(self, x)
+        if y is not None:
+            return y
         flat = x.reshape(-1, self.d_model)
         if self.k_per_row is None:
             routing = self.router(flat, token_ids)
@@ -157,7 +161,7 @@ class SMoE(nn.Module):
             routing = self.router(flat, token_ids, k_per_token)
         if self.k_per_row is not None and self.output_scale == "k":
             routing = routing._replace(weights=routing.weights * k_per_token.unsqueeze(1))
-        elif self.scale != 1:
+        elif self.output_scale != 1:  # before `scale`, which takes longer to find than a small product
             routing = routing._replace(weights=routing.weights * self.scale)
         y = self._mix(flat, routing) if self.dispatch is None else self.dispatch(flat, routing, self._mix)
         return y.view(x.shape)

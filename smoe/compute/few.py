@@ -1,18 +1,15 @@
 """Few: at most 64 tokens without gradients on a CPU, where starting operators costs as much as computing.
 
-Weights are read from memory once for all tokens, in a fixed number of operators, with no loop over experts. What is
-computed depends on how many of the experts are chosen, that is on the number of pairs P = T * k:
+What is computed depends on how many of the experts are chosen, that is on the number of pairs P = T * k:
 
-============  =====================================  ==================================================================
-P             first layer                            second layer
-============  =====================================  ==================================================================
-below N / 2   the chosen experts, copied out         rows of the chosen experts, weighted and summed by an embedding bag
-up to N       all experts                            the same
-above N       all experts                            all experts; the hidden units carry the routing weight, 0 if it is
-                                                     not chosen
-============  =====================================  ==================================================================
+pairs         first and second layer: one matrix-vector product each per pair, on the weights where they lie
+bag           (16-bit types, whose matrix-vector products are slow) first layer: the chosen experts, copied out below
+              N / 2 pairs, else all experts; second layer: an embedding bag over the rows of the chosen experts, hidden
+              unit i of an expert adding ``hidden[i] * down[i]`` to the output
+all experts   one dense MLP; the hidden units carry the routing weight, 0 if their expert is not chosen
 
-The embedding bag reads rows where they lie: hidden unit i of an expert adds ``hidden[i] * down[i]`` to the output.
+With few pairs weights are most of what is read, so that time follows P. With many, all weights are read once, in a fixed
+number of operators.
 """
 
 from __future__ import annotations
@@ -31,15 +28,20 @@ MOST_TOKENS = 64
 # Multiply-adds that `grouped` must save per expert before it is worth its operators: at d 768, h 192 and 64 tokens it
 # was faster at k = 4 (7 million) and slower at k = 8 (4.7 million).
 GROUPED_SAVES = 6 << 20
+# Weights that one thread reads in the time that starting the products of one pair takes, about 10 us.
+PAIR_STARTS = 1 << 15
 
 
 def usable(x: Tensor, experts: Experts, routing: Routing) -> bool:
     """Whether this path computes this input, and does it faster than ``grouped``."""
-    num_tokens, num_experts = x.shape[0], experts.num_experts
-    if not 0 < num_tokens <= MOST_TOKENS or not possible(x, experts):
-        return False
-    slots_left = num_tokens * (num_experts - routing.indices.shape[1])
-    return slots_left * experts.d_model * experts.d_expert <= GROUPED_SAVES * num_experts
+    return possible(x, experts) and pays(x.shape[0], routing.indices.shape[1], experts)
+
+
+def pays(num_tokens: int, k: int, experts: Experts) -> bool:
+    """Whether this path is the fastest for so many tokens."""
+    slots_left = num_tokens * (experts.num_experts - k)
+    saved = slots_left * experts.d_model * experts.d_expert
+    return 0 < num_tokens <= MOST_TOKENS and saved <= GROUPED_SAVES * experts.num_experts
 
 
 def possible(x: Tensor, experts: Experts) -> bool:
@@ -62,31 +64,75 @@ def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
 
 
 def _compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
-    parameters = Parameters(
-        experts.up, experts.up_bias, experts.gate, experts.gate_bias, experts.down, experts.down_bias
-    )
+    parameters = parameters_of(experts)
     if any(p is not None and p.dtype != x.dtype for p in parameters):
         parameters = cast(parameters, x.dtype)
     indices, weights, num_experts = routing.indices, routing.weights.to(x.dtype), experts.num_experts
-    if routing.absent or indices.numel() > num_experts:
-        return _all_experts(x, experts, parameters, dense_weights(weights, indices, num_experts, routing.absent))
-    if indices.shape[1] == num_experts:  # one token, all experts
-        return _all_experts(x, experts, parameters, torch.zeros_like(weights).scatter_(1, indices, weights))
-    return _chosen_experts(x, experts, parameters, weights, indices)
+    if not routing.absent:
+        if x.dtype not in (torch.float32, torch.float64) and indices.numel() <= num_experts > indices.shape[1]:
+            return _bag(x, experts, parameters, weights, indices)
+        return chosen_experts(x, experts, parameters, weights, indices)
+    return all_experts(x, experts, parameters, dense_weights(weights, indices, num_experts, absent=True))
 
 
-def _all_experts(x: Tensor, experts: Experts, parameters: Parameters, weights: Tensor) -> Tensor:
-    """One dense MLP whose hidden units are scaled; weights (T, N)."""
+def parameters_of(experts: Experts) -> Parameters:
+    """The parameters themselves."""
+    return Parameters(experts.up, experts.up_bias, experts.gate, experts.gate_bias, experts.down, experts.down_bias)
+
+
+def chosen_experts(
+    x: Tensor, experts: Experts, parameters: Parameters, weights: Tensor | None, indices: Tensor
+) -> Tensor:
+    """x (T, d), weights (T, k) or None (all are 1) and indices (T, k), all of one dtype -> y (T, d)."""
+    num_pairs, (num_experts, h, d) = indices.numel(), parameters.up.shape
+    if num_pairs < num_experts:
+        unread = (num_experts - num_pairs) * h * d * (2 if parameters.gate is None else 3)
+        if unread > num_pairs * PAIR_STARTS * torch.get_num_threads():
+            return _pairs(x, experts, parameters, weights, indices)
+    zeros = x.new_zeros(x.shape[0], num_experts)
+    dense = zeros.scatter_(1, indices, 1.0) if weights is None else zeros.scatter_(1, indices, weights)
+    return all_experts(x, experts, parameters, dense)
+
+
+def all_experts(x: Tensor, experts: Experts, parameters: Parameters, weights: Tensor | None) -> Tensor:
+    """One dense MLP whose hidden units are scaled; weights (T, N), None: all are 1."""
     up, up_bias, gate, gate_bias, down, down_bias = parameters
     hidden = experts.hidden(_linear(x, up, up_bias), None if gate is None else _linear(x, gate, gate_bias))
-    hidden = scale_(hidden, weights, hidden)
+    if weights is not None:
+        hidden = scale_(hidden, weights, hidden)
     down = down.reshape(-1, x.shape[1])
-    if down_bias is not None:
-        return torch.addmm(weights @ down_bias, hidden, down)
-    return hidden @ down
+    if down_bias is None:
+        return torch.mm(hidden, down)
+    return torch.addmm(down_bias.sum(0) if weights is None else torch.mm(weights, down_bias), hidden, down)
 
 
-def _chosen_experts(x: Tensor, experts: Experts, parameters: Parameters, weights: Tensor, indices: Tensor) -> Tensor:
+def _pairs(x: Tensor, experts: Experts, parameters: Parameters, weights: Tensor | None, indices: Tensor) -> Tensor:
+    """One product per pair and matrix; weights (T, k) or None and indices (T, k)."""
+    up, up_bias, gate, gate_bias, down, down_bias = parameters
+    (num_tokens, k), h, chosen = indices.shape, up.shape[1], indices.reshape(-1)
+    numbers, tokens = chosen.tolist(), [token for token in x.unbind(0) for _ in range(k)]
+
+    def first(weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(P, h): the linear output of the chosen experts."""
+        out = x.new_zeros(len(numbers), h) if bias is None else bias.index_select(0, chosen)
+        for row, expert, token in zip(out.unbind(0), numbers, tokens, strict=True):
+            row.addmv_(weight[expert], token)
+        return out
+
+    hidden = experts.hidden(first(up, up_bias), None if gate is None else first(gate, gate_bias))
+    if down_bias is None:
+        y = x.new_zeros(x.shape)
+    else:
+        biases = down_bias.index_select(0, chosen).view(num_tokens, k, -1)
+        y = biases.sum(1) if weights is None else torch.bmm(weights.unsqueeze(1), biases).squeeze(1)
+    factors = [1.0] * len(numbers) if weights is None else weights.reshape(-1).tolist()
+    outputs, down = [row for row in y.unbind(0) for _ in range(k)], down.mT
+    for out, row, expert, factor in zip(outputs, hidden.unbind(0), numbers, factors, strict=True):
+        out.addmv_(down[expert], row, alpha=factor)
+    return y
+
+
+def _bag(x: Tensor, experts: Experts, parameters: Parameters, weights: Tensor, indices: Tensor) -> Tensor:
     """The chosen experts' rows; weights and indices (T, k)."""
     (num_tokens, d), k, (num_experts, h) = x.shape, indices.shape[1], parameters.up.shape[:2]
     up, up_bias, gate, gate_bias, down, down_bias = parameters

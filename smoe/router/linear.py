@@ -72,3 +72,18 @@ class LinearRouter(Router):
         else:
             indices = logits.topk(self.top_k, dim=-1).indices
         return self._routing(logits, indices, k_per_token)
+
+    def choice(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The routing of x (T, d) float32 in as few operators as it takes, without gradients and balance loss.
+
+        Returns:
+            indices (T, k), None if all experts are chosen, in their order; and weights (T, k), None if all are 1.
+        """
+        all_experts, equal = self._top_k == self.num_experts, self.score == "sum"
+        if all_experts and equal:
+            return None, None
+        logits = F.linear(x, self.weight, self.bias)
+        if all_experts:
+            return None, torch.softmax(logits, dim=-1)
+        indices = logits.topk(self._top_k, dim=-1)[1]
+        return indices, None if equal else self._weights(logits, indices)
