@@ -284,6 +284,8 @@ def config_class(run: Run) -> type:
     figure, task, *_ = run.name.split("/")
     if figure == "table3":
         from transformer_xl.distil import DistilConfig as Config
+    elif figure == "tablea6":
+        from bert.question_answering import QuestionAnsweringConfig as Config
     elif figure != "table2":
         from transformer_xl.config import LanguageModelConfig as Config
     elif task == "sst2":
