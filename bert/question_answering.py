@@ -300,7 +300,7 @@ def read_questions(config: QuestionAnsweringConfig) -> tuple[dict[str, Any], dic
         if span is not None:
             start, end = span
             if not 0 <= start < end <= len(context):
-                raise ValueError(f"span {span!r}, expected a part of the context's {len(context)} characters")
+                raise ValueError(f"span {list(span)}, expected a part of the context's {len(context)} characters")
             span = (start, end)
         return Question(text, context, answer, span, str(row["type"]), titles)
 
