@@ -47,7 +47,7 @@ from data.folder import scratch
 
 ROOT = Path(__file__).parents[2]
 Random = random_module.Random
-ALL = ("language_model", "masked_lm", "classification", "multiple_choice", "math_word_problems")
+ALL = ("language_model", "masked_lm", "classification", "multiple_choice", "math_word_problems", "question_answering")
 MAPPED = ("language_model", "masked_lm")
 DAMAGES = ("truncated", "bit-flipped", "empty", "missing", "exchanged")
 
