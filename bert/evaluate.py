@@ -1,4 +1,4 @@
-"""Bits per masked token, accuracy or solving rate of a trained BERT or RoBERTa at any number of activated experts.
+"""Bits per masked token, accuracy, solving rate or exact match of a trained BERT or RoBERTa at any k.
 
 python -m bert.evaluate RUN --k 1 2 4 8 16 [--split test] [--json]
 """
@@ -16,6 +16,7 @@ from bert.math_word_problems import MathWordProblems
 from bert.model import build_model
 from bert.multiple_choice import MultipleChoice
 from bert.pretrain import MaskedLanguageModel
+from bert.question_answering import QuestionAnswering
 from smoe.errors import run_main
 from smoe.train.evaluate import evaluation_command, read_run
 from smoe.train.resume import Checkpoint
@@ -35,7 +36,7 @@ def load_run(path: str | Path, which: str = "best") -> tuple[PretrainConfig, Pre
 
 
 def main(argv: list[str] | None = None) -> None:
-    tasks = (MaskedLanguageModel, Classification, MultipleChoice, MathWordProblems)
+    tasks = (MaskedLanguageModel, Classification, MultipleChoice, MathWordProblems, QuestionAnswering)
     evaluation_command(*tasks, prog="python -m bert.evaluate", what=_WHAT, argv=argv)
 
 

@@ -1,9 +1,9 @@
 """BERT or RoBERTa as the encoder of a task with examples: from a run of ``bert.pretrain``, or from scratch.
 
-``classify.py``, ``multiple_choice.py`` and ``math_word_problems.py`` beside this are such tasks. The text is cut into
-tokens by the tokenizer of the pretrained run, which is copied into the run folder. Nothing is cut off: an example that
-is longer than ``seq_len`` is an error. Where that is more than the positions of the pretrained run, its position
-embeddings are repeated, and go on learning (Beltagy et al. 2020, section 5).
+``classify.py``, ``multiple_choice.py``, ``math_word_problems.py`` and ``question_answering.py`` beside this are such
+tasks. The text is cut into tokens by the tokenizer of the pretrained run, which is copied into the run folder. Nothing
+is cut off: an example that is longer than ``seq_len`` is an error. Where that is more than the positions of the
+pretrained run, its position embeddings are repeated, and go on learning (Beltagy et al. 2020, section 5).
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class FineTuning(FineTuneTask):
 
     def notes(self) -> list[str]:
         sizes = ", ".join(f"{split} {len(examples)}" for split, examples in self.data.items())
-        return [f"data: {self.dataset['name']}, {sizes}", *floor_notes(self.record, self.splits[-1])]
+        return [f"data: {self.dataset['name']}, {sizes}", *floor_notes(self.record, self.reported_split())]
 
 
 def read_tokenizer(config: FineTuneConfig) -> tuple[Tokenizer, Vocabulary]:

@@ -11,12 +11,13 @@ from bert.classify import Classification
 from bert.math_word_problems import MathWordProblems
 from bert.multiple_choice import MultipleChoice
 from bert.pretrain import MaskedLanguageModel
+from bert.question_answering import QuestionAnswering
 from smoe.errors import run_main
 from smoe.train.slim_run import slim_command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    tasks = (MaskedLanguageModel, Classification, MultipleChoice, MathWordProblems)
+    tasks = (MaskedLanguageModel, Classification, MultipleChoice, MathWordProblems, QuestionAnswering)
     slim_command(*tasks, prog="python -m bert.slim", what="a BERT or RoBERTa", argv=argv)
 
 

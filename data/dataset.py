@@ -1,4 +1,7 @@
-"""A published data set that is the same bytes for everybody: fetched, checked, split, and recorded in meta.json."""
+"""A published data set: fetched, checked, split, and recorded in meta.json.
+
+Most are the same bytes for everybody. Of one that a sample may stand for (HotpotQA), the record has the hash.
+"""
 
 import argparse
 import json
@@ -20,7 +23,7 @@ class DataSet:
     name: what results call it.
     folder: where it goes by default.
     files: the file of each split, in order.
-    sha256: of these files, one after the other.
+    sha256: of these files, one after the other; None: whatever a source holds.
     sources: where to get it, the best first.
     read: `read(fetched, folder)` writes the files to `folder`, and returns what else the record says of each split,
         or raises SourceError.
@@ -30,23 +33,29 @@ class DataSet:
     name: str
     folder: Path
     files: Mapping[str, str]
-    sha256: str
+    sha256: str | None
     sources: Sequence[Source]
-    read: Callable[[Path, Path], Mapping[str, Mapping[str, int]]]
+    read: Callable[[Path, Path], Mapping[str, Mapping[str, Any]]]
     local: str
 
-    def is_prepared(self, out: Path, contents: bool = False) -> bool:
-        """Whether `out` holds the data: by its record and the files' sizes, or with `contents` by every byte's hash."""
+    def is_prepared(self, out: Path, contents: bool = False, source: Path | None = None) -> bool:
+        """Whether `out` holds the data: by its record and the files' sizes, or with `contents` by every byte's hash.
+
+        With a `source`, data that may be anything must be from there.
+        """
         try:
             meta = json.loads((out / RECORD).read_text())
             parts = meta["splits"]
-            if meta["sha256"] != self.sha256 or {split: part["file"] for split, part in parts.items()} != self.files:
+            sha256 = meta["sha256"] if self.sha256 is None else self.sha256
+            if meta["sha256"] != sha256 or {split: part["file"] for split, part in parts.items()} != self.files:
+                return False
+            if self.sha256 is None and source is not None and meta["source"] != LocalPath(source).name:
                 return False
             if any((out / part["file"]).stat().st_size != part["bytes"] for part in parts.values()):
                 return False
             return not contents or (
                 all(sha256_of(out / part["file"]) == part["sha256"] for part in parts.values())
-                and self._sha256_in(out) == self.sha256
+                and self._sha256_in(out) == sha256
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return False
@@ -62,7 +71,7 @@ class DataSet:
             meta = {
                 "dataset": self.name,
                 "bytes": sum(part["bytes"] for part in splits.values()),
-                "sha256": self.sha256,
+                "sha256": self._sha256_in(partial),
                 "source": source,
                 "splits": splits,
             }
@@ -73,7 +82,7 @@ class DataSet:
     def _accept(self, fetched: Path, partial: Path) -> dict[str, dict[str, Any]]:
         """Write the files to `partial` and return what the record says of each. Raises SourceError for wrong bytes."""
         facts = self.read(fetched, partial)
-        if (found := self._sha256_in(partial)) != self.sha256:
+        if self.sha256 is not None and (found := self._sha256_in(partial)) != self.sha256:
             raise SourceError(f"SHA-256 is {found}, expected {self.sha256}")
         return {
             split: {
@@ -99,7 +108,7 @@ class DataSet:
         parser.add_argument("--force", action="store_true", help="prepare again even if it is all there")
         parser.add_argument("--verify", action="store_true", help="check every byte of what is there, not sizes alone")
         options = parser.parse_args(arguments)
-        if not options.force and self.is_prepared(options.out, contents=options.verify):
+        if not options.force and self.is_prepared(options.out, contents=options.verify, source=options.source):
             return 0
         return run(self.name, options.out, lambda: self._prepare_from(options.source, options.out))
 

@@ -286,6 +286,8 @@ def config_class(run: Run) -> type:
         from transformer_xl.distil import DistilConfig as Config
     elif figure == "tablea5" or (figure, task) == ("table2", "sst2"):
         from transformer_xl.classify import ClassifyConfig as Config
+    elif figure == "tablea6":
+        from bert.question_answering import QuestionAnsweringConfig as Config
     elif figure != "table2":
         from transformer_xl.config import LanguageModelConfig as Config
     elif task == "csqa":

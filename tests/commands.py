@@ -27,6 +27,7 @@ PRELOAD = [
     "bert.multiple_choice",
     "bert.classify",
     "bert.math_word_problems",
+    "bert.question_answering",
 ]
 # What they would import at their first use.
 PRELOAD += ["transformers.models.bert.modeling_bert", "transformers.models.roberta.modeling_roberta", "torch._dynamo"]

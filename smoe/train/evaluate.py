@@ -131,7 +131,8 @@ def evaluation_command(*tasks: type[Task], prog: str, what: str, argv: Sequence[
     parser = Parser(prog=prog, description="Measures a finished or stopped run at any k.")
     parser.add_argument("run", help="a run folder")
     parser.add_argument("--k", type=int, nargs="+", help="numbers of activated experts (default: the run's sweep)")
-    parser.add_argument("--split", choices=("valid", "test"), help="(default: test, where there is one)")
+    splits = list(dict.fromkeys(split for task in tasks for split in task.splits))
+    parser.add_argument("--split", choices=splits, help="(default: test, where there is one)")
     if any("data" in names for names in fields.values()):
         parser.add_argument("--data", help="the folder with the splits (default: the run's)")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
@@ -154,7 +155,7 @@ def evaluation_command(*tasks: type[Task], prog: str, what: str, argv: Sequence[
     if arguments.k and not config.get_method().routed:
         raise ValueError(f"k is {arguments.k}; {config.method} is dense and has no experts to choose from")
     ks = [check_top_k(k, config.num_experts) for k in arguments.k] if arguments.k else config.sweep_ks()
-    split = arguments.split or task_class.splits[-1]
+    split = arguments.split or task_class.reported_split()
     if split not in task_class.splits:
         raise ValueError(f"split is {split!r}; the task {task_class.name} has {', '.join(task_class.splits)}")
 

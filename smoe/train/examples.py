@@ -19,7 +19,11 @@ Example = TypeVar("Example")
 
 
 def read_examples(
-    folder: Path, parts: Mapping[str, str], read: Callable[[Any], Example], advice: str
+    folder: Path,
+    parts: Mapping[str, str],
+    read: Callable[[Any], Example],
+    advice: str,
+    facts: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, list[Example]]]:
     """What a record says of a prepared folder, and the examples of its files, checked against meta.json.
 
@@ -27,12 +31,19 @@ def read_examples(
         parts: split of the task -> name of the split in meta.json.
         read: makes an example of a line; raises ValueError, KeyError or TypeError for one that can't be used.
         advice: how to prepare the folder, for messages.
+        facts: what meta.json says of each part that the record is to have too, by split of the task.
 
     Raises ValueError, in one line, when the folder is not prepared, damaged, or has no examples in a part.
     """
-    meta = read_prepared(folder, advice, parts.values(), {"dataset": str, "sha256": str})
+    known: dict[str, dict[str, Any]] = {}
+
+    def note(meta: dict[str, Any]) -> None:
+        for fact in facts:
+            known[fact] = {split: meta["splits"][name][fact] for split, name in parts.items() if name in meta["splits"]}
+
+    meta = read_prepared(folder, advice, parts.values(), {"dataset": str, "sha256": str}, note)
     data = {split: _read_part(folder / meta["splits"][name]["file"], read, advice) for split, name in parts.items()}
-    return {"name": meta["dataset"], "sha256": meta["sha256"]}, data
+    return {"name": meta["dataset"], "sha256": meta["sha256"], **known}, data
 
 
 def _read_part(file: Path, read: Callable[[Any], Example], advice: str) -> list[Example]:

@@ -75,6 +75,11 @@ class Task(ABC):
     def flops(self, model: nn.Module, k: int | list[int] | None) -> dict[str, int]:
         """``paper`` and ``true`` FLOPs of an evaluation pass, and of a ``training_step``; ``model`` is on meta."""
 
+    @classmethod
+    def reported_split(cls) -> str:
+        """The split that is reported: ``test``, or ``valid`` where there is none."""
+        return "test" if "test" in cls.splits else "valid"
+
     # ---- tasks that need it -----------------------------------------------------------------------------------------
     def bare(self) -> nn.Module:
         """The part of ``self.model`` whose weights a checkpoint holds."""

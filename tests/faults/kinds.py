@@ -48,7 +48,7 @@ from smoe.files import lock_file
 
 ROOT = Path(__file__).parents[2]
 Random = random_module.Random
-ALL = ("language_model", "masked_lm", "classification", "multiple_choice", "math_word_problems")
+ALL = ("language_model", "masked_lm", "classification", "multiple_choice", "math_word_problems", "question_answering")
 MAPPED = ("language_model", "masked_lm")
 DAMAGES = ("truncated", "bit-flipped", "empty", "missing", "exchanged")
 

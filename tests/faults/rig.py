@@ -59,8 +59,9 @@ def make_tasks(root: Path) -> dict[str, TinyTask]:
     (root / "source").mkdir(parents=True)
     words, books = write_words(root / "words"), write_books("bert", root / "source", root / "books")
     sentences = write_sentences(root / "sst2", {"train": 90, "valid": 23})
-    questions, problems = (root / name for name in ("csqa", "mawps"))
+    questions, problems, paragraphs = (root / name for name in ("csqa", "mawps", "hotpotqa"))
     fine_tuning.write_questions(questions), fine_tuning.write_problems(problems)
+    fine_tuning.write_paragraphs(paragraphs)
     bert = ("--model", "bert", "--tokenizer", fine_tuning.tokenizer("bert", root))
     tasks = [
         TinyTask("language_model", "transformer_xl.train", ("--method", "smoe_dropout"), words, "train.bin"),
@@ -68,6 +69,7 @@ def make_tasks(root: Path) -> dict[str, TinyTask]:
         TinyTask("classification", "transformer_xl.classify", ("--method", "smoe_dropout"), sentences),
         TinyTask("multiple_choice", "bert.multiple_choice", ("--method", "smoe_dropout", *bert), questions),
         TinyTask("math_word_problems", "bert.math_word_problems", ("--method", "thor", *bert), problems),
+        TinyTask("question_answering", "bert.question_answering", ("--method", "smoe_dropout", *bert), paragraphs),
     ]
     return {task.name: task for task in tasks}
 

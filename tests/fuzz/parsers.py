@@ -29,6 +29,7 @@ from data.bookcorpus.wikitext import articles
 from data.csqa.prepare import read_part
 from data.dataset import DataSet
 from data.errors import SourceError
+from data.hotpotqa.prepare import read_composed, read_questions
 from data.math_word_problems import read_table
 from data.sst2.prepare import read_table as read_sst2
 from data.unpack import read_file, read_tar_member, read_zip_member
@@ -341,6 +342,9 @@ def _convert(folder: Path, content: bytes) -> None:
 _ROWS = "Question,Numbers,Equation,Answer\nhow many number0 and number1,8.0 2.0,- number0 number1,6.0\n"
 _CHOICES = [{"label": label, "text": "t"} for label in "ABCDE"]
 _QUESTION = {"answerKey": "A", "id": "1", "question": {"stem": "s", "choices": _CHOICES}}
+_PARAGRAPHS = {"_id": "1", "question": "q", "answer": "a", "type": "bridge", "context": [["A", ["a b."]]]}
+_PARAGRAPHS |= {"supporting_facts": [["A", 0]], "previous_question": "q", "previous_answer": "a"}
+_PARAGRAPHS |= {"question_decomposition": [{"question": "q", "answer": "a", "paragraph_support_title": "A"}] * 2}
 _PAGE = (
     b"<page><title>A</title><text x='y'>{{a|{{b}}}} '''B''' [[c|d]] &amp;lt; "
     + b"some words here. " * 40
@@ -398,6 +402,17 @@ def _tables(folder: Path, content: bytes) -> None:
         raise first
 
 
+def _paragraphs(folder: Path, content: bytes) -> None:
+    file, first = _written(folder, "q.json", content), None
+    for read in (read_questions, read_composed):
+        try:
+            json.dumps(list(read(file, "q.json")))
+        except SourceError as error:
+            first = first or error
+    if first:
+        raise first
+
+
 def _text(folder: Path, content: bytes) -> None:
     Store(folder / "store").fill(articles([content[:50], content[50:]]))
     store = Store(folder / "store")
@@ -434,6 +449,7 @@ PARSERS = [
     Parser("pickled checkpoint", _pickled, _convert),
     Parser("archive", _archives, _archive, (SourceError,)),
     Parser("table", lambda: [_ROWS.encode(), b"sentence\tlabel\na b\t1\n", *_json(_QUESTION)], _tables, (SourceError,)),
+    Parser("paragraphs", lambda: _json(_PARAGRAPHS, [_PARAGRAPHS] * 2), _paragraphs, (SourceError,), plain=True),
     Parser("text and wiki markup", lambda: [_PAGE, b"some words\n\nand more\n"], _text),
     Parser("prepared data", lambda: _json(_META), _prepared, plain=True),
     Parser("examples", lambda: _json({"text": "a", "label": 1}), _examples, plain=True),
