@@ -33,7 +33,8 @@ def assert_loads(loads, routings, layers=2):
     for i, load in enumerate(loads.values()):
         wanted = by_hand(routings[i::layers])
         assert load.dead == wanted.dead and (load.balance_loss is None) == (wanted.balance_loss is None)
-        assert load == pytest.approx(wanted, rel=1e-6)
+        numbers, wanted = ([value for value in each if value is not None] for each in (load, wanted))
+        assert numbers == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize("router", ["random", "learned", "uniform"])
@@ -46,7 +47,7 @@ def test_load_over_several_passes(router, k):
         assert_loads(load.read(), routings)
         assert load.read() == {}  # counting started anew
         first = len(routings)
-        model(IDS + 1)
+        model(IDS - 1)
         model.eval()
         model(IDS)  # an evaluation
         assert_loads(load.read(), routings[first : first + 2])
@@ -83,7 +84,7 @@ def test_a_model_without_experts_is_refused():
         ExpertLoad(torch.nn.Linear(1, 1))
 
 
-# ---- in Trainer's logs ------------------------------------------------------------------------------------------------
+# ---- in Trainer's logs -----------------------------------------------------------------------------------------------
 
 
 def _train(folder, **callback):
