@@ -13,15 +13,16 @@ from torch import nn
 from ..control import check_whole, smoe_layers
 from ..experts import check_divisible
 from ..layer import SMoE
+from ..router import check_top_k
 from .find import FoundMLP, find_mlps
 from .hook import record_when_saving
-from .layers import Layers, chosen_layers
+from .layers import Layers, PerLayer, chosen_layers, per_layer
 from .swap import Outlet, exchange, make_layer, restore, silence_fast_path, slots_of
 
 
 def modulize(
     model: nn.Module,
-    num_experts: int = 16,
+    num_experts: PerLayer = 16,
     layers: Layers = "all",
     **layer_options: Any,
 ) -> nn.Module:
@@ -32,12 +33,15 @@ def modulize(
     ``smoe.summary`` shows what was cut. Create the optimizer afterwards: the parameters are new.
 
     Args:
-        num_experts: N; must divide the hidden width of every chosen MLP.
+        num_experts: N; must divide the hidden width of every chosen MLP. One for all, or one per chosen MLP: a list in
+            the model's order, or a mapping from their names, or parts of names that only one has
+            (``{"layers.0": 16, "layers.1": 8}``).
         layers: which MLPs, in the model's order (an encoder's come before its decoder's): ``all``; ``early`` or
             ``later``, the first or last half; ``middle``, the half in between; ``every-2``, the 2nd, 4th, ...
             (Figure 5 (e)); or their indices from 0.
-        layer_options: of :class:`SMoE`: ``top_k``, ``router``, ``score``, ``output_scale``, ``seed`` (layer i draws
-            its router from seed + i), ``compute``, ``engine``. Activation, biases, gate and dropout are the model's.
+        layer_options: of :class:`SMoE`: ``top_k`` (one, or one per layer as ``num_experts``), ``router``, ``score``,
+            ``output_scale``, ``seed`` (layer i draws its router from seed + i), ``compute``, ``engine``. Activation,
+            biases, gate and dropout are the model's.
 
     Raises:
         ValueError: no MLP is recognised, one can't be read or is experts already, N does not divide a width, an option
@@ -54,9 +58,13 @@ def modulize(
     _check_options(layer_options)
     found = find_mlps(model)
     chosen = [found[i] for i in chosen_layers(layers, len(found))]
-    for mlp in chosen:
-        _check_fit(mlp, num_experts, layer_options)
-    options = [{"num_experts": num_experts, **_seeded(layer_options, i)} for i in range(len(chosen))]
+    names = [mlp.name for mlp in chosen]
+    options = [_seeded(layer_options, i) for i in range(len(chosen))]
+    for option, value in (("num_experts", num_experts), ("top_k", layer_options.get("top_k"))):
+        for of_layer, one in zip(options, per_layer(option, value, names), strict=True):
+            of_layer[option] = one
+    for mlp, of_layer in zip(chosen, options, strict=True):
+        _check_fit(mlp, of_layer)
     place(model, [(mlp, partial(make_layer, mlp, o)) for mlp, o in zip(chosen, options, strict=True)])
     return model
 
@@ -130,13 +138,16 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def _seeded(options: dict[str, Any], i: int) -> dict[str, Any]:
-    return options if options.get("seed") is None else {**options, "seed": options["seed"] + i}
+    """A copy, for layer i."""
+    return {**options, **({} if options.get("seed") is None else {"seed": options["seed"] + i})}
 
 
-def _check_fit(found: FoundMLP, num_experts: int, options: dict[str, Any]) -> None:
+def _check_fit(found: FoundMLP, options: dict[str, Any]) -> None:
     try:
-        check_divisible(found.d_hidden, num_experts)
+        check_divisible(found.d_hidden, options["num_experts"])
+        if options["top_k"] is not None:
+            check_top_k(options["top_k"], options["num_experts"])
     except ValueError as error:
         raise ValueError(f"{found.name}: {error}") from None
     with torch.device("meta"):  # whatever else is wrong shows here, before anything is changed
-        SMoE(found.d_model, found.d_hidden, num_experts, **options)
+        SMoE(found.d_model, found.d_hidden, **options)
