@@ -92,3 +92,17 @@ def test_its_table_of_budgets_is_the_record():
             gain = row["test_one_k"] - row["test_fitted"]
             assert gain > 0 if row["k"] < 8 else gain > -0.002
     assert rows == 8
+
+
+def test_its_table_of_dense_models_is_the_record():
+    record = json.loads((ROOT / "results/minilm_slimming.json").read_text())
+    rows = record["slimmed"]
+    whole = {row["k"]: row for row in record["by_k"] if row["weight_of_a_chosen_expert"] == "1"}
+    assert [row["kept_experts"] for row in rows] == [4, 8, 12, 15]
+    assert _row("slimmed, then dense", [f"{row['cosine_mean']:.3f}" for row in rows]) in DOC
+    at_k = [whole[row["kept_experts"]]["cosine_mean"] for row in rows]
+    assert _row("all experts there, k of them active", [f"{cosine:.3f}" for cosine in at_k]) in DOC
+    assert _row("parameters", [f"{row['parameters'] / 1e6:.1f} M" for row in rows]) in DOC
+    assert _row("time of the dense model", [f"{row['time_of_dense']:.2f}" for row in rows]) in DOC
+    times = [row["time_of_dense"] for row in rows]
+    assert times == sorted(times) and times[0] < 0.9

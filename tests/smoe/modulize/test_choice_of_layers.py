@@ -75,7 +75,7 @@ def test_experts_and_k_per_layer(num_experts, top_k, tmp_path):
             {"num_experts": [16, 4], "top_k": 5},
             "layers.1.mlp.down_proj: top_k is 5; it must be a whole number from 1 to",
         ),
-        ({"top_k": {"layers.0": 2}}, "top_k has no entry for model.layers.1.mlp.down_proj; it must have one for every"),
+        ({"top_k": {"layers.0": 2}}, "top_k has no entry for model.layers.1.mlp.down_proj; it must have one for each"),
         (
             {"top_k": {"layers.2": 2}},
             "top_k has the key 'layers.2', which names no layer; the layers are model",
