@@ -127,10 +127,12 @@ def test_under_activation_checkpointing(tmp_path, wanted):
         train(tmp_path, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True})
 
 
+@pytest.mark.slow
 def test_compiled(tmp_path, wanted):
+    """The backend that only traces: how the graph breaks at the routers is what matters here."""
     torch.compiler.reset()
     load = TopKCallback(K, K, expert_load=True)
-    _, gradients, logs = train(tmp_path, torch_compile=True, torch_compile_backend="aot_eager", callbacks=[load])
+    _, gradients, logs = train(tmp_path, torch_compile=True, torch_compile_backend="eager", callbacks=[load])
     check(gradients, logs, wanted)
     assert logs["k"] == K and 1 / N < logs["busiest_expert"] <= 1 / K
 
