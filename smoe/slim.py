@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, get_args
 
@@ -15,13 +15,12 @@ from .control import check_whole, one_per_layer, record_routing, smoe_layers
 from .evaluating import evaluating
 from .layer import SMoE
 from .modulize.narrow import keep_experts
+from .padding import Mask, mask_key, real_tokens
 from .router import Routing
 
 Votes = dict[str, Tensor]
 VoteScore = Literal["count", "weight", "reap"]
 VOTE_SCORES: tuple[str, ...] = get_args(VoteScore)
-Key = str | int  # of an entry of a batch: the name in a mapping, the index in a tuple or list
-Mask = Key | Mapping[str, Key] | Literal[False] | None
 Pass = tuple[Routing, Tensor | None]  # what a layer's router chose, and the layer's input (T, d) where a score needs it
 
 
@@ -67,7 +66,7 @@ def vote(model: nn.Module, batches: Iterable[Any], mask: Mask = None, score: Vot
             f"{full[0]} activates all of its experts, so all get the same votes; call smoe.set_top_k(model, k) first",
             stacklevel=3,
         )
-    keys = {name: _mask_key(name, mask, model) for name in layers}
+    keys = {name: mask_key(name, mask, model) for name in layers}
     counts = {name: torch.zeros(layer.num_experts, dtype=torch.int64) for name, layer in layers.items()}
     sums = {name: torch.zeros(layer.num_experts, dtype=torch.float64) for name, layer in layers.items()}
     seen = False
@@ -79,7 +78,7 @@ def vote(model: nn.Module, batches: Iterable[Any], mask: Mask = None, score: Vot
                 args, kwargs = as_call(batch)
                 model(*args, **kwargs)
             for name, layer in layers.items():
-                tokens = _tokens(batch, keys[name], chosen=mask is not None)
+                tokens = real_tokens(batch, keys[name], chosen=mask is not None)
                 for routing, x in passes[name]:
                     routing, x = _without_padding(routing, x, tokens, name)
                     indices = routing.indices.reshape(-1).cpu()
@@ -120,34 +119,6 @@ def _norms(layer: SMoE, x: Tensor, indices: Tensor) -> Tensor:
     one = torch.ones(len(x), 1, dtype=torch.float32, device=x.device)
     outputs = (layer._compute(x, layer.experts, Routing(slot.unsqueeze(1), one, None)) for slot in indices.unbind(1))
     return torch.stack([output.float().norm(dim=-1) for output in outputs], dim=1)
-
-
-def _mask_key(name: str, mask: Mask, model: nn.Module) -> Key | None:
-    """Which entry of a batch masks the tokens of the layer ``name``; None: no entry does."""
-    if mask is False:
-        return None
-    if mask is None:
-        two_parts = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        return "decoder_attention_mask" if two_parts and "decoder" in name.split(".") else "attention_mask"
-    if not isinstance(mask, Mapping):
-        return mask
-    for beginning, key in mask.items():
-        if name.startswith(beginning):
-            return key
-    raise ValueError(f"mask has no entry for layer {name}; its keys must be the beginnings of the layers' names")
-
-
-def _tokens(batch: Any, key: Key | None, chosen: bool) -> Tensor | None:
-    """Which tokens (T,) of a batch are no padding; None: all. ``chosen``: the user has named the entry."""
-    if key is None:
-        return None
-    if not chosen:
-        found = batch.get(key) if isinstance(batch, Mapping) else None
-        return found.reshape(-1) != 0 if isinstance(found, Tensor) and found.dim() == 2 else None
-    try:
-        return batch[key].reshape(-1) != 0
-    except (KeyError, IndexError, TypeError):
-        raise ValueError(f"mask is {key!r}, but a batch ({type(batch).__name__}) has no such entry") from None
 
 
 def _without_padding(routing: Routing, x: Tensor | None, tokens: Tensor | None, name: str) -> Pass:

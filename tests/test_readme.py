@@ -67,7 +67,8 @@ def test_the_example_of_a_task_trains_and_is_reported(tmp_path, start, start_ran
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", "docs/extend.md", "docs/ship.md", "benchmarks/README.md"]
+    "name",
+    ["README.md", "CONTRIBUTING.md", "docs/extend.md", "docs/finetune.md", "docs/ship.md", "benchmarks/README.md"],
 )
 def test_every_file_it_names_exists(name):
     text = (ROOT / name).read_text()

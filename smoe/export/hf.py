@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,15 +15,10 @@ from torch import Tensor, nn
 from ..control import activated, check_whole, get_top_k
 from ..modulize.folder import CONFIG
 from ..modulize.save import bare, check_tensors, replace_files
+from ..modulize.tokenizer import save_tokenizer
 from ..router import check_top_k
 from .card import write_card
 from .targets import Plan, Target, plan_export
-
-# Whatever tokenizer a folder holds, as Transformers and SentencePiece name its files.
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json"),
-)
 
 
 @torch.no_grad()
@@ -77,7 +71,7 @@ def to_hf(
         part = Path(part)
         _save_weights(dict(_tensors(model, plan)), part)
         _save_config(model, plan, part)
-        _save_tokenizer(model if tokenizer is None else tokenizer, part)
+        save_tokenizer(model if tokenizer is None else tokenizer, part)
         write_card(part, model, plan, [k] if fixed_k else None, metrics or {})
         replace_files(out, part)
     return out
@@ -133,20 +127,3 @@ def _save_config(model: nn.Module, plan: Plan, part: Path) -> None:
     if rope.get("rope_type", "default") != "default":
         config["rope_scaling"] = rope
     (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _save_tokenizer(source: Any, part: Path) -> None:
-    """The tokenizer itself, or the files of one in a folder, be it given or the one that a model came from."""
-    given = not isinstance(source, nn.Module)
-    if not given:
-        source = source.name_or_path or None
-        if source is None or not Path(source).is_dir():
-            return
-    if not isinstance(source, (str, Path)):
-        source.save_pretrained(part)
-        return
-    files = [Path(source) / name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
-    if given and not files:
-        raise ValueError(f"tokenizer is {str(source)!r}, a folder without a tokenizer's files")
-    for file in files:
-        shutil.copyfile(file, part / file.name)

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..control import check_whole, one_per_layer, smoe_layers
+from ..control import check_whole, smoe_layers
 from ..experts import check_divisible
 from ..layer import SMoE
+from ..router import check_top_k
 from .find import FoundMLP, find_mlps
 from .hook import record_when_saving
-from .layers import Layers, chosen_layers
+from .layers import Layers, PerLayer, chosen_layers, per_layer
 from .swap import Outlet, exchange, make_layer, restore, silence_fast_path, slots_of
 
 
 def modulize(
     model: nn.Module,
-    num_experts: int | Sequence[int] = 16,
+    num_experts: PerLayer = 16,
     layers: Layers = "all",
-    *,
-    top_k: int | Sequence[int] | None = None,
     **layer_options: Any,
 ) -> nn.Module:
     """Cuts the MLPs of ``model`` into ``num_experts`` experts each, in place, and returns the model.
@@ -34,14 +33,15 @@ def modulize(
     ``smoe.summary`` shows what was cut. Create the optimizer afterwards: the parameters are new.
 
     Args:
-        num_experts: N, one number or one per chosen MLP, in the model's order; each must divide the hidden width of its
-            MLP.
+        num_experts: N; must divide the hidden width of every chosen MLP. One for all, or one per chosen MLP: a list in
+            the model's order, or a mapping from their names, or parts of names that only one has
+            (``{"layers.0": 16, "layers.1": 8}``).
         layers: which MLPs, in the model's order (an encoder's come before its decoder's): ``all``; ``early`` or
             ``later``, the first or last half; ``middle``, the half in between; ``every-2``, the 2nd, 4th, ...
             (Figure 5 (e)); or their indices from 0.
-        top_k: k, one number or one per chosen MLP; None means N.
-        layer_options: of :class:`SMoE`: ``router``, ``score``, ``output_scale``, ``seed`` (layer i draws its router
-            from seed + i), ``compute``, ``engine``. Activation, biases, gate and dropout are the model's.
+        layer_options: of :class:`SMoE`: ``top_k`` (one, or one per layer as ``num_experts``), ``router``, ``score``,
+            ``output_scale``, ``seed`` (layer i draws its router from seed + i), ``compute``, ``engine``. Activation,
+            biases, gate and dropout are the model's.
 
     Raises:
         ValueError: no MLP is recognised, one can't be read or is experts already, N does not divide a width, a list
@@ -59,15 +59,13 @@ def modulize(
     _check_options(layer_options)
     found = find_mlps(model)
     chosen = [found[i] for i in chosen_layers(layers, len(found))]
-    there = f"{len(chosen)} MLPs are chosen"
-    numbers = zip(
-        one_per_layer("num_experts", num_experts, len(chosen), there),
-        one_per_layer("top_k", top_k, len(chosen), there),
-        strict=True,
-    )
-    options = [{"num_experts": n, "top_k": k, **_seeded(layer_options, i)} for i, (n, k) in enumerate(numbers)]
-    for mlp, its_options in zip(chosen, options, strict=True):
-        _check_fit(mlp, **its_options)
+    names = [mlp.name for mlp in chosen]
+    options = [_seeded(layer_options, i) for i in range(len(chosen))]
+    for option, value in (("num_experts", num_experts), ("top_k", layer_options.get("top_k"))):
+        for of_layer, one in zip(options, per_layer(option, value, names), strict=True):
+            of_layer[option] = one
+    for mlp, of_layer in zip(chosen, options, strict=True):
+        _check_fit(mlp, of_layer)
     place(model, [(mlp, partial(make_layer, mlp, o)) for mlp, o in zip(chosen, options, strict=True)])
     return model
 
@@ -132,27 +130,30 @@ def _unlike_dense(layer: SMoE) -> str | None:
     return None if layer.scale == 1 else f"multiplies its output by {layer.scale}"
 
 
-_OPTIONS = ("router", "score", "output_scale", "seed", "compute", "engine")
+_OPTIONS = ("top_k", "router", "score", "output_scale", "seed", "compute", "engine")
 
 
 def _check_options(options: dict[str, Any]) -> None:
     for name in options:
         if name not in _OPTIONS:
             raise ValueError(
-                f"{name} is no option of modulize; there are num_experts, layers, top_k, {', '.join(_OPTIONS)}"
+                f"{name} is no option of modulize; there are num_experts, layers, {', '.join(_OPTIONS)}"
             )
     if options.get("router") == "hash":
         raise ValueError("router is 'hash'; its token ids don't reach the MLPs of a finished model; use another router")
 
 
 def _seeded(options: dict[str, Any], i: int) -> dict[str, Any]:
-    return options if options.get("seed") is None else {**options, "seed": options["seed"] + i}
+    """A copy, for layer i."""
+    return {**options, **({} if options.get("seed") is None else {"seed": options["seed"] + i})}
 
 
-def _check_fit(found: FoundMLP, num_experts: int, **options: Any) -> None:
+def _check_fit(found: FoundMLP, options: dict[str, Any]) -> None:
     try:
-        check_divisible(found.d_hidden, num_experts)
+        check_divisible(found.d_hidden, options["num_experts"])
+        if options["top_k"] is not None:
+            check_top_k(options["top_k"], options["num_experts"])
     except ValueError as error:
         raise ValueError(f"{found.name}: {error}") from None
     with torch.device("meta"):  # whatever else is wrong shows here, before anything is changed
-        SMoE(found.d_model, found.d_hidden, num_experts, **options)
+        SMoE(found.d_model, found.d_hidden, **options)

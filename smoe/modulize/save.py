@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,10 @@ from ..experts import is_int8
 from .folder import CONFIG, INDEX, OWN_CONFIG, WEIGHTS, shards_of
 from .hook import is_transformers_model, record_when_saving
 from .record import describe, plain_name
+from .tokenizer import save_tokenizer
 
 
-def save_pretrained(model: nn.Module, path: str | Path) -> Path:
+def save_pretrained(model: nn.Module, path: str | Path, *, tokenizer: Any = None) -> Path:
     """Writes ``model`` into the folder ``path``: its weights, and under the key ``smoe`` what was done to its MLPs.
 
     A Transformers model is written as its own ``save_pretrained`` does, with the key in ``config.json``; any other
@@ -25,9 +27,13 @@ def save_pretrained(model: nn.Module, path: str | Path) -> Path:
     ones, and for models that were never changed. DDP, ``nn.DataParallel`` and ``torch.compile`` around the model are
     looked through. What the folder holds is replaced at the end, when all new files are complete.
 
+    Args:
+        tokenizer: with ``save_pretrained``, or a folder that holds one. None: the files of the one in the folder that a
+            Transformers model came from, if any.
+
     Raises:
-        ValueError: path is a file, or the model's tensors can't be saved as they are (spread over ranks, on the meta
-            device, under PEFT adapters). Nothing is written then.
+        ValueError: path is a file, ``tokenizer`` is a folder without one, or the model's tensors can't be saved as they
+            are (spread over ranks, on the meta device, under PEFT adapters). Nothing is written then.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -41,10 +47,13 @@ def save_pretrained(model: nn.Module, path: str | Path) -> Path:
         if is_transformers_model(model):
             record_when_saving()
             model.save_pretrained(part)
+            save_tokenizer(model if tokenizer is None else tokenizer, Path(part))
         else:
             _save_tensors(model, Path(part) / WEIGHTS)
             settings = {} if record is None else {"smoe": record.to_json()}
             (Path(part) / OWN_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, Path(part))
         replace_files(path, Path(part))
     return path
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,12 @@ from .routing import Routing
 
 Score = Literal["softmax_after_topk", "softmax_before_topk", "sum"]
 SCORES: tuple[str, ...] = get_args(Score)
+
+
+class Watcher(Protocol):
+    """Is told of every pass: a list of routings, or what counts them instead of keeping them."""
+
+    def append(self, routing: Routing, /) -> None: ...
 
 
 def check_top_k(top_k: int, num_experts: int) -> int:
@@ -39,7 +45,7 @@ class Router(nn.Module):
         super().__init__()
         if score not in SCORES:
             raise ValueError(f"score is {score!r}; it must be one of {', '.join(SCORES)}")
-        self._watchers: list[list[Routing]] = []
+        self._watchers: list[Watcher] = []
         self.num_experts = num_experts
         self.score = score
         self.top_k = top_k
@@ -59,16 +65,16 @@ class Router(nn.Module):
             self._tell(routing)
         return routing
 
-    def watch(self, routings: list[Routing]) -> None:
-        """From now on every pass appends its Routing to ``routings`` (see ``smoe.record_routing``).
+    def watch(self, watcher: Watcher) -> None:
+        """From now on every pass appends its Routing to ``watcher``, a list (see ``smoe.record_routing``) or alike.
 
         Not a forward hook: a model that was compiled without the hook would never call it.
         """
-        self._watchers.append(routings)
+        self._watchers.append(watcher)
 
-    def unwatch(self, routings: list[Routing]) -> None:
-        """Ends :meth:`watch` for this list."""
-        self._watchers = [watcher for watcher in self._watchers if watcher is not routings]
+    def unwatch(self, watcher: Watcher) -> None:
+        """Ends :meth:`watch` for it."""
+        self._watchers = [other for other in self._watchers if other is not watcher]
 
     @uncompiled
     def _tell(self, routing: Routing) -> None:

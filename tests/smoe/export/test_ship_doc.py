@@ -123,3 +123,17 @@ def test_its_table_of_int8_is_the_record():
             cells.append(f"{few['median_ms'][name]:.0f}, {many['median_ms'][name]:.0f} ms")
             cells[-1] += f"; {many['cosine_error'][name]:.4f}"
         assert _row(title, cells) in DOC
+
+
+def test_its_table_of_dense_models_is_the_record():
+    record = json.loads((ROOT / "results/minilm_slimming.json").read_text())
+    rows = record["slimmed"]
+    whole = {row["k"]: row for row in record["by_k"] if row["weight_of_a_chosen_expert"] == "1"}
+    assert [row["kept_experts"] for row in rows] == [4, 8, 12, 15]
+    assert _row("slimmed, then dense", [f"{row['cosine_mean']:.3f}" for row in rows]) in DOC
+    at_k = [whole[row["kept_experts"]]["cosine_mean"] for row in rows]
+    assert _row("all experts there, k of them active", [f"{cosine:.3f}" for cosine in at_k]) in DOC
+    assert _row("parameters", [f"{row['parameters'] / 1e6:.1f} M" for row in rows]) in DOC
+    assert _row("time of the dense model", [f"{row['time_of_dense']:.2f}" for row in rows]) in DOC
+    times = [row["time_of_dense"] for row in rows]
+    assert times == sorted(times) and times[0] < 0.9

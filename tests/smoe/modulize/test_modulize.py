@@ -288,9 +288,9 @@ def test_experts_and_k_per_layer(tmp_path):
     [
         (
             {"num_experts": [4, 4]},
-            r"^num_experts is \[4, 4\], 2 numbers; 3 MLPs are chosen, so it must be one number or 3",
+            r"^num_experts is \[4, 4\], 2 numbers; there are 3 layers, so it must be one number or 3",
         ),
-        ({"top_k": [1]}, r"^top_k is \[1\], 1 numbers; 3 MLPs are chosen"),
+        ({"top_k": [1]}, r"^top_k is \[1\], 1 numbers; there are 3 layers"),
         ({"num_experts": [4, 4, 5]}, r"^2\.3: d_hidden is 64, which num_experts = 5 does not divide"),
         (
             {"num_experts": [4, 4, 2], "top_k": [4, 4, 4]},

@@ -212,3 +212,20 @@ def test_a_record_of_the_first_version(tmp_path):
     del settings["smoe"]["placed"]
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert_same_model(model, smoe.from_pretrained(tmp_path), inputs_of(model))
+
+
+def test_the_tokenizer_is_saved_too(tmp_path):
+    from examples import byte_tokenizer
+
+    byte_tokenizer.save(tmp_path)
+    model = smoe.modulize(tiny("Llama"), 8)
+    smoe.save_pretrained(model, tmp_path / "without")
+    smoe.save_pretrained(model, tmp_path / "given", tokenizer=tmp_path)
+    again = smoe.from_pretrained(tmp_path / "given")
+    smoe.save_pretrained(again, tmp_path / "again")  # it is that of the folder that the model came from
+    assert not list((tmp_path / "without").glob("tokenizer*"))
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+    with pytest.raises(ValueError, match="a folder without a tokenizer's files"):
+        smoe.save_pretrained(model, tmp_path / "refused", tokenizer=tmp_path / "without")
+    assert not list((tmp_path / "refused").glob("*"))
