@@ -1,13 +1,11 @@
 """A whole SMoE layer for few tokens without gradients, routing and experts, in as few steps as it takes.
 
-At one token the checks and small tensors between the parts of a layer take as long as its products. This way leaves them
-out, where nothing needs them: no watcher, hook or wrapper, plain float32 tensors on a CPU. It keeps nothing from pass to
-pass, so a changed k, weight or dtype counts at once.
+At one token the checks and small tensors between the parts of a layer take as long as its products. This way leaves
+them out, where nothing needs them: no watcher, hook or wrapper, plain float32 tensors on a CPU. It keeps nothing from
+pass to pass, so a changed k, weight or dtype counts at once.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +14,8 @@ from .compute import few
 from .experts import Experts
 from .router import LearnedRouter, RandomRouter
 
-if TYPE_CHECKING:
-    from .layer import SMoE
 
-
-def forward(layer: SMoE, x: Tensor) -> Tensor | None:
+def forward(layer: nn.Module, x: Tensor) -> Tensor | None:
     """What ``layer(x)`` is, x (..., d); None where the layer must go its ordinary way."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
         return None
@@ -60,7 +55,7 @@ def _is_watched() -> bool:
     )
 
 
-def _is_plain(layer: SMoE) -> bool:
+def _is_plain(layer: nn.Module) -> bool:
     """Whether the layer's options leave the computation to this way."""
     return (
         layer.compute in ("auto", "few") and layer.k_per_row is None and layer.dispatch is None and layer.fmoe is None

@@ -8,8 +8,8 @@ bag           (16-bit types, whose matrix-vector products are slow) first layer:
               unit i of an expert adding ``hidden[i] * down[i]`` to the output
 all experts   one dense MLP; the hidden units carry the routing weight, 0 if their expert is not chosen
 
-With few pairs weights are most of what is read, so that time follows P. With many, all weights are read once, in a fixed
-number of operators.
+With few pairs weights are most of what is read, so that time follows P. With many, all weights are read once, in a
+fixed number of operators.
 """
 
 from __future__ import annotations

@@ -136,9 +136,7 @@ _OPTIONS = ("top_k", "router", "score", "output_scale", "seed", "compute", "engi
 def _check_options(options: dict[str, Any]) -> None:
     for name in options:
         if name not in _OPTIONS:
-            raise ValueError(
-                f"{name} is no option of modulize; there are num_experts, layers, {', '.join(_OPTIONS)}"
-            )
+            raise ValueError(f"{name} is no option of modulize; there are num_experts, layers, {', '.join(_OPTIONS)}")
     if options.get("router") == "hash":
         raise ValueError("router is 'hash'; its token ids don't reach the MLPs of a finished model; use another router")
 
