@@ -1,8 +1,8 @@
 """A whole SMoE layer for few tokens without gradients, routing and experts, in as few steps as it takes.
 
-At one token the checks and small tensors between the parts of a layer take as long as its products. This way leaves them
-out, where nothing needs them: no watcher, hook or wrapper, plain float32 tensors on a CPU. It keeps nothing from pass to
-pass, so a changed k, weight or dtype counts at once.
+At one token the checks and small tensors between the parts of a layer take as long as its products. This way leaves
+them out, where nothing needs them: no watcher, hook or wrapper, plain float32 tensors on a CPU. It keeps nothing from
+pass to pass, so a changed k, weight or dtype counts at once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .compute import few
+from .compute.fast_path import Parameters
 from .experts import Experts
 from .router import LearnedRouter, RandomRouter
 
@@ -24,12 +25,13 @@ def forward(layer: SMoE, x: Tensor) -> Tensor | None:
     """What ``layer(x)`` is, x (..., d); None where the layer must go its ordinary way."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
         return None
-    if x.dtype is not torch.float32 or x.numel() > few.MOST_TOKENS * layer.d_model or _is_watched():
+    if x.dtype is not torch.float32 or _is_watched() or x.numel() > few.MOST_TOKENS * layer.d_model:
         return None
     router, experts = layer._modules["router"], layer._modules["experts"]
     if not (_is_plain(layer) and _is_bare(router) and _is_bare(experts)):
         return None
-    parameters = few.parameters_of(experts)
+    own = experts._parameters  # as attributes they take ten times as long
+    parameters = Parameters(*map(own.get, Parameters._fields))
     for p in (router.weight, *parameters):
         if p is not None and (p.dtype is not torch.float32 or type(p) not in (nn.Parameter, Tensor) or not p.is_cpu):
             return None
