@@ -49,6 +49,7 @@ def build(name: str, num_layers: int | None = None, d_model: int | None = None) 
     }
     # Not GPT-2's own "gelu_new", which takes eight operators: experts compute both as one.
     options = {"activation_function": "gelu_pytorch_tanh", "use_cache": False}
+    options |= {"bos_token_id": 0, "eos_token_id": 0}  # within the vocabulary
     return GPT2Model(GPT2Config(vocab_size=VOCABULARY, **sizes, **options)).eval()
 
 

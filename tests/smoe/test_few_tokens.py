@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import smoe
-from smoe import SMoE, few_tokens
+from smoe import SMoE
 from smoe.compute import few
 
 D, N, H = 12, 4, 24
@@ -53,7 +53,7 @@ def naive(layer: SMoE, x: Tensor) -> Tensor:
 def assert_same(layer: SMoE, x: Tensor) -> None:
     """Within 1e-6 of the naive numbers, by the way of few tokens."""
     with torch.no_grad():
-        y = few_tokens.forward(layer, x)
+        y = layer._few_tokens(x)
         assert y is not None and y.shape == x.shape
         want = naive(layer, x)
         assert (y - want).abs().max() <= 1e-6 * max(1.0, float(want.abs().max()))
@@ -109,7 +109,7 @@ def test_what_changes_counts_at_once():
     model.to(torch.bfloat16)
     with torch.no_grad():
         low = x.to(torch.bfloat16)
-        assert few_tokens.forward(model[0], low) is None
+        assert model[0]._few_tokens(low) is None
         y = model(low)
         assert (y.float() - naive(model[0], low)).norm() <= 0.02 * y.float().norm()
     model.to(torch.float32)
@@ -120,34 +120,34 @@ def test_the_ordinary_way_is_taken_where_something_needs_it():
     x = torch.randn(2, D)
     layer = make()
     layer.train()
-    assert few_tokens.forward(layer, x) is None and layer(x).requires_grad  # gradients are wanted
+    assert layer._few_tokens(x) is None and layer(x).requires_grad  # gradients are wanted
     with torch.no_grad():
-        assert few_tokens.forward(layer, x) is not None  # training alone is no reason
-        assert few_tokens.forward(layer, torch.randn(few.MOST_TOKENS + 1, D)) is None
-        assert few_tokens.forward(layer, x[:0]) is None and layer(x[:0]).shape == (0, D)
-        assert few_tokens.forward(layer, x.double()) is None
+        assert layer._few_tokens(x) is not None  # training alone is no reason
+        assert layer._few_tokens(torch.randn(few.MOST_TOKENS + 1, D)) is None
+        assert layer._few_tokens(x[:0]) is None and layer(x[:0]).shape == (0, D)
+        assert layer._few_tokens(x.double()) is None
         with torch.autocast("cpu", torch.bfloat16):
-            assert few_tokens.forward(layer, x) is None
+            assert layer._few_tokens(x) is None
         with smoe.record_routing(layer) as routings:
-            assert few_tokens.forward(layer, x) is None
+            assert layer._few_tokens(x) is None
             layer(x)
         assert len(routings) == 1
         with smoe.activated(layer, torch.tensor([1, 3])):
-            assert few_tokens.forward(layer, x) is None
+            assert layer._few_tokens(x) is None
         for part in (layer.router, layer.experts):
             handle = part.register_forward_pre_hook(lambda *_: None)
-            assert few_tokens.forward(layer, x) is None
+            assert layer._few_tokens(x) is None
             handle.remove()
         for options in ({"dropout": 0.5}, {"router": "uniform"}, {"compute": "reference"}, {"compute": "grouped"}):
-            assert few_tokens.forward(make(**options).train(), x) is None, options
+            assert make(**options).train()._few_tokens(x) is None, options
         half = make()
         half.experts.down.data = half.experts.down.data.bfloat16()
-        assert few_tokens.forward(half, x) is None and half(x).dtype == torch.float32
+        assert half._few_tokens(x) is None and half(x).dtype == torch.float32
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             traced = torch.jit.trace(layer, x, check_trace=False)
         layer.router.forward = lambda *args: None  # as accelerate's hooks do
-        assert few_tokens.forward(layer, x) is None
+        assert layer._few_tokens(x) is None
         del vars(layer.router)["forward"]
         many = torch.randn(70, D)
         assert torch.allclose(traced(many), layer(many), atol=1e-5)  # the trace holds for other inputs
