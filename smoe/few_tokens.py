@@ -11,35 +11,34 @@ import torch
 from torch import Tensor, nn
 
 from .compute import few
+from .compute.fast_path import Parameters
 from .experts import Experts
 from .router import LearnedRouter, RandomRouter
 
 
-def forward(layer: nn.Module, x: Tensor) -> Tensor | None:
-    """What ``layer(x)`` is, x (..., d); None where the layer must go its ordinary way."""
+def forward(x: Tensor, router: nn.Module, experts: nn.Module, scale: float) -> Tensor | None:
+    """What a layer of this router and these experts makes of x (..., d), times ``scale``; None if not possible."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
         return None
-    if x.dtype is not torch.float32 or x.numel() > few.MOST_TOKENS * layer.d_model or _is_watched():
+    if x.dtype is not torch.float32 or _is_watched() or not (_is_bare(router) and _is_bare(experts)):
         return None
-    router, experts = layer._modules["router"], layer._modules["experts"]
-    if not (_is_plain(layer) and _is_bare(router) and _is_bare(experts)):
-        return None
-    parameters = few.parameters_of(experts)
+    own = experts._parameters  # as attributes they take ten times as long
+    parameters = Parameters(*map(own.get, Parameters._fields))
     for p in (router.weight, *parameters):
         if p is not None and (p.dtype is not torch.float32 or type(p) not in (nn.Parameter, Tensor) or not p.is_cpu):
             return None
-    flat = x.reshape(-1, layer.d_model)
+    flat = x.reshape(-1, experts.d_model)
     if not few.pays(flat.shape[0], router.top_k, experts):
         return None
     indices, weights = router.choice(flat)
-    if weights is not None and layer.output_scale != 1:
-        weights = weights * layer.scale
+    if weights is not None and scale != 1:
+        weights = weights * scale
     if indices is None:
         y = few.all_experts(flat, experts, parameters, weights)
     else:
         y = few.chosen_experts(flat, experts, parameters, weights, indices)
-    if weights is None and layer.output_scale != 1:
-        y *= layer.scale
+    if weights is None and scale != 1:
+        y *= scale
     return y.view(x.shape)
 
 
@@ -52,13 +51,6 @@ def _is_watched() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch.is_autocast_enabled("cpu")
         or nn.modules.module._has_any_global_hook()
-    )
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether the layer's options leave the computation to this way."""
-    return (
-        layer.compute in ("auto", "few") and layer.k_per_row is None and layer.dispatch is None and layer.fmoe is None
     )
 
 

@@ -15,6 +15,8 @@ from ..router import Routing
 from . import reference
 from .dense import dense_weights
 
+NAMES = ("up", "up_bias", "gate", "gate_bias", "down", "down_bias")
+
 
 def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
     """x (T, d) -> y (T, d), the same numbers as ``reference.compute``."""
@@ -26,7 +28,9 @@ def compute(x: Tensor, experts: Experts, routing: Routing) -> Tensor:
     if routing.absent or routing.indices.shape[1] < experts.num_experts or experts.int8:
         return reference.compute(x, experts, routing)
     weights = dense_weights(routing.weights, routing.indices, experts.num_experts, absent=False)
-    mlp = {name: p if p.dtype == x.dtype else p.to(x.dtype) for name, p in experts.named_parameters()}
+    # By attribute: PEFT may parametrise them.
+    there = {name: p for name in NAMES if (p := getattr(experts, name)) is not None}
+    mlp = {name: p if p.dtype == x.dtype else p.to(x.dtype) for name, p in there.items()}
     up = _linear(x, mlp["up"], mlp.get("up_bias"))
     gate = _linear(x, mlp["gate"], mlp.get("gate_bias")) if experts.gated else None
     hidden = experts.hidden(up, gate).unflatten(1, (experts.num_experts, -1)) * weights.unsqueeze(2).to(x.dtype)

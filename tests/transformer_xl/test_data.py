@@ -99,7 +99,7 @@ def test_a_missing_split_is_named_beside_those_there(data_dir):
         ('{"splits": {"train": 1}, "sha256": ""}', "not subscriptable"),
         ('{"splits": [], "sha256": ""}', "no attribute 'items'"),
         ('{"splits": {}, "sha256": 3}', "sha256 is '3'"),
-        ("[" * 100_000, "recursion"),
+        ("[" * 100_000, "its values are nested"),
         ('{"sha256": ' + "1" * 5000 + "}", "4300"),
     ],
 )

@@ -257,8 +257,10 @@ def test_which_path_runs(monkeypatch):
     assert ran.pop() == "dense"
     with torch.no_grad():
         for k in (1, 2, 4):
-            make(d=128, h=256, k=k)(big)
+            make(d=128, h=256, k=k, dtype=torch.float64)(big.double())
             assert ran.pop() == "few"
+            make(d=128, h=256, k=k)(big)
+            assert not ran  # in float32 the layer goes straight to what `few` computes: smoe.few_tokens
         make(d=128, h=256, k=2)(torch.randn(65, 128))
         assert ran.pop() == "grouped"
     for name in PATHS:
