@@ -105,8 +105,10 @@ def all_experts(x: Tensor, experts: Experts, parameters: Parameters, weights: Te
     first = _transposed_linear if transposed else _linear
     hidden = experts.hidden(first(x, up, up_bias), None if gate is None else first(x, gate, gate_bias))
     if transposed:
+        if weights is not None:  # one row of weights beside rows of hidden units, both contiguous
+            hidden.view(*up.shape[:2], -1).mul_(weights.t().contiguous().unsqueeze(1))
         hidden = hidden.t()
-    if weights is not None:
+    elif weights is not None:
         hidden = scale_(hidden, weights, hidden)
     down = down.reshape(-1, x.shape[1])
     if down_bias is None:
