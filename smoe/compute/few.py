@@ -101,13 +101,21 @@ def chosen_experts(
 def all_experts(x: Tensor, experts: Experts, parameters: Parameters, weights: Tensor | None) -> Tensor:
     """One dense MLP whose hidden units are scaled; weights (T, N), None: all are 1."""
     up, up_bias, gate, gate_bias, down, down_bias = parameters
-    hidden = experts.hidden(_linear(x, up, up_bias), None if gate is None else _linear(x, gate, gate_bias))
-    if weights is not None:
+    transposed = x.shape[0] >= TRANSPOSED and not uses_onednn(x, up.shape[0] * up.shape[1])
+    first = _transposed_linear if transposed else _linear
+    hidden = experts.hidden(first(x, up, up_bias), None if gate is None else first(x, gate, gate_bias))
+    if transposed:
+        if weights is not None:  # one row of weights beside rows of hidden units, both contiguous
+            hidden.view(*up.shape[:2], -1).mul_(weights.t().contiguous().unsqueeze(1))
+        hidden = hidden.t()
+    elif weights is not None:
         hidden = scale_(hidden, weights, hidden)
     down = down.reshape(-1, x.shape[1])
     if down_bias is None:
         return torch.mm(hidden, down)
-    return torch.addmm(down_bias.sum(0) if weights is None else torch.mm(weights, down_bias), hidden, down)
+    if weights is None:  # a product with ones is a cheaper sum
+        weights = x.new_ones(1, down_bias.shape[0])
+    return torch.addmm(torch.mm(weights, down_bias), hidden, down)
 
 
 def _pairs(x: Tensor, experts: Experts, parameters: Parameters, weights: Tensor | None, indices: Tensor) -> Tensor:
@@ -167,8 +175,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     weight, bias = weight.reshape(-1, x.shape[1]), None if bias is None else bias.reshape(-1)
     if uses_onednn(x, weight.shape[0]):
         return linear(x, weight, bias)
-    # Called directly: `products.linear` starts one operator more.
-    if x.shape[0] < TRANSPOSED:
-        return F.linear(x, weight, bias)
-    out = torch.mm(weight, x.t()) if bias is None else torch.addmm(bias.unsqueeze(1), weight, x.t())
-    return out.t()
+    return F.linear(x, weight, bias)  # directly: `products.linear` starts one operator more
+
+
+def _transposed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The transpose of :func:`_linear`, (N * h, T); contiguous, since activations are slow on the other layout."""
+    weight = weight.reshape(-1, x.shape[1])
+    return torch.mm(weight, x.t()) if bias is None else torch.addmm(bias.reshape(-1, 1), weight, x.t())

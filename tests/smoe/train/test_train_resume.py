@@ -66,7 +66,7 @@ DAMAGE = {
     "not an object": ("state.json", lambda p: p.write_text("[1]"), "cannot be read"),
     "not text": ("state.json", lambda p: p.write_bytes(b"\xff\xfe\x00"), "cannot be read"),
     "edited state": ("state.json", edit_state, "state.json has changed"),
-    "another version's": ("state.json", write_format, "format 99, this version reads 2"),
+    "another version's": ("state.json", write_format, "format '99', this version reads 2"),
 }
 
 
