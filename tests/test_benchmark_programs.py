@@ -58,3 +58,26 @@ def test_every_method_takes_steps_and_its_flops_are_those_of_its_training(tmp_pa
     assert trained["dense_dropout"]["flops_per_step"] > trained["smoe"]["flops_per_step"]
     assert trained["thor"]["flops_per_step"] > 1.5 * trained["smoe"]["flops_per_step"]  # two passes
     assert capsys.readouterr().out.count("transformer_xl") == len(rows)
+
+
+@pytest.mark.parametrize("name", ["minilm", "gpt2"])
+def test_few_tokens_compares_the_same_mlps(name):
+    """At k = N both contenders compute the same, the whole model and the MLPs alone."""
+    import copy
+    import time
+
+    import smoe
+    from benchmarks import few_tokens
+    from smoe.control import smoe_layers
+
+    dense = few_tokens.build(name, num_layers=2, d_model=48)
+    experts = smoe.modulize(copy.deepcopy(dense), few_tokens.NUM_EXPERTS, score="sum")
+    x, ids = torch.randn(1, 3, 48), torch.arange(3)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(dense(ids)[0], experts(ids)[0], atol=1e-5, rtol=0)
+        for mlp, (_, layer) in zip(few_tokens.dense_mlps(dense), smoe_layers(experts), strict=True):
+            torch.testing.assert_close(mlp(x), layer(x), atol=1e-5, rtol=0)
+    for part in few_tokens.PARTS:
+        record = few_tokens.measure(dense, experts, part, 2, 1, time.perf_counter)
+        assert list(record["ratio_to_dense"]) == ["dense", "k=1", "k=2", "k=4", "k=8", "k=16"]
+        assert record["ratio_to_dense"]["dense"] == 1 and min(record["median_s"].values()) > 0

@@ -3,8 +3,10 @@
 command.py        flags and YAML, a scale (auto.py) -> a configuration -> the loop; mistakes.py: errors in flags
 config.py         what every training can be told: method, k, steps, learning rate, where it runs
 processes.py      this process among those of the run; distributed.py is for several
+  launcher.py       ends with torchrun, if that is gone
 task.py           what differs between trainings: model, batches, loss, metrics
   finetune.py       for one that starts from another run; examples.py: for one whose data are lines of JSON
+  choosing.py       for one that chooses among answers; sentence_floors.py: what needs no model to reach
 folder.py         the run folder: who may write to it, whether it is finished
 loop.py           the loop: learning rate and k, batch, loss, backward, clip, step, log, evaluate, save, stop
   learning_rate.py  log.py  evaluation.py  stop.py

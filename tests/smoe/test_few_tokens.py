@@ -77,7 +77,7 @@ def test_the_numbers_are_those_of_eq_1(router, score, pairs, monkeypatch):
         layer = make(router=router, score=score, **options)
         for k in (1, 2, 3, 4):
             layer.top_k = k
-            for shape in ((D,), (1, 1, D), (3, D)):
+            for shape in ((D,), (1, 1, D), (3, D), (few.TRANSPOSED + 1, D)):
                 assert_same(layer, torch.randn(shape))
     assert bool(ran) == pairs
 

@@ -137,3 +137,19 @@ def test_its_table_of_dense_models_is_the_record():
     assert _row("time of the dense model", [f"{row['time_of_dense']:.2f}" for row in rows]) in DOC
     times = [row["time_of_dense"] for row in rows]
     assert times == sorted(times) and times[0] < 0.9
+
+
+def test_its_table_of_few_tokens_is_the_record():
+    from benchmarks.few_tokens import table
+
+    records = json.loads((ROOT / "results/few_tokens.json").read_text())["records"]
+    assert len(records) == 2 * 2 * 2 * 4 and {record["repeats"] for record in records} == {15}
+    assert table(records) in DOC
+    text = " ".join(DOC.split())
+    worst = [max(r["ratio_to_dense"].values()) for r in records if r["part"] == "model"]
+    missed = sum(ratio > 1.05 for ratio in worst)
+    assert f"{missed} of the {len(worst)} rows of models have a k above 1.05, the worst {max(worst):.2f}" in text
+    fours = [r["ratio_to_dense"]["k=4"] for r in records if r["part"] == "MLPs" and r["tokens"] == 1]
+    small, large, small_two, large_two = (f"{ratio:.2f}" for ratio in fours)
+    assert f"k = 4 takes {small} and {small_two} (one and two threads) at MiniLM's size, " in text
+    assert f"{large} and {large_two} at GPT-2's" in text
