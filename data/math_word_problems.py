@@ -22,7 +22,7 @@ from bert import equations
 from data.dataset import DataSet
 from data.errors import SourceError, printable
 from data.fetch import Folder, Url
-from data.unpack import read_file
+from data.unpack import read_file, text_of
 
 TABLES = {"train": "train.csv", "test": "dev.csv"}  # the home's names
 COLUMNS = ("Question", "Numbers", "Equation", "Answer")
@@ -66,12 +66,7 @@ def convert(path: Path, folder: Path, folds: Mapping[str, str]) -> dict[str, dic
 
 def read_table(path: Path, name: str) -> Iterator[dict[str, Any]]:
     """The problems of the csv at ``path``, which messages call ``name``. Raises SourceError."""
-    try:
-        text = b"".join(read_file(path, _MAX_BYTES)).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{name} is not UTF-8 text (byte {error.start})") from error
-    except SourceError as error:
-        raise SourceError(f"{name}: {error}") from error
+    text = text_of(read_file(path, _MAX_BYTES), name)
     rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     number = 0
     try:

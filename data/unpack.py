@@ -10,7 +10,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -41,6 +41,16 @@ def read_file(path: Path, max_bytes: int) -> Iterator[bytes]:
         packed = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open}
         with packed.get(magic[:2], open)(path, "rb") as stream:
             yield from _pieces(stream, max_bytes)
+
+
+def text_of(pieces: Iterable[bytes], name: str) -> str:
+    """The UTF-8 text that ``pieces`` are together. Raises SourceError, which begins with ``name``, also for theirs."""
+    try:
+        return b"".join(pieces).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{name} is not UTF-8 text (byte {error.start})") from error
+    except SourceError as error:
+        raise SourceError(f"{name}: {error}") from error
 
 
 def read_zip_member(path: Path, name: str, max_bytes: int) -> Iterator[bytes]:

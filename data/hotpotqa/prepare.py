@@ -39,7 +39,7 @@ from data.dataset import DataSet
 from data.errors import SourceError, printable
 from data.fetch import Folder, Url
 from data.folder import sha256_of
-from data.unpack import read_file
+from data.unpack import read_file, text_of
 
 PARTS = {"train": "hotpot_train_v1.1.json", "test": "hotpot_dev_distractor_v1.json"}  # the authors' names
 SHA256 = {
@@ -150,12 +150,7 @@ def read_composed(path: Path, name: str) -> Iterator[tuple[Row, tuple[Row, Row]]
 
 def _values(path: Path, name: str) -> Iterator[Any]:
     """The values of a JSON list, or of JSON lines, one by one: all of train's at once would take gigabytes."""
-    try:
-        text = b"".join(read_file(path, _MAX_BYTES)).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{name} is not UTF-8 text (byte {error.start})") from error
-    except SourceError as error:
-        raise SourceError(f"{name}: {error}") from error
+    text = text_of(read_file(path, _MAX_BYTES), name)
     decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
     position = space.match(text).end()
     is_list = text.startswith("[", position)

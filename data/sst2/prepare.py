@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script of a ch
 from data.dataset import DataSet
 from data.errors import SourceError, printable
 from data.fetch import Folder, Url
-from data.unpack import read_file, read_zip_member
+from data.unpack import read_file, read_zip_member, text_of
 
 TABLES = {"train": "train.tsv", "valid": "dev.tsv"}  # GLUE's names
 EXAMPLES = {"train": 67_349, "valid": 872}
@@ -48,12 +48,7 @@ def convert(path: Path, folder: Path, examples: Mapping[str, int] = EXAMPLES) ->
 def read_table(path: Path, table: str) -> Iterator[tuple[str, int]]:
     """Text and label of each example in the file `table` of the folder or .zip at `path`. Raises SourceError."""
     pieces = read_file(path / table, _MAX_BYTES) if path.is_dir() else read_zip_member(path, table, _MAX_BYTES)
-    try:
-        lines = b"".join(pieces).decode("utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{table} is not UTF-8 text (byte {error.start})") from error
-    except SourceError as error:
-        raise SourceError(f"{table}: {error}") from error
+    lines = text_of(pieces, table).removesuffix("\n").split("\n")
     for number, line in enumerate(lines, start=1):
         line = line.removesuffix("\r")  # of a copy with the line ends of Windows
         text, tab, label = line.rpartition("\t")
