@@ -131,14 +131,8 @@ def signalled(rig: Rig, task: TinyTask, random: Random, number: int) -> None:
     rig.goes_on(task, run, None if (run / "result.json").exists() else step)
 
 
-@kind("sigterm", "SIGTERM at a random moment", 6)
-def _(rig: Rig, task: TinyTask, random: Random) -> None:
-    signalled(rig, task, random, signal.SIGTERM)
-
-
-@kind("sigint", "SIGINT at a random moment", 6)
-def _(rig: Rig, task: TinyTask, random: Random) -> None:
-    signalled(rig, task, random, signal.SIGINT)
+kind("sigterm", "SIGTERM at a random moment", 6)(functools.partial(signalled, number=signal.SIGTERM))
+kind("sigint", "SIGINT at a random moment", 6)(functools.partial(signalled, number=signal.SIGINT))
 
 
 # ---- the disk --------------------------------------------------------------------------------------------------------
@@ -380,16 +374,6 @@ def two_alone(rig: Rig, name: str) -> Path:
     return rig.once(("two", name), make)
 
 
-@kind("rank-dies", "a process of two dies", 3)
-def _(rig: Rig, task: TinyTask, random: Random) -> None:
-    lose_a_rank(rig, task, random, signal.SIGKILL)
-
-
-@kind("rank-hangs", "a process of two hangs", 3)
-def _(rig: Rig, task: TinyTask, random: Random) -> None:
-    lose_a_rank(rig, task, random, signal.SIGSTOP)
-
-
 def lose_a_rank(rig: Rig, task: TinyTask, random: Random, number: int) -> None:
     alone, run = two_alone(rig, task.name), rig.folder() / "run"
     timeout = ("--process_timeout", 4)
@@ -409,6 +393,10 @@ def lose_a_rank(rig: Rig, task: TinyTask, random: Random, number: int) -> None:
     if step is not None and f"resumed after step {step}\n" not in commands[0].out:
         raise Lost(commands[0].out)
     Rig.is_as(alone, run)
+
+
+kind("rank-dies", "a process of two dies", 3)(functools.partial(lose_a_rank, number=signal.SIGKILL))
+kind("rank-hangs", "a process of two hangs", 3)(functools.partial(lose_a_rank, number=signal.SIGSTOP))
 
 
 def wait_until_free(run: Path) -> None:
