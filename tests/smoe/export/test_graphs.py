@@ -106,6 +106,7 @@ def test_onnx(case, tmp_path):
 @pytest.mark.parametrize("kind", ["Dynamo", "Onnx"])
 def test_hugging_faces_exporters(kind, tmp_path):
     from transformers import exporters
+
     model = make("slimmed llama", 1)
     config = getattr(exporters, f"{kind}Config")(dynamic=True, dynamic_shapes=dict.fromkeys(batch(1, 2), AXES))
     done = getattr(exporters, f"{kind}Exporter")().export(model, batch(2, 7), config=config)
