@@ -11,5 +11,6 @@ unset PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-# One process a core; each file stays in one process, which makes its models and servers once.
-exec .venv/bin/python -m pytest -n auto --dist loadfile "$@"
+# One process per core; each file stays in one process, which makes its models and servers once. tests/conftest.py
+# orders the files.
+exec .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"

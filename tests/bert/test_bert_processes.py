@@ -41,12 +41,3 @@ def test_a_checkpoint_of_four_processes_goes_on_at_one_two_and_four(trainer, tmp
 )
 def test_processes_that_do_not_fit_say_so_each(flags, own, words, trainer, tmp_path):
     processes.check_disagreement(trainer, tmp_path, flags, own, words)
-
-
-def test_a_signal_to_one_stops_all(trainer, tmp_path):
-    processes.check_signal_to_one_stops_all(trainer, tmp_path)
-
-
-@pytest.mark.slow
-def test_torchrun_restarts_after_a_kill(trainer, argv, tmp_path):
-    processes.check_torchrun_restarts(trainer, "bert.pretrain", argv, tmp_path)

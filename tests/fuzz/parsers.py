@@ -1,12 +1,10 @@
 """Everything that reads files: whatever their bytes are, the outcome is a result or the one clear error.
 
-Each parser starts from a good file, which is damaged: bytes cut, repeated or exchanged for hostile ones, and in JSON
-and YAML values exchanged for absurd ones.
+Each parser starts from a good file, which is damaged (damage.py).
 """
 
 from __future__ import annotations
 
-import copy
 import gzip
 import io
 import json
@@ -50,97 +48,10 @@ from smoe.train.examples import _read_part
 from smoe.train.folder import RunFolder
 from smoe.train.resume import load_checkpoint, read_metrics
 from smoe.yaml_files import load_yaml
+from tests.fuzz.damage import damaged
 from transformer_xl.config import LanguageModelConfig
 from transformer_xl.convert import from_release
 from transformer_xl.unpickle import load_tensors
-
-ABSURD: list[Any] = [None, True, -1, 0, 0.5, 2**31, 2**63, 10**400, -(10**400), 1e308, float("inf"), float("nan"), ""]
-ABSURD += ["x", "x" * 5000, "../../etc/passwd", "\x1b[2J\n", "\ud800", "1e999", "10" * 3000, [], [[]], {}, {"": {}}]
-ABSURD += [[1, "a", None], {"a": float("nan")}, "number0", "nan", "__class__", 10**18]
-TOKENS = [
-    b"\x00",
-    b"\xff",
-    b"\xff\xff\xff\xff\xff\xff\xff\x7f",
-    b"\x00" * 8,
-    b"\xed\xa0\x80",
-    b"\x1b[2J",
-    b"\r\n",
-    b"\n",
-]
-TOKENS += [
-    b"[" * 3000,
-    b'{"a":' * 3000,
-    b"9" * 6000,
-    b"NaN",
-    b"-Infinity",
-    b"1e999",
-    b'"',
-    b"'",
-    b",",
-    b"\t",
-    b"}",
-    b"]",
-]
-TOKENS += [
-    b"!!bool x",
-    b"= ",
-    b"!!int ",
-    b"&a [*a]",
-    b"*a",
-    b"<<: ",
-    b"? ",
-    b"- ",
-    b": ",
-    b"!!python/object:os.system ",
-]
-TOKENS += [
-    b"!!timestamp ",
-    b"2001-13-45",
-    b"!!set ",
-    b"!!omap ",
-    b"1:59:59",
-    b"0x" + b"f" * 6000,
-    b"!!binary x",
-    b"!!map ",
-]
-TOKENS += [
-    b"cos\nsystem\n",
-    b"\x8c\x02os\x8c\x06system\x93",
-    b"R",
-    b"b",
-    b"\x81",
-    b"\x82\x01",
-    b"Q",
-    b"h\x00",
-    b"0",
-    b"2",
-]
-TOKENS += [
-    b"r\xff\xff\xff\xff",
-    b"]",
-    b"a",
-    b"e",
-    b"s",
-    b"u",
-    b"(",
-    b"t",
-    b"}",
-    b"N",
-    b".",
-    b"\x8f",
-    b"X\xff\xff\xff\x7f",
-]
-TOKENS += [
-    b"PK\x03\x04",
-    b"PK\x01\x02",
-    b"PK\x05\x06",
-    b"&lol;",
-    b"<!ENTITY a '&a;&a;'>",
-    b"</page>",
-    b"<text>",
-    b"{{",
-    b"[[",
-]
 
 
 @dataclass(frozen=True)
@@ -160,40 +71,8 @@ class Parser:
 
 
 def contents(parser: Parser) -> st.SearchStrategy[bytes]:
-    """Damaged contents."""
-    good = parser.good()
-    cuts = st.tuples(st.floats(0, 1), st.integers(0, 40), st.sampled_from([*TOKENS, b""]) | st.binary(max_size=8))
-    damaged = st.builds(_damage, st.sampled_from(good), st.lists(cuts, min_size=1, max_size=4), st.booleans())
-    kinds = [damaged, st.binary(max_size=200), st.lists(st.sampled_from(TOKENS), max_size=6).map(b"".join)]
-    if parser.plain:
-        places = st.lists(st.tuples(st.integers(0, 10**6), st.sampled_from(ABSURD)), min_size=1, max_size=3)
-        kinds += [st.builds(_exchange, st.sampled_from(good), places)] * 2
-    return st.one_of(kinds)
-
-
-def _damage(good: bytes, cuts: list[tuple[float, int, bytes]], ends: bool) -> bytes:
-    for where, length, token in cuts:
-        at = int(where * len(good))
-        good = good[:at] + token + good[at + length :]
-    return good[: int(cuts[0][0] * len(good))] if ends and cuts[0][1] > 20 else good
-
-
-def _exchange(good: bytes, places: list[tuple[int, Any]]) -> bytes:
-    value = json.loads(good)
-    for number, absurd in places:
-        found = list(_places(value))
-        holder, key = found[number % len(found)] if found else ([value], 0)
-        if number % 7 == 0 and isinstance(holder, dict):
-            del holder[key]
-        else:
-            holder[key] = copy.deepcopy(absurd)
-    return json.dumps(value).encode()
-
-
-def _places(value: Any) -> Any:
-    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        yield value, key
-        yield from _places(value[key])
+    """Damaged contents of a parser's files."""
+    return damaged(parser.good(), parser.plain)
 
 
 def _json(*values: Any) -> list[bytes]:

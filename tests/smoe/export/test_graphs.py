@@ -6,6 +6,7 @@ import shutil
 import warnings
 
 import pytest
+import setuptools  # noqa: F401 (its distutils, which the compiler of graphs needs, has to come before Python's own)
 import torch
 from tiny_models import BASE, LLAMA, build
 from torch import nn
