@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from smoe.environment import cpu_model
 
 
 def timing_parser(description: str) -> argparse.ArgumentParser:
@@ -71,7 +72,7 @@ def write_record(options: argparse.Namespace, what: str, **content: Any) -> None
     """
     if options.json is None:
         return
-    record = {"what": what, "processor": platform.processor() or platform.machine(), "cpus": os.cpu_count()}
+    record = {"what": what, "processor": cpu_model(), "cpus": os.cpu_count()}
     record |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "clock": options.clock}
     if options.device == "cuda":
         record["cuda"] = torch.cuda.get_device_name()

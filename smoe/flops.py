@@ -10,7 +10,7 @@ true    everything that PyTorch's own counter knows: all matrix products, attent
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -95,22 +95,6 @@ def count_step(
 
     with _prepared(model, k, meta=True), torch.enable_grad():
         return _true_flops(step, type(model).__name__)
-
-
-def parameter_counts(model: nn.Module, ks: Iterable[int] = ()) -> dict[str, Any]:
-    """Number of parameters, each one once: ``total``, ``trainable``, ``experts`` (of SMoE layers), ``rest``.
-
-    ``active_per_k``: those that one token passes through with k activated experts.
-    """
-    sizes = [(sum(p.numel() for p in layer.experts.parameters()), layer.num_experts) for _, layer in smoe_layers(model)]
-    total, experts = sum(p.numel() for p in model.parameters()), sum(size for size, _ in sizes)
-    return {
-        "total": total,
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "experts": experts,
-        "rest": total - experts,
-        "active_per_k": {str(k): total - experts + sum(size // n * min(k, n) for size, n in sizes) for k in ks},
-    }
 
 
 def _sizes(model: nn.Module) -> tuple[int, int, int]:

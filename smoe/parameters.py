@@ -1,17 +1,35 @@
-"""Groups of parameters for optimizers, which can't tell stacked biases and experts from matrices."""
+"""Parameters: how many, and in groups for optimizers, which can't tell stacked biases and experts from matrices."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
+from .control import smoe_layers
 from .experts import Experts
 from .router import Router
 
 # The later kind wins where layers share a parameter.
 _KINDS = ("matrices", "experts", "others", "undecayed")
+
+
+def parameter_counts(model: nn.Module, ks: Iterable[int] = ()) -> dict[str, Any]:
+    """Number of parameters, each one once: ``total``, ``trainable``, ``experts`` (of SMoE layers), ``rest``.
+
+    ``active_per_k``: those that one token passes through with k activated experts.
+    """
+    sizes = [(sum(p.numel() for p in layer.experts.parameters()), layer.num_experts) for _, layer in smoe_layers(model)]
+    total, experts = sum(p.numel() for p in model.parameters()), sum(size for size, _ in sizes)
+    return {
+        "total": total,
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "experts": experts,
+        "rest": total - experts,
+        "active_per_k": {str(k): total - experts + sum(size // n * min(k, n) for size, n in sizes) for k in ks},
+    }
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

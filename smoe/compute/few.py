@@ -23,11 +23,13 @@ from ..router import Routing
 from . import dense, grouped
 from .dense import dense_weights
 from .fast_path import Parameters, cast
-from .products import linear, product_dtype, scale_, uses_onednn
+from .products import onednn_float32, onednn_linear, product_dtype, scale_, uses_onednn
 
 MOST_TOKENS = 64
 # Multiply-adds that `grouped` must save per expert before it is worth its operators: at d 768, h 192 and 64 tokens it
-# was faster at k = 4 (7 million) and slower at k = 8 (4.7 million).
+# was faster at k = 4 (7 million) and slower at k = 8 (4.7 million). Where float32 goes to oneDNN, which uses a second
+# core better in one large product, twice as many: at k = 1 (8.8 million) `grouped` took 0.7 of the time on one core and
+# 1.4 on two.
 GROUPED_SAVES = 6 << 20
 # Weights that one thread reads in the time that starting the products of one pair takes, about 10 us.
 PAIR_STARTS = 1 << 15
@@ -45,7 +47,8 @@ def pays(num_tokens: int, k: int, experts: Experts) -> bool:
     """Whether this path is the fastest for so many tokens."""
     slots_left = num_tokens * (experts.num_experts - k)
     saved = slots_left * experts.d_model * experts.d_expert
-    return 0 < num_tokens <= MOST_TOKENS and saved <= GROUPED_SAVES * experts.num_experts
+    worth = GROUPED_SAVES * experts.num_experts * (2 if onednn_float32() else 1)
+    return 0 < num_tokens <= MOST_TOKENS and saved <= worth
 
 
 def possible(x: Tensor, experts: Experts) -> bool:
@@ -101,7 +104,7 @@ def chosen_experts(
 def all_experts(x: Tensor, experts: Experts, parameters: Parameters, weights: Tensor | None) -> Tensor:
     """One dense MLP whose hidden units are scaled; weights (T, N), None: all are 1."""
     up, up_bias, gate, gate_bias, down, down_bias = parameters
-    transposed = x.shape[0] >= TRANSPOSED and not uses_onednn(x, up.shape[0] * up.shape[1])
+    transposed = x.shape[0] >= TRANSPOSED and not _uses_onednn(x)
     first = _transposed_linear if transposed else _linear
     hidden = experts.hidden(first(x, up, up_bias), None if gate is None else first(x, gate, gate_bias))
     if transposed:
@@ -111,11 +114,13 @@ def all_experts(x: Tensor, experts: Experts, parameters: Parameters, weights: Te
     elif weights is not None:
         hidden = scale_(hidden, weights, hidden)
     down = down.reshape(-1, x.shape[1])
-    if down_bias is None:
-        return torch.mm(hidden, down)
-    if weights is None:  # a product with ones is a cheaper sum
-        weights = x.new_ones(1, down_bias.shape[0])
-    return torch.addmm(torch.mm(weights, down_bias), hidden, down)
+    bias = None
+    if down_bias is not None:  # a product with ones is a cheaper sum
+        bias = torch.mm(x.new_ones(1, down_bias.shape[0]) if weights is None else weights, down_bias)
+    if x.dtype == torch.float32 and _uses_onednn(x):
+        y = onednn_linear(hidden, down.t(), None)
+        return y if bias is None else y.add_(bias)
+    return torch.mm(hidden, down) if bias is None else torch.addmm(bias, hidden, down)
 
 
 def _pairs(x: Tensor, experts: Experts, parameters: Parameters, weights: Tensor | None, indices: Tensor) -> Tensor:
@@ -173,9 +178,16 @@ def _bag(x: Tensor, experts: Experts, parameters: Parameters, weights: Tensor, i
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (T, d) through all experts' weight (N, h, d) and bias (N, h) -> (T, N * h)."""
     weight, bias = weight.reshape(-1, x.shape[1]), None if bias is None else bias.reshape(-1)
-    if uses_onednn(x, weight.shape[0]):
-        return linear(x, weight, bias)
+    if _uses_onednn(x):
+        return onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)  # directly: `products.linear` starts one operator more
+
+
+def _uses_onednn(x: Tensor) -> bool:
+    """Whether a layer of all experts goes to oneDNN. In float32 also the small ones, for which other paths don't let it
+    compile a kernel: few tokens come in few shapes, one above all. On one core of an AMD EPYC 9005 it takes 0.7 to 0.85
+    of MKL's time at one token, 0.5 to 0.75 at 2 to 64, and only oneDNN uses a second core for one token."""
+    return onednn_float32() if x.dtype == torch.float32 else uses_onednn(x, 1)
 
 
 def _transposed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

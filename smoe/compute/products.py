@@ -61,7 +61,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, f
     fuse: whether ReLU may be left to oneDNN, whose ReLU of NaN is 0 (see ``hidden.may_fuse_relu``).
     """
     if uses_onednn(x, weight.shape[0]):
-        out = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu and fuse else "none", [], "")
+        out = onednn_linear(x, weight, bias, relu and fuse)
         return out.relu() if relu and not fuse else out
     # With out=, because selective checkpointing, which keeps what mm and addmm return, forbids changing that (relu_).
     out = x.new_empty(x.shape[0], weight.shape[0])
@@ -69,10 +69,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, f
     return out.relu_() if relu else out
 
 
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
+    """:func:`linear` by oneDNN, where there is one (see :func:`uses_onednn`)."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
+
+
 def mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     """``out[:] = a @ b``, also where ``out`` has a wider dtype."""
     if a.dtype == torch.float32 and uses_onednn(a, b.shape[1]):
-        out.copy_(torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], ""))
+        out.copy_(onednn_linear(a, b.t(), None))
     elif out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     else:

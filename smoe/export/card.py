@@ -10,10 +10,8 @@ import torch
 from torch import nn
 
 from ..flops import count
+from ..modulize.card import CARD, ks_of_table, table
 from .targets import Plan
-
-CARD = "README.md"
-_MOST_ROWS = 16
 
 _TEXT = """---
 library_name: transformers
@@ -48,9 +46,7 @@ def write_card(
     metrics = {int(k): dict(values) for k, values in metrics.items()}
     one_k = ks is not None
     if ks is None:
-        ks = range(1, num_experts + 1)
-        if num_experts > _MOST_ROWS:
-            ks = sorted({2**i for i in range(num_experts.bit_length())} | {num_experts} | metrics.keys())
+        ks = ks_of_table(num_experts, metrics)
     k = plan.config.num_experts_per_tok
     which_k = (
         f"The experts' outputs are scaled for k = {k}: no other k is right."
@@ -65,7 +61,7 @@ def write_card(
         num_experts=num_experts,
         k=k,
         which_k=which_k,
-        table=_table([_row(model, plan, k, metrics.get(k, {})) for k in ks]),
+        table=table([_row(model, plan, k, metrics.get(k, {})) for k in ks]),
     )
     (folder / CARD).write_text(text, encoding="utf-8")
 
@@ -78,13 +74,3 @@ def _row(model: nn.Module, plan: Plan, k: int, metrics: Mapping[str, float]) -> 
     active = counted.params_active + sum(router.weight.numel() for router in routers)
     active -= sum(parameter.numel() for router in routers for parameter in router.parameters())
     return {"k": k, "active parameters": f"{active:,}", "FLOPs": f"{counted.paper_linear:,}", **metrics}
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..control import activated, check_whole, get_top_k
 from ..modulize.folder import CONFIG
 from ..modulize.save import bare, check_tensors, replace_files
-from ..modulize.tokenizer import save_tokenizer
+from ..modulize.tokenizer import check_tokenizer, save_tokenizer
 from ..router import check_top_k
 from .card import write_card
 from .targets import Plan, Target, plan_export
@@ -66,6 +66,7 @@ def to_hf(
         )
     plan.config.num_experts_per_tok = k
     plan.config.dtype = model.dtype
+    check_tokenizer(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".part-") as part, activated(model, k):
         part = Path(part)

@@ -13,19 +13,21 @@ from torch import Tensor, nn
 
 from ..control import check_whole
 from ..experts import is_int8
+from .card import CARD, is_somebodys, write_card
 from .folder import CONFIG, INDEX, OWN_CONFIG, WEIGHTS, shards_of
 from .hook import is_transformers_model, record_when_saving
 from .record import describe, plain_name
-from .tokenizer import save_tokenizer
+from .tokenizer import check_tokenizer, save_tokenizer
 
 
 def save_pretrained(model: nn.Module, path: str | Path, *, tokenizer: Any = None) -> Path:
     """Writes ``model`` into the folder ``path``: its weights, and under the key ``smoe`` what was done to its MLPs.
 
-    A Transformers model is written as its own ``save_pretrained`` does, with the key in ``config.json``; any other
-    model gets ``model.safetensors`` and ``smoe.json``. Works for models with SMoE layers, slimmed and demodulized
-    ones, and for models that were never changed. DDP, ``nn.DataParallel`` and ``torch.compile`` around the model are
-    looked through. What the folder holds is replaced at the end, when all new files are complete.
+    A Transformers model is written as its own ``save_pretrained`` does, with the key in ``config.json``, and if it has
+    experts a model card, README.md, unless the folder has one of somebody else's. Any other model gets
+    ``model.safetensors`` and ``smoe.json``. Works for models with SMoE layers, slimmed and demodulized ones, and for
+    models that were never changed. DDP, ``nn.DataParallel`` and ``torch.compile`` around the model are looked through.
+    What the folder holds is replaced at the end, when all new files are complete.
 
     Args:
         tokenizer: with ``save_pretrained``, or a folder that holds one. None: the files of the one in the folder that a
@@ -41,6 +43,7 @@ def save_pretrained(model: nn.Module, path: str | Path, *, tokenizer: Any = None
     model = bare(model)
     check_whole(model, "save_pretrained")
     check_tensors(model)
+    check_tokenizer(tokenizer)
     record = describe(model)
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path, prefix=".part-") as part:
@@ -48,6 +51,8 @@ def save_pretrained(model: nn.Module, path: str | Path, *, tokenizer: Any = None
             record_when_saving()
             model.save_pretrained(part)
             save_tokenizer(model if tokenizer is None else tokenizer, Path(part))
+            if not is_somebodys(path):
+                write_card(model, Path(part))
         else:
             _save_tensors(model, Path(part) / WEIGHTS)
             settings = {} if record is None else {"smoe": record.to_json()}
@@ -124,7 +129,7 @@ def _save_tensors(model: nn.Module, file: Path) -> None:
 def replace_files(path: Path, part: Path) -> None:
     """Moves the files of ``part`` into ``path`` and removes what is left there of an earlier model."""
     new = {file.name for file in part.iterdir()}
-    old = {CONFIG, OWN_CONFIG, WEIGHTS, INDEX}
+    old = {CONFIG, OWN_CONFIG, WEIGHTS, INDEX} | (set() if is_somebodys(path) else {CARD})
     try:
         old |= set(shards_of(path))
     except ValueError:

@@ -15,18 +15,24 @@ TOKENIZER_FILES = (
 )
 
 
+def check_tokenizer(source: Any) -> None:
+    """A ValueError if it is a folder that holds none."""
+    if isinstance(source, (str, Path)) and not _files(source):
+        raise ValueError(f"tokenizer is {str(source)!r}, a folder without a tokenizer's files")
+
+
 def save_tokenizer(source: Any, part: Path) -> None:
     """The tokenizer itself, or the files of one in a folder, be it given or the one that a model came from."""
-    given = not isinstance(source, nn.Module)
-    if not given:
+    if isinstance(source, nn.Module):
         source = source.name_or_path or None
         if source is None or not Path(source).is_dir():
             return
     if not isinstance(source, (str, Path)):
         source.save_pretrained(part)
         return
-    files = [Path(source) / name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
-    if given and not files:
-        raise ValueError(f"tokenizer is {str(source)!r}, a folder without a tokenizer's files")
-    for file in files:
+    for file in _files(source):
         shutil.copyfile(file, part / file.name)
+
+
+def _files(folder: str | Path) -> list[Path]:
+    return [Path(folder) / name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()]

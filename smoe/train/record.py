@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from smoe.flops import parameter_counts
 from smoe.metrics import Metric
+from smoe.parameters import parameter_counts
 from smoe.train.config import TrainConfig, to_dict
 from smoe.train.evaluation import Measured, k_name
 from smoe.train.task import Task

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smoe import Routing, SMoE
-from smoe.compute import PATHS, choose, dense, grouped_mm, grouping, products
+from smoe.compute import PATHS, choose, dense, few, grouped_mm, grouping, products
 from smoe.compute.fast_path import FAST_PATHS
 from smoe.compute.grouping import PADDING, group
 from smoe.router import ROUTERS, SCORES, PartialRouting
@@ -297,7 +297,7 @@ def test_float32_products_of_either_library(path, onednn, monkeypatch):
     called = []
     real = torch.ops.mkldnn._linear_pointwise if onednn else None
     monkeypatch.setattr(products, "ONEDNN_FLOAT32", 1)
-    for module in (products, grouping):
+    for module in (products, grouping, few):
         monkeypatch.setattr(module, "onednn_float32", lambda: onednn)
     if onednn:
         spy = SimpleNamespace(_linear_pointwise=lambda *args: called.append(args) or real(*args))

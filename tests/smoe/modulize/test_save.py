@@ -19,7 +19,7 @@ def test_round_trip(name, tmp_path):
     smoe.modulize(model, 4, layers=[0], top_k=3, output_scale=2.0, seed=0)
     assert smoe.save_pretrained(model, tmp_path) == tmp_path
     names = {file.name for file in tmp_path.iterdir()}
-    assert names <= {"config.json", "generation_config.json", "model.safetensors"} and "model.safetensors" in names
+    assert names - {"generation_config.json"} == {"config.json", "model.safetensors", "README.md"}
     record = json.loads((tmp_path / "config.json").read_text())["smoe"]
     assert len(record["layers"]) == 1
 
@@ -182,6 +182,7 @@ def test_several_files(name, tmp_path):
     assert {file.name for file in tmp_path.iterdir()} - {"generation_config.json"} == {
         "config.json",
         "model.safetensors",
+        "README.md",
     }
     assert_same_model(model, smoe.from_pretrained(tmp_path), inputs_of(model))
 
@@ -229,3 +230,31 @@ def test_the_tokenizer_is_saved_too(tmp_path):
     with pytest.raises(ValueError, match="a folder without a tokenizer's files"):
         smoe.save_pretrained(model, tmp_path / "refused", tokenizer=tmp_path / "without")
     assert not list((tmp_path / "refused").glob("*"))
+
+
+def test_a_card_says_how_to_load_it_and_what_each_k_uses(tmp_path):
+    model = smoe.modulize(tiny("Llama"), 4, top_k=2, seed=0)
+    smoe.save_pretrained(model, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    whole = sum(p.numel() for p in model.parameters())
+    experts = sum(p.numel() for _, layer in smoe.smoe_layers(model) for p in layer.experts.parameters())
+    for k in (1, 2, 3, 4):
+        assert f"| {k} | {whole - experts * (4 - k) // 4:,} |" in card
+    code = card.partition("```python\n")[2].partition("```")[0].replace('"folder"', "folder")
+    names = {"folder": str(tmp_path)}
+    exec(code, names)
+    assert smoe.get_top_k(names["model"]) == 2
+    assert_same_model(model, names["model"], inputs_of(model))
+
+    # Saved again as another model: without experts no card, and never in place of somebody else's.
+    smoe.save_pretrained(smoe.demodulize(smoe.modulize(tiny("Llama"), 4, score="sum")), tmp_path)
+    assert not (tmp_path / "README.md").exists()
+    (tmp_path / "README.md").write_text("mine")
+    smoe.save_pretrained(model, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_nothing_is_left_where_the_tokenizer_is_none(tmp_path):
+    with pytest.raises(ValueError, match="without a tokenizer's files"):
+        smoe.save_pretrained(smoe.modulize(tiny("Llama"), 4), tmp_path / "new", tokenizer=tmp_path)
+    assert not (tmp_path / "new").exists()
