@@ -124,7 +124,7 @@ def main() -> None:
                 f"k {k}, {record['sentences']} x {record['tokens']}: {', '.join(cells)}; differ by {worst:.0e}",
                 flush=True,
             )
-        what = "a MiniLM-sized encoder as standard graphs, milliseconds, beside other work on the machine"
+        what = "a MiniLM-sized encoder as standard graphs, milliseconds"
         write_record(options, what, layers=options.layers, num_experts=NUM_EXPERTS, records=records)
 
 
