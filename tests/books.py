@@ -1,11 +1,10 @@
 """Prepared blocks of tokens of synthetic stories; a fixture for all tests."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from data.bookcorpus import prepare
 
 
 def stories(count: int, seed: int = 0, words: int = 1500) -> list[str]:
@@ -26,14 +25,11 @@ def stories(count: int, seed: int = 0, words: int = 1500) -> list[str]:
 
 def write_books(model: str, source: Path, out: Path) -> Path:
     """Ten stories in `source`, prepared for `model` in `out`: blocks of 64 tokens."""
-    spec = importlib.util.spec_from_file_location("bookcorpus_prepare", ROOT / "data/bookcorpus/prepare.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     for number, text in enumerate(stories(10)):
         (source / f"{number}.txt").write_text(text)
     flags = ["--model", model, "--scale", "smoke", "--source", source, "--out", out]
     flags += ["--vocab_size", 300, "--block_length", 64]
-    assert module.main([str(flag) for flag in flags]) == 0
+    assert prepare.main([str(flag) for flag in flags]) == 0
     return out
 
 

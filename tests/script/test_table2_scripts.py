@@ -1,6 +1,5 @@
 """Table 2's scripts: the flags that each gives its trainer; and at smoke scale, as a user would call them."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from example_data import write_sentences
+from modules import load
 
 from bert.math_word_problems import MathConfig
 from bert.multiple_choice import MultipleChoiceConfig
@@ -27,13 +27,6 @@ def bash(*argv: object, **environment: str) -> subprocess.CompletedProcess:
     command = ["bash", *map(str, argv)]
     env = {**os.environ, **environment}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=env)
-
-
-def load(name: str, path: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def task_and_model(script: Path) -> tuple[str, str]:

@@ -1,14 +1,13 @@
 """Table 3's scripts: the flags that each gives its trainer; and at smoke scale, as a user would call them."""
 
-import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from example_data import write_sentences
+from modules import load
 
 ROOT = Path(__file__).parents[2]
 TABLE3 = ROOT / "script" / "table3"
@@ -17,9 +16,7 @@ METHOD_OF = {"dense_model": "dense_dropout", "smoe_dropout": "smoe_dropout", "sm
 
 def test_there_is_a_script_for_every_row_and_all_runs_them():
     assert {path.stem for path in TABLE3.glob("*.sh")} == {*METHOD_OF, "all"}
-    spec = importlib.util.spec_from_file_location("panel", ROOT / "script/panel.py")
-    panel = sys.modules["panel"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(panel)
+    panel = load("panel", "script/panel.py")
     assert {*panel.read_panels("table3")["table3"]} == {f"table3/{name}" for name in METHOD_OF}
     assert panel.config_class(panel.Run("table3/smoe", (), ())).__name__ == "DistilConfig"
 

@@ -1,14 +1,13 @@
 """Table A6's scripts: the flags that each gives its trainer; and at smoke scale, as a user would call one."""
 
-import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import fine_tuning
 import pytest
+from modules import load
 
 ROOT = Path(__file__).parents[2]
 TABLEA6 = ROOT / "script" / "tablea6"
@@ -23,9 +22,7 @@ ROWS = {
 def test_there_is_a_script_for_every_row_and_all_runs_them():
     assert {path.stem for path in TABLEA6.glob("*.sh")} == {*ROWS, "all"}
     assert all(os.access(path, os.X_OK) for path in TABLEA6.glob("*.sh"))
-    spec = importlib.util.spec_from_file_location("panel", ROOT / "script/panel.py")
-    panel = sys.modules["panel"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(panel)
+    panel = load("panel", "script/panel.py")
     assert {*panel.read_panels("tablea6")["tablea6"]} == {f"tablea6/{name}" for name in ROWS}
     assert panel.config_class(panel.Run("tablea6/smoe", (), ())).__name__ == "QuestionAnsweringConfig"
 

