@@ -28,6 +28,7 @@ class DataSet:
     read: `read(fetched, folder)` writes the files to `folder`, and returns what else the record says of each split,
         or raises SourceError.
     local: what may be given with --source.
+    is_wanted: whether data that is there, with these `splits` in its record, is what is asked for.
     """
 
     name: str
@@ -37,6 +38,7 @@ class DataSet:
     sources: Sequence[Source]
     read: Callable[[Path, Path], Mapping[str, Mapping[str, Any]]]
     local: str
+    is_wanted: Callable[[Mapping[str, Any]], bool] = lambda splits: True
 
     def is_prepared(self, out: Path, contents: bool = False, source: Path | None = None) -> bool:
         """Whether `out` holds the data: by its record and the files' sizes, or with `contents` by every byte's hash.
@@ -50,6 +52,8 @@ class DataSet:
             if meta["sha256"] != sha256 or {split: part["file"] for split, part in parts.items()} != self.files:
                 return False
             if self.sha256 is None and source is not None and meta["source"] != LocalPath(source).name:
+                return False
+            if not self.is_wanted(parts):
                 return False
             if any((out / part["file"]).stat().st_size != part["bytes"] for part in parts.values()):
                 return False

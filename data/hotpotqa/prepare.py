@@ -17,7 +17,8 @@ counts the questions of each file, and those whose answer is yes, no or stands i
     {"question": "...", "answer": "...", "type": "bridge", "titles": ["..."], "context": "...", "span": [17, 28]}
 
 The context is the paragraphs, each after its title, one per line; span is the place of the answer in it in characters,
-or null. Does nothing when the files are already there, from the same source.
+or null. Does nothing when the files are already there, from the same source
+and with the same single-hop questions.
 
 Yang et al. 2018, "HotpotQA: A Dataset for Diverse, Explainable Multi-hop Question Answering"; Schnitzler et al. 2024,
 "MoreHopQA: More Than Multi-hop Reasoning".
@@ -79,6 +80,7 @@ def convert(path: Path, folder: Path, subquestions: Path | None = None) -> dict[
                 kept = {name: value for name, value in row.items() if name not in ("id", "gold")}
                 file.write(json.dumps(kept, ensure_ascii=False) + "\n")
         facts[split] = _facts(rows[split]) | {"files": dict(files[split])}
+    facts["multi_hop"]["source_sha256"] = sha256_of(sub_file)
     return facts
 
 
@@ -255,6 +257,10 @@ def hotpotqa(subquestions: Path | None = None) -> DataSet:
     """The data set, with the single-hop questions of ``subquestions`` (None: of the source)."""
     urls = {part: Url(f"{_HOME}/{part}", _MAX_BYTES, timeout=7200) for part in PARTS.values()}
     urls[SUBQUESTIONS] = Url(f"{_MOREHOPQA}/datasets/files/{SUBQUESTIONS}", _MAX_BYTES)
+
+    def is_wanted(splits: Mapping[str, Any]) -> bool:
+        return subquestions is None or splits["multi_hop"].get("source_sha256") == sha256_of(subquestions)
+
     return DataSet(
         name="hotpotqa",
         folder=Path(__file__).resolve().parent,
@@ -263,6 +269,7 @@ def hotpotqa(subquestions: Path | None = None) -> DataSet:
         sources=(Folder(urls),),
         read=lambda path, folder: convert(path, folder, subquestions),
         local=f"a folder with {' and '.join(PARTS.values())}, or questions in their format",
+        is_wanted=is_wanted,
     )
 
 

@@ -121,6 +121,23 @@ def test_other_data_takes_the_place_of_what_is_there(home, tmp_path):
     assert not prepare.hotpotqa().is_prepared(out, contents=True)
 
 
+def test_other_single_hop_questions_take_the_place_of_what_is_there(home, tmp_path, capsys):
+    out, file = tmp_path / "out", tmp_path / "mine.json"
+    file.write_text(json.dumps([composed(2)]))
+    assert run(home, out) == 0
+    assert run(home, out, "--subquestions", file) == 0
+    assert [row["question"] for row in rows_of(out, "multi_hop")] == ["Whose, 2?"]
+    before = (out / "meta.json").stat().st_mtime_ns
+    assert run(home, out, "--subquestions", file) == 0
+    assert (out / "meta.json").stat().st_mtime_ns == before
+    file.write_text(json.dumps([composed(3)]))
+    assert run(home, out, "--subquestions", file) == 0
+    assert [row["question"] for row in rows_of(out, "multi_hop")] == ["Whose, 3?"]
+    capsys.readouterr()
+    assert run(home, out, "--subquestions", tmp_path / "none.json") == 2
+    assert "there is no none.json" in capsys.readouterr().err and rows_of(out, "multi_hop")
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
