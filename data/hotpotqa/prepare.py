@@ -80,7 +80,7 @@ def convert(path: Path, folder: Path, subquestions: Path | None = None) -> dict[
                 kept = {name: value for name, value in row.items() if name not in ("id", "gold")}
                 file.write(json.dumps(kept, ensure_ascii=False) + "\n")
         facts[split] = _facts(rows[split]) | {"files": dict(files[split])}
-    facts["multi_hop"]["source_sha256"] = sha256_of(sub_file)
+    facts["multi_hop"]["named_sha256"] = sha256_of(subquestions) if subquestions else None
     return facts
 
 
@@ -259,7 +259,8 @@ def hotpotqa(subquestions: Path | None = None) -> DataSet:
     urls[SUBQUESTIONS] = Url(f"{_MOREHOPQA}/datasets/files/{SUBQUESTIONS}", _MAX_BYTES)
 
     def is_wanted(splits: Mapping[str, Any]) -> bool:
-        return subquestions is None or splits["multi_hop"].get("source_sha256") == sha256_of(subquestions)
+        named = sha256_of(subquestions) if subquestions else None
+        return splits["multi_hop"].get("named_sha256") == named
 
     return DataSet(
         name="hotpotqa",

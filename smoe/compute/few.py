@@ -40,14 +40,14 @@ TRANSPOSED = 8
 
 def usable(x: Tensor, experts: Experts, routing: Routing) -> bool:
     """Whether this path computes this input, and does it faster than ``grouped``."""
-    return possible(x, experts) and pays(x.shape[0], routing.indices.shape[1], experts)
+    return possible(x, experts) and pays(x.shape[0], routing.indices.shape[1], experts, product_dtype(x))
 
 
-def pays(num_tokens: int, k: int, experts: Experts) -> bool:
+def pays(num_tokens: int, k: int, experts: Experts, dtype: torch.dtype = torch.float32) -> bool:
     """Whether this path is the fastest for so many tokens."""
     slots_left = num_tokens * (experts.num_experts - k)
     saved = slots_left * experts.d_model * experts.d_expert
-    worth = GROUPED_SAVES * experts.num_experts * (2 if onednn_float32() else 1)
+    worth = GROUPED_SAVES * experts.num_experts * (2 if dtype == torch.float32 and onednn_float32() else 1)
     return 0 < num_tokens <= MOST_TOKENS and saved <= worth
 
 
@@ -187,7 +187,9 @@ def _uses_onednn(x: Tensor) -> bool:
     """Whether a layer of all experts goes to oneDNN. In float32 also the small ones, for which other paths don't let it
     compile a kernel: few tokens come in few shapes, one above all. On one core of an AMD EPYC 9005 it takes 0.7 to 0.85
     of MKL's time at one token, 0.5 to 0.75 at 2 to 64, and only oneDNN uses a second core for one token."""
-    return onednn_float32() if x.dtype == torch.float32 else uses_onednn(x, 1)
+    if x.dtype != torch.float32:
+        return uses_onednn(x, 1)
+    return onednn_float32() and torch._C._len_torch_dispatch_stack() == 0  # counters of FLOPs don't know oneDNN's layer
 
 
 def _transposed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

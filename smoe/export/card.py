@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..flops import count
-from ..modulize.card import CARD, ks_of_table, table
+from ..modulize.card import CARD, OURS, ks_of_table, table
 from .targets import Plan
 
 _TEXT = """---
@@ -19,6 +19,8 @@ tags:
 - mixture-of-experts
 - smoe
 ---
+
+{ours}
 
 # {architecture} with any number of experts per token
 
@@ -55,6 +57,7 @@ def write_card(
         f"better. Without it k is {k}."
     )
     text = _TEXT.format(
+        ours=OURS,
         architecture=plan.architecture,
         auto_class="AutoModelForCausalLM" if plan.architecture.endswith("ForCausalLM") else plan.architecture,
         source=type(model).__name__,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..control import smoe_layers
+from ..control import get_top_k, smoe_layers
 from ..parameters import parameter_counts
 
 CARD = "README.md"
-_OURS = "<!-- by smoe.save_pretrained, which writes it anew when the model is saved again -->"
+OURS = "<!-- by smoe, which writes it anew when a model is saved here again -->"
 _MOST_ROWS = 16
 
 _TEXT = """---
@@ -31,10 +32,10 @@ of them active per token.
 
 ```python
 import smoe.hf
-from transformers import {architecture}
+from {module} import {architecture}
 
 model = {architecture}.from_pretrained("folder")
-smoe.set_top_k(model, {k})
+smoe.set_top_k(model, {top_k})
 ```
 
 {table}
@@ -46,9 +47,12 @@ def write_card(model: nn.Module, folder: Path) -> None:
     layers = [layer for _, layer in smoe_layers(model)]
     if not layers:
         return
-    active = parameter_counts(model, ks_of_table(max(layer.num_experts for layer in layers)))["active_per_k"]
+    # No more than every layer has: set_top_k takes no other k for all.
+    active = parameter_counts(model, ks_of_table(min(layer.num_experts for layer in layers)))["active_per_k"]
     text = _TEXT.format(
-        ours=_OURS,
+        ours=OURS,
+        module=_module_of(type(model)),
+        top_k=get_top_k(model),
         base=_base_model(model),
         architecture=type(model).__name__,
         layers=len(layers),
@@ -60,9 +64,9 @@ def write_card(model: nn.Module, folder: Path) -> None:
 
 
 def is_somebodys(folder: Path) -> bool:
-    """Whether the folder has a README.md that :func:`write_card` has not written."""
+    """Whether the folder has a README.md that smoe has not written."""
     card = folder / CARD
-    return card.exists() and _OURS.encode() not in card.read_bytes()
+    return card.exists() and not (card.is_file() and OURS.encode() in card.read_bytes())
 
 
 def ks_of_table(num_experts: int, also: Iterable[int] = ()) -> list[int]:
@@ -85,8 +89,16 @@ def _cell(value: Any) -> str:
 
 def _base_model(model: Any) -> str:
     """The line that names the model on the hub that this one came from; a local folder is nobody else's business."""
-    name = model.name_or_path
-    return f"base_model: {name}\n" if name.count("/") == 1 and not Path(name).exists() else ""
+    name = str(model.name_or_path or "")
+    # The hub's models have a commit; without it, the name is a folder's, there or gone.
+    from_hub = getattr(model.config, "_commit_hash", None) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)
+    return f"base_model: {name}\n" if from_hub and not Path(name).exists() else ""
+
+
+def _module_of(architecture: type) -> str:
+    """What the class is imported from: Transformers itself rather than the module within it."""
+    module = architecture.__module__
+    return "transformers" if module.startswith("transformers.") else module
 
 
 def _one_or_range(numbers: Any) -> str:

@@ -136,6 +136,8 @@ def test_other_single_hop_questions_take_the_place_of_what_is_there(home, tmp_pa
     capsys.readouterr()
     assert run(home, out, "--subquestions", tmp_path / "none.json") == 2
     assert "there is no none.json" in capsys.readouterr().err and rows_of(out, "multi_hop")
+    assert run(home, out) == 0  # without the flag, the source's own again
+    assert rows_of(out, "multi_hop")[0]["question"] == "Whose, 1?"
 
 
 @pytest.mark.parametrize(

@@ -307,6 +307,25 @@ def test_float32_products_of_either_library(path, onednn, monkeypatch):
     assert bool(called) == onednn
 
 
+def test_only_float32_gains_from_onednn_at_few_tokens(monkeypatch):
+    experts = make(d=768, h=192, n=16, k=1).experts
+    for onednn in (False, True):
+        monkeypatch.setattr(few, "onednn_float32", lambda onednn=onednn: onednn)
+        assert few.pays(64, 1, experts, torch.float32) == onednn
+        assert not few.pays(64, 1, experts, torch.float64)
+
+
+@torch.no_grad()
+def test_counters_of_flops_see_few_tokens(monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    monkeypatch.setattr(few, "onednn_float32", lambda: torch.backends.mkldnn.is_available())
+    layer = make(k=4)
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(1, 12))
+    assert counter.get_total_flops() >= 4 * 12 * layer.d_hidden
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gated", [False, True])
 def test_grouped_mm_on_the_cpu(dtype, gated):

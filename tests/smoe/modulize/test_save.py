@@ -254,6 +254,32 @@ def test_a_card_says_how_to_load_it_and_what_each_k_uses(tmp_path):
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
+class Mine(transformers.LlamaForCausalLM):
+    """An architecture that Transformers does not have."""
+
+
+def test_a_card_of_a_model_of_your_own_with_k_per_layer(tmp_path):
+    model = smoe.modulize(Mine(tiny("Llama").config), [4, 8], top_k=[1, 8], seed=0)
+    model.name_or_path = "somebody/model"
+    smoe.save_pretrained(model, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert f"from {__name__} import Mine" in card and "smoe.set_top_k(model, [1, 8])" in card
+    assert "| 4 |" in card and "| 5 |" not in card  # set_top_k(model, 5) is refused
+    assert "base_model" not in card  # it came from no hub
+    model.config._commit_hash = "0" * 40
+    smoe.save_pretrained(model, tmp_path)
+    assert "base_model: somebody/model\n" in (tmp_path / "README.md").read_text()
+
+
+def test_the_card_of_an_export_is_replaced(tmp_path):
+    from smoe.export import to_hf
+
+    model = smoe.modulize(tiny("Llama"), 4, seed=0)
+    to_hf(model, tmp_path)
+    smoe.save_pretrained(model, tmp_path)
+    assert "Mixtral" not in (tmp_path / "README.md").read_text()
+
+
 def test_nothing_is_left_where_the_tokenizer_is_none(tmp_path):
     with pytest.raises(ValueError, match="without a tokenizer's files"):
         smoe.save_pretrained(smoe.modulize(tiny("Llama"), 4), tmp_path / "new", tokenizer=tmp_path)
