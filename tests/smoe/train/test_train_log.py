@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from toy_task import Toy, toy, toy_config
 
 from smoe.methods import MethodLoss
@@ -154,7 +155,9 @@ def test_the_training_loss_is_also_in_the_unit_of_a_metric_that_is_the_mean_loss
     assert lines(tmp_path)[0]["train"]["bits"] == pytest.approx(3, abs=1e-12)
 
 
-def test_board_gets_every_number_and_forgets_abandoned_steps(tmp_path):
+def test_board_gets_every_number_and_forgets_abandoned_steps(tmp_path, monkeypatch):
+    # TensorBoard reads files in the order of their names: the second, and in it a counter, of which 10 comes before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     for step, first in ((None, 1), (2, 3)):
         log = open_log(tmp_path, step=step)
         for i in range(first, 5):
