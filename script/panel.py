@@ -24,111 +24,19 @@ import gzip
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import yaml
+from panel_runs import ROOT, Run, chosen_runs, config_class
 
-ROOT = Path(__file__).resolve().parents[1]
 BAD_INPUT, STOPPED = 2, 75
 _POLL = 0.2  # seconds
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: ``script/NAME.sh`` called with ``flags``, whose trainer gets ``all_flags``."""
-
-    name: str
-    flags: tuple[str, ...]
-    all_flags: tuple[str, ...]
-
-    @property
-    def folder(self) -> Path:
-        return ROOT / self.all_flags[self.all_flags.index("--run_dir") + 1]
-
-    @property
-    def result(self) -> Path:
-        return self.folder / "result.json"
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "output.log"
-
-    def __str__(self) -> str:
-        return shlex.join([self.name, *self.flags])
-
-    def seconds(self) -> float | None:
-        """Training and sweep of the newest finished run that differs at most in its seed; None if there is none."""
-        name = re.escape(self.folder.name)
-        if "--seed" in self.flags:
-            seed = self.flags[self.flags.index("--seed") + 1]
-            name = re.sub(rf"seed\\-{seed}(?!\d)", r"seed\\-\\d+", name)
-        results = [path for path in self.folder.parent.glob("*/result.json") if re.fullmatch(name, path.parent.name)]
-        if not results:
-            return None
-        spent = json.loads(max(results, key=lambda path: path.stat().st_mtime).read_text(encoding="utf-8"))["seconds"]
-        return spent["training"] + spent["sweep"]
-
-
-# ---- which runs -----------------------------------------------------------------------------------------------------
-def read_panels(figure: str) -> dict[str, list[str]]:
-    """By panel: the lines of the figure's runs.yaml, each a script and flags; one with {a,b} is two lines."""
-    panels = yaml.safe_load((ROOT / "script" / figure / "runs.yaml").read_text(encoding="utf-8"))
-    return {panel: [line for lines in written for line in expanded(lines)] for panel, written in panels.items()}
-
-
-def expanded(line: str) -> list[str]:
-    """The lines that a line with braces stands for, as the shell expands ``{a,b}``."""
-    before, brace, rest = line.partition("{")
-    if not brace:
-        return [line]
-    choices, _, after = rest.partition("}")
-    return [f"{before}{choice}{tail}" for choice in choices.split(",") for tail in expanded(after)]
-
-
-def trainer_flags(name: str, flags: Sequence[str]) -> tuple[str, ...]:
-    """What the trainer gets when ``script/NAME.sh`` is called with ``flags``. ValueError: the script refuses them."""
-    command = ["bash", str(ROOT / "script" / f"{name}.sh"), *flags]
-    done = subprocess.run(command, env={**os.environ, "SHOW_FLAGS": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(done.stderr.strip().removeprefix("error: "))
-    return tuple(done.stdout.splitlines())
-
-
-def chosen_runs(options: argparse.Namespace, more: Sequence[str]) -> list[Run]:
-    """The runs that the command line asks for, each once: all of the first seed, then all of the next."""
-    panels = read_panels(options.figure)
-    if unknown := [panel for panel in options.panel or () if panel not in panels]:
-        raise ValueError(f"--panel: {unknown[0]!r}, expected one of {', '.join(panels)}")
-    lines = [shlex.split(line) for panel in options.panel or panels for line in panels[panel]]
-    for pattern in options.only or ():
-        if not any(_is_called(name, pattern) for name, *_ in lines):
-            names = ", ".join(dict.fromkeys(name for name, *_ in lines))
-            raise ValueError(f"--only: {pattern!r} is none of {names}")
-    scale = [] if options.scale is None else ["--scale", options.scale]
-    runs: dict[Path, Run] = {}
-    for seed in options.seeds or [None]:
-        for name, *own in lines:
-            if options.only and not any(_is_called(name, pattern) for pattern in options.only):
-                continue
-            flags = (*own, *scale, *([] if seed is None else ["--seed", str(seed)]), *more)
-            run = Run(name, flags, trainer_flags(name, flags))
-            runs.setdefault(run.folder, run)
-    return list(runs.values())
-
-
-def _is_called(name: str, pattern: str) -> bool:
-    """Whether a run's name, or its part behind the folder, is ``pattern``, which may have ``*``."""
-    return fnmatch(name, pattern) or fnmatch(name.rpartition("/")[2], pattern)
 
 
 # ---- running them ---------------------------------------------------------------------------------------------------
@@ -277,24 +185,6 @@ def changed_since(run: Run) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def config_class(run: Run) -> type:
-    """The configuration of the run's trainer."""
-    figure, task, *_ = run.name.split("/")
-    if figure == "table3":
-        from transformer_xl.distil import DistilConfig as Config
-    elif figure == "tablea5" or (figure, task) == ("table2", "sst2"):
-        from transformer_xl.classify import ClassifyConfig as Config
-    elif figure == "tablea6":
-        from bert.question_answering import QuestionAnsweringConfig as Config
-    elif figure != "table2":
-        from transformer_xl.config import LanguageModelConfig as Config
-    elif task == "csqa":
-        from bert.multiple_choice import MultipleChoiceConfig as Config
-    else:
-        from bert.math_word_problems import MathConfig as Config
-    return Config
 
 
 def collect(run: Run, results: Path) -> None:

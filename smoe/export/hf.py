@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..control import activated, check_whole, get_top_k
+from ..modulize.card import is_somebodys
 from ..modulize.folder import CONFIG
 from ..modulize.save import bare, check_tensors, replace_files
 from ..modulize.tokenizer import check_tokenizer, save_tokenizer
@@ -43,7 +44,8 @@ def to_hf(
 
     Args:
         model: made by :func:`smoe.modulize`; DDP and ``torch.compile`` around it are looked through.
-        out: the folder. What it holds of an earlier model is replaced at the end, when all new files are complete.
+        out: the folder. What it holds of an earlier model is replaced at the end, when all new files are complete;
+            a README.md of somebody else's stays.
         top_k: k of the exported model, as long as nobody asks for another; None: the k that ``model`` has.
         tokenizer: with ``save_pretrained``, or a folder that holds one. None: the folder that ``model`` came from.
         metrics: k -> name -> value, for the table of the model card (README.md).
@@ -73,7 +75,8 @@ def to_hf(
         _save_weights(dict(_tensors(model, plan)), part)
         _save_config(model, plan, part)
         save_tokenizer(model if tokenizer is None else tokenizer, part)
-        write_card(part, model, plan, [k] if fixed_k else None, metrics or {})
+        if not is_somebodys(out):
+            write_card(part, model, plan, [k] if fixed_k else None, metrics or {})
         replace_files(out, part)
     return out
 

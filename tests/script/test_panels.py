@@ -148,9 +148,9 @@ NAMES = ("one", "two", "three", "four")
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout with panel.py, common.sh, and a figure of four runs."""
+    """A checkout with panel.py and what it needs, and a figure of four runs."""
     (tmp_path / "script/figure").mkdir(parents=True)
-    for file in ("panel.py", "common.sh"):
+    for file in ("panel.py", "panel_runs.py", "common.sh"):
         shutil.copy(ROOT / "script" / file, tmp_path / "script")
     (tmp_path / "script/trainer.sh").write_text(TRAINER)
     for name in NAMES:

@@ -71,7 +71,7 @@ def test_the_flags_of_every_script(script, setting, tmp_path):
 
 
 def test_all_has_every_cell_in_both_settings():
-    panel = load("panel", "script/panel.py")
+    panel = load("panel_runs", "script/panel_runs.py")
     panels = panel.read_panels("table2")
     cells = {f"table2/{column}/{method}" for column in COLUMNS for method in METHOD_OF}
     assert {name: len(set(lines)) for name, lines in panels.items()} == {"paper": 40, "all": 160, "challenge": 10}
@@ -92,7 +92,7 @@ def test_all_has_every_cell_in_both_settings():
 
 
 def test_figure_4_has_every_method_of_every_column_over_the_kept_experts():
-    panels = load("panel", "script/panel.py").read_panels("figure4")
+    panels = load("panel_runs", "script/panel_runs.py").read_panels("figure4")
     lines = [tuple(line.split()) for lines in panels.values() for line in lines]
     budgets = [(), *(("--keep", str(keep)) for keep in (1, 2, 4, 8, 12))]
     expected = {

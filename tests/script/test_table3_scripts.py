@@ -16,7 +16,7 @@ METHOD_OF = {"dense_model": "dense_dropout", "smoe_dropout": "smoe_dropout", "sm
 
 def test_there_is_a_script_for_every_row_and_all_runs_them():
     assert {path.stem for path in TABLE3.glob("*.sh")} == {*METHOD_OF, "all"}
-    panel = load("panel", "script/panel.py")
+    panel = load("panel_runs", "script/panel_runs.py")
     assert {*panel.read_panels("table3")["table3"]} == {f"table3/{name}" for name in METHOD_OF}
     assert panel.config_class(panel.Run("table3/smoe", (), ())).__name__ == "DistilConfig"
 

@@ -22,7 +22,7 @@ ROWS = {
 def test_there_is_a_script_for_every_row_and_all_runs_them():
     assert {path.stem for path in TABLEA6.glob("*.sh")} == {*ROWS, "all"}
     assert all(os.access(path, os.X_OK) for path in TABLEA6.glob("*.sh"))
-    panel = load("panel", "script/panel.py")
+    panel = load("panel_runs", "script/panel_runs.py")
     assert {*panel.read_panels("tablea6")["tablea6"]} == {f"tablea6/{name}" for name in ROWS}
     assert panel.config_class(panel.Run("tablea6/smoe", (), ())).__name__ == "QuestionAnsweringConfig"
 

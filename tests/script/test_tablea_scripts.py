@@ -12,7 +12,7 @@ from example_data import write_sentences
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "script"))
 
-from panel import chosen_runs, config_class, read_panels  # noqa: E402
+from panel_runs import chosen_runs, config_class, read_panels  # noqa: E402
 
 
 def test_table_a4_is_table_2_with_three_seeds(tmp_path):

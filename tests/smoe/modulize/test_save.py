@@ -278,6 +278,9 @@ def test_the_card_of_an_export_is_replaced(tmp_path):
     to_hf(model, tmp_path)
     smoe.save_pretrained(model, tmp_path)
     assert "Mixtral" not in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("mine")
+    to_hf(model, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_nothing_is_left_where_the_tokenizer_is_none(tmp_path):
