@@ -3,20 +3,18 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from example_data import write_sentences
+from modules import load
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "script"))
-
-from panel_runs import chosen_runs, config_class, read_panels  # noqa: E402
+runs = load("panel_runs", "script/panel_runs.py")
 
 
 def test_table_a4_is_table_2_with_three_seeds(tmp_path):
-    own, table2 = read_panels("tablea4"), read_panels("table2")
+    own, table2 = runs.read_panels("tablea4"), runs.read_panels("table2")
     for setting, lines in own.items():
         assert sorted(lines) == sorted(line for line in table2[setting] if line.startswith("table2/sst2/"))
     command = ["bash", ROOT / "script/tablea4/all.sh", "--panel", "paper", "--scale", "cpu", "--only", "smoe"]
@@ -28,7 +26,7 @@ def test_table_a4_is_table_2_with_three_seeds(tmp_path):
 
 
 def test_table_a5_has_every_budget_of_its_three_rows():
-    for setting, lines in read_panels("tablea5").items():
+    for setting, lines in runs.read_panels("tablea5").items():
         rows = ("table2/sst2/smoe", "table2/sst2/smoe_dropout", "tablea5/growing_k_smoe")
         budgets = ("", *(f" --keep {k}" for k in (1, 2, 4, 8)))
         assert sorted(lines) == sorted(f"{row} --setting {setting}{budget}" for row in rows for budget in budgets)
@@ -39,11 +37,11 @@ def test_the_learned_router_with_growing_k_starts_from_figure_5s_run(tmp_path, m
 
     monkeypatch.setenv("RUNS_DIR", str(tmp_path))
     options = Namespace(figure="tablea5", panel=["paper"], only=["growing_k_smoe"], scale="cpu", seeds=[2])
-    whole, *kept = chosen_runs(options, [])
+    whole, *kept = runs.chosen_runs(options, [])
     given = dict(zip(whole.all_flags[::2], whole.all_flags[1::2], strict=True))
     assert given["--run"] == f"{tmp_path}/figure5/growing_k_smoe/scale-cpu_seed-2" and given["--epochs"] == "3"
     assert whole.folder == tmp_path / "tablea5/growing_k_smoe/setting-paper_scale-cpu_seed-2"
-    assert len(kept) == 4 and config_class(whole).__name__ == "ClassifyConfig"
+    assert len(kept) == 4 and runs.config_class(whole).__name__ == "ClassifyConfig"
 
 
 @pytest.mark.slow
