@@ -100,21 +100,23 @@ def run_main(main: Callable[..., Any], *args: Any) -> None:
             code = main(*args)
             sys.stdout.flush()
     except SystemExit as error:
-        _leave_group(error.code)
-        raise
+        code = error.code
+    _end_if_in_a_group(code)
     raise SystemExit(code)
 
 
-def _leave_group(code: Any) -> None:
-    """Ends the process where it still is among others, which it can't part from: they may wait for something else.
+def _end_if_in_a_group(code: Any) -> None:
+    """Ends the process at once if it has a process group.
 
     Python's own way out would take the modules away under gloo's threads, and now and then abort with another code.
+    Destroying the group first is no way out either: it joins those threads while it holds Python's lock, and hangs if
+    one of them is about to free a tensor, which takes that lock.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(code or 0)
 
 
 def _describe(error: OSError) -> str:

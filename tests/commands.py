@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import random
 import socket
 import sys
 from collections.abc import Callable
@@ -167,6 +168,9 @@ def assert_main_refuses(main: Callable[..., object], argv: list[str], message: s
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port below those that systems give to outgoing connections, one of which could take it before it is used."""
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no free port among 100 between 20000 and 32000")

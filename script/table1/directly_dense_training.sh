@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # Table 1, Transformer-XL on enwik8: densely training with dropout.
-# Flags are those of python -m transformer_xl.train: --scale paper|cpu|smoke (default: paper on a GPU, else cpu),
+# Flags are those of python -m transformer_xl.train: --scale paper|hour|cpu|smoke (default: paper on a GPU, else cpu),
 # --seed N, ...
 exec bash "$(dirname "$0")/../transformer_xl.sh" table1/directly_dense_training --method dense_dropout "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # Table 1, Transformer-XL on enwik8: densely training with DropBlock.
-# Flags are those of python -m transformer_xl.train: --scale paper|cpu|smoke (default: paper on a GPU, else cpu),
+# Flags are those of python -m transformer_xl.train: --scale paper|hour|cpu|smoke (default: paper on a GPU, else cpu),
 # --seed N, ...
 exec bash "$(dirname "$0")/../transformer_xl.sh" table1/dropblock --method dense_dropblock "$@"

@@ -146,8 +146,7 @@ class DistributedProcesses(Processes):
         return shard_state(whole, model, self.groups)
 
     def leave(self) -> None:
-        dist.barrier()
-        dist.destroy_process_group()
+        dist.barrier()  # the group stays until the process ends: see smoe.errors
 
 
 def _store_of_this_attempt(agents: dist.Store, rank: int, world_size: int, limit: timedelta) -> dist.Store:

@@ -83,4 +83,4 @@ class Processes:
         return whole
 
     def leave(self) -> None:
-        """Parts from the other processes, once all have come this far."""
+        """Waits until all processes have come this far; none needs another after it."""

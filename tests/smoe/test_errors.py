@@ -51,8 +51,12 @@ def test_run_main_exits_with_what_main_returns(returned, code):
     assert caught.value.code == code
 
 
-def test_a_process_among_others_ends_at_once_with_its_code(tmp_path):
-    """Python's own end would abort now and then, with gloo's threads still there."""
+@pytest.mark.parametrize(
+    ("end", "code", "message"),
+    [("raise ValueError('n: 0')", 2, "error: n: 0\n"), ("return None", 0, ""), ("return 3", 3, "")],
+)
+def test_a_process_among_others_ends_at_once_with_its_code(end, code, message, tmp_path):
+    """Python's own end would now and then abort or hang, with gloo's threads still there."""
     script = f"""
 import atexit, os
 import torch.distributed as dist
@@ -60,10 +64,11 @@ from smoe.errors import run_main
 
 def main():
     dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
-    raise ValueError("n: 0")
+    print("done")
+    {end}
 
 atexit.register(os._exit, 9)
 run_main(main)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "error: n: 0\n")
+    assert (done.returncode, done.stderr, done.stdout) == (code, message, "done\n")

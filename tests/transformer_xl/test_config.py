@@ -30,7 +30,7 @@ def test_yaml_builds_the_model_it_says(scale, method):
 
 
 def test_scales():
-    assert list(SCALES) == ["paper", "cpu", "smoke"]
+    assert list(SCALES) == ["paper", "hour", "cpu", "smoke"]
 
 
 def test_paper_scale_is_the_papers():

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # Table 1, BERT on BookCorpus: densely training with DropBlock.
-# Flags are those of python -m bert.pretrain: --scale paper|cpu|smoke (default: paper on a GPU, else cpu), --seed N,
-# ...; and --source FILES or FOLDER for text of your own (see script/bert.sh).
+# Flags are those of python -m bert.pretrain: --scale paper|hour|cpu|smoke (default: paper on a GPU, else cpu),
+# --seed N, ...; and --source FILES or FOLDER for text of your own (see script/bert.sh).
 exec bash "$(dirname "$0")/../../bert.sh" table1/bert/dropblock --model bert --method dense_dropblock "$@"

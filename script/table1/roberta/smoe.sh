@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # Table 1, RoBERTa on BookCorpus: learnable SMoE (top-2, load-balancing loss).
-# Flags are those of python -m bert.pretrain: --scale paper|cpu|smoke (default: paper on a GPU, else cpu), --seed N,
-# ...; and --source FILES or FOLDER for text of your own (see script/bert.sh).
+# Flags are those of python -m bert.pretrain: --scale paper|hour|cpu|smoke (default: paper on a GPU, else cpu),
+# --seed N, ...; and --source FILES or FOLDER for text of your own (see script/bert.sh).
 exec bash "$(dirname "$0")/../../bert.sh" table1/roberta/smoe --model roberta --method smoe "$@"
