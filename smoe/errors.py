@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
 import os
 import sys
@@ -106,7 +107,7 @@ def run_main(main: Callable[..., Any], *args: Any) -> None:
 
 
 def _end_if_in_a_group(code: Any) -> None:
-    """Ends the process at once if it has a process group.
+    """Ends the process after its exit handlers if it has a process group.
 
     Python's own way out would take the modules away under gloo's threads, and now and then abort with another code.
     Destroying the group first is no way out either: it joins those threads while it holds Python's lock, and hangs if
@@ -114,6 +115,7 @@ def _end_if_in_a_group(code: Any) -> None:
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code or 0)

@@ -1,5 +1,6 @@
 """Commands of the project in processes of their own that start at once; fixtures for all tests."""
 
+import atexit
 import contextlib
 import importlib
 import multiprocessing
@@ -9,6 +10,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.util import _exit_function
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,7 @@ def _child(
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     if before is not None:
         before()
+    atexit.register(_exit_function)  # a process of multiprocessing has cleared its exit handlers
     run_main(importlib.import_module(module).main)
 
 

@@ -56,19 +56,19 @@ def test_run_main_exits_with_what_main_returns(returned, code):
     [("raise ValueError('n: 0')", 2, "error: n: 0\n"), ("return None", 0, ""), ("return 3", 3, "")],
 )
 def test_a_process_among_others_ends_at_once_with_its_code(end, code, message, tmp_path):
-    """Python's own end would now and then abort or hang, with gloo's threads still there."""
+    """Python's own end would now and then abort or hang, with gloo's threads still there; exit handlers run."""
     script = f"""
-import atexit, os
+import atexit, threading, time
 import torch.distributed as dist
 from smoe.errors import run_main
 
 def main():
     dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
-    print("done")
     {end}
 
-atexit.register(os._exit, 9)
+atexit.register(print, "handler")
+threading.Thread(target=time.sleep, args=(100,)).start()  # Python's own end would wait for it
 run_main(main)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (done.returncode, done.stderr, done.stdout) == (code, message, "done\n")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=90)
+    assert (done.returncode, done.stderr, done.stdout) == (code, message, "handler\n")
