@@ -9,8 +9,9 @@
 # Sets up .venv, prepares the text (the flags in the last two lines are those of data/bookcorpus/prepare.py; without
 # --source it is BookCorpus from the hub, else prose out of enwik8), trains on every GPU there is (else on the CPU),
 # sweeps over k.
-# The run folder is runs/NAME/<flags>, unless --run_dir says otherwise. Called again with the same flags it goes on
-# where it stopped. --data names data that is prepared already.
+# The run folder is runs/NAME/<flags>, without --source, unless --run_dir says otherwise: what is fine-tuned from it need
+# not name the text again. Called again with the same flags it goes on where it stopped. --data names data that is
+# prepared already.
 set -euo pipefail
 called_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -22,16 +23,19 @@ model=$(flag_value model "$@")
 scale=$(flag_value scale "$@")
 data=$(flag_value data "$@")
 run_dir=$(flag_value run_dir "$@")
-if [ -z "$run_dir" ]; then
-    run_dir=$(run_dir_of "$name" "$@")
-    set -- "$@" --run_dir "$run_dir"
-fi
 
 # A flag of prepare.py and the words up to the next flag are for it, the rest is for the trainer.
 prepare=()
 train=()
+named=() # what the run folder is named after
 for_prepare=no
+source=no
 for word in "$@"; do
+    case "$word" in
+        --source | --source=*) source=yes ;;
+        --*) source=no ;;
+    esac
+    [ "$source" = yes ] || named+=("$word")
     case "$word" in
         --source | --source=* | --tokenizer | --tokenizer=* | --vocab_size | --vocab_size=* | --max_bytes | --max_bytes=* | --block_length | --block_length=* | --name | --name=* | --out | --out=*)
             for_prepare=yes
@@ -50,6 +54,11 @@ for word in "$@"; do
         train+=("$word")
     fi
 done
+if [ -z "$run_dir" ]; then
+    run_dir=$(run_dir_of "$name" ${named[@]+"${named[@]}"})
+    train+=(--run_dir "$run_dir")
+fi
+show_flags "${train[@]}"
 
 bash script/setup.sh
 source .venv/bin/activate

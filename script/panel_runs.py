@@ -114,6 +114,8 @@ def config_class(run: Run) -> type:
         from transformer_xl.classify import ClassifyConfig as Config
     elif figure == "tablea6":
         from bert.question_answering import QuestionAnsweringConfig as Config
+    elif (figure, task) in (("table1", "bert"), ("table1", "roberta")):
+        from bert.config import PretrainConfig as Config
     elif figure != "table2":
         from transformer_xl.config import LanguageModelConfig as Config
     elif task == "csqa":

@@ -27,7 +27,7 @@ from smoe.train.learning_rate import learning_rate_at
 from smoe.train.log import Log, at_k, one_or_all, print_header
 from smoe.train.processes import Processes
 from smoe.train.record import make_record
-from smoe.train.resume import load_checkpoint, load_weights, newest_checkpoint, restore
+from smoe.train.resume import check_finished, load_checkpoint, load_weights, newest_checkpoint, restore
 from smoe.train.state import optimizer_tensors, rng_tensors
 from smoe.train.stop import StopRequest
 from smoe.train.task import Task
@@ -69,6 +69,8 @@ def train(task_class: type[Task], config: TrainConfig, processes: Processes) -> 
     processes.agree({"data": task.dataset})
     folder = open_run(config, processes)
     if folder.result_path.exists():
+        with processes.together():
+            check_finished(folder.result_path, task)
         if processes.is_main:
             print(f"{config.run_dir} is finished; its result is in {folder.result_path}")
         return processes.leave()

@@ -131,6 +131,21 @@ def newest_checkpoint(folder: Path, processes: Processes) -> Checkpoint | None:
     return checkpoint
 
 
+def check_finished(result_path: Path, task: Task) -> None:
+    """Raises ValueError if the record of a finished run is of other data than the task's, or can't be read."""
+    try:
+        record = load_json(result_path)
+    except ValueError as error:
+        raise ValueError(f"{result_path}: {error}; without this file --resume makes it anew") from None
+    _check_same_data(record if isinstance(record, dict) else {}, task, result_path)
+
+
+def _check_same_data(recorded: Mapping[str, Any], task: Task, path: Path) -> None:
+    if recorded.get("dataset", task.dataset) != task.dataset:
+        was, now = (json.dumps(dataset)[:200] for dataset in (recorded["dataset"], task.dataset))
+        raise ValueError(f"data: this run was given {now}, but {path} was trained on {was}")
+
+
 def restore(checkpoint: Checkpoint, task: Task, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
     """Puts model, optimizer, the task's own state and the generators back where the checkpoint found them.
 
@@ -139,9 +154,7 @@ def restore(checkpoint: Checkpoint, task: Task, optimizer: torch.optim.Optimizer
     checkpoint of a run with other data or another configuration.
     """
     state, config = checkpoint.state, to_dict(task.config)
-    if state.get("dataset", task.dataset) != task.dataset:
-        was, now = (json.dumps(dataset)[:200] for dataset in (state["dataset"], task.dataset))
-        raise ValueError(f"data: this run was given {now}, but {checkpoint.path} was trained on {was}")
+    _check_same_data(state, task, checkpoint.path)
     check_same_config(state.get("config", config), config, MAY_CHANGE, checkpoint.path / "state.json")
     if processes.is_main:
         print(f"resumed after step {checkpoint.step}", flush=True)

@@ -17,8 +17,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from modules import load
 from processes import children
 
+from bert.config import PretrainConfig
+from smoe.methods import METHODS
 from smoe.train.command import parse_config
 from transformer_xl.config import LanguageModelConfig
 
@@ -27,18 +30,19 @@ FIGURES = ("table1", "figure1", "figure3", "figure5")
 PANELS = {
     f"{figure} {panel}": [shlex.split(line) for line in lines]
     for figure in FIGURES
-    for panel, lines in yaml.safe_load((ROOT / "script" / figure / "runs.yaml").read_text()).items()
+    for panel, lines in load("panel_runs", "script/panel_runs.py").read_panels(figure).items()
 }
+BERTS = [tuple(line) for model in ("bert", "roberta") for line in PANELS.pop(f"table1 {model}")]
 POINTS = {tuple(line) for lines in PANELS.values() for line in lines}
 SCALES = [scale for scale in yaml.safe_load(LanguageModelConfig.scales_file.read_text()) if scale != "smoke"]
 
 
 # ---- which runs there are -------------------------------------------------------------------------------------------
-def config_of(name: str, *flags: str) -> LanguageModelConfig:
+def config_of(name: str, *flags: str, config_class: type = LanguageModelConfig) -> LanguageModelConfig | PretrainConfig:
     """What the trainer makes of the flags that the script gives it."""
     command = ["bash", ROOT / "script" / f"{name}.sh", *flags]
     shown = subprocess.run(command, env={**os.environ, "SHOW_FLAGS": "1"}, capture_output=True, text=True, check=True)
-    return parse_config(LanguageModelConfig, shown.stdout.splitlines())
+    return parse_config(config_class, shown.stdout.splitlines())
 
 
 def test_every_script_is_a_point_of_a_panel_and_is_listed():
@@ -79,7 +83,7 @@ def test_panels_are_the_papers():
     assert by_panel("figure1 figure1", "d_hidden") == {("smoe", 8192), ("smoe_dropout", 8192)} | dense
     others = {(name, 8192) for name in ("thor", "dense_concrete_dropout", "dense_dropblock")}
     assert by_panel("figure3 figure3", "d_hidden") == by_panel("figure1 figure1", "d_hidden") | others
-    assert by_panel("table1 table1", "output_scale") == {
+    assert by_panel("table1 transformer_xl", "output_scale") == {
         ("smoe_dropout", "k"),
         ("smoe_dropout", "num_experts"),
         *((name, 1) for name in (*three, "thor", "dense_concrete_dropout", "dense_dropblock")),
@@ -110,6 +114,19 @@ def test_no_two_scripts_train_the_same():
 @pytest.mark.parametrize("point", sorted(POINTS), ids="-".join)
 def test_a_point_can_be_built_at_smoke_scale(point):
     assert config_of(*point, "--scale", "smoke").smoe_layers() is not None
+
+
+def test_table1_has_all_methods_of_bert_and_roberta():
+    configs = [
+        config_of(*point, "--scale", "paper", "--seed", "2", "--source", "a", "b", config_class=PretrainConfig)
+        for point in BERTS
+    ]
+    assert len(configs) == 12 and len(set(BERTS)) == 12
+    assert {(config.model, config.method) for config in configs} == {
+        (model, method) for model in ("bert", "roberta") for method in METHODS
+    }
+    # Without the text, which a fine-tuning of the run need not name again.
+    assert configs[0].run_dir == "runs/table1/bert/smoe_dropout/scale-paper_seed-2"
 
 
 def test_newlines_choose_the_data_and_the_run_folder():

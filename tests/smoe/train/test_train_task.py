@@ -255,6 +255,11 @@ def test_a_run_is_not_resumed_with_other_data(tmp_path):
     del error  # with the frames that hold the run folder's lock
     train(Toy, toy_config(tmp_path, resume=True), Processes())
     assert result(tmp_path)["dataset"]["sha256"] == "3"
+    with pytest.raises(ValueError, match=rf"^data: .*of others.*, but {tmp_path}/result.json was trained on .*\"3\""):
+        train(OtherPoints, toy_config(tmp_path, resume=True), Processes())
+    (tmp_path / "result.json").write_text("{")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/result.json: .*; without this file --resume makes it anew"):
+        train(Toy, toy_config(tmp_path, resume=True), Processes())
 
 
 @pytest.mark.parametrize(("field", "value"), [("seed", 2), ("d_model", 10)])
