@@ -42,6 +42,18 @@ def test_script_runs_to_its_table_and_plot(script, data_dir, tmp_path, quick_bas
     assert (run / "slimming.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("model", "script"), [("bert", "smoe_dropout"), ("roberta", "directly_dense_training")])
+def test_bert_script_runs_to_its_table_and_plot(model, script, prepared, tmp_path, quick_bash):
+    """The other ten differ in a flag that test_panels.py checks."""
+    flags = ("--scale", "smoke", "--data", prepared(model), "--run_dir", tmp_path / "run", "--progress", "false")
+    done = quick_bash(ROOT / "script/table1" / model / f"{script}.sh", *flags)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["model"], result["method"]) == (model, METHOD_OF[script])
+    last = list(result["metrics"]["bits_per_masked_token"]["test"].values())[-1]
+    assert f"{last:.4f}" in done.stdout and (tmp_path / "run" / "slimming.png").is_file()
+
+
 def test_default_run_folder_is_named_after_the_flags_and_a_second_call_goes_on(data_dir, tmp_path, quick_bash):
     # The flags make the folder: another seed is another run.
     flags = [
