@@ -21,11 +21,6 @@ def test_twenty_steps_are_those_of_one_process(trainer, tmp_path):
     processes.check_equals_one_process(trainer, tmp_path, [(2, 2, False), (4, 2, False), (4, 2, True)])
 
 
-@pytest.mark.slow
-def test_twenty_steps_with_data_or_experts_alone_spread(trainer, tmp_path):
-    processes.check_equals_one_process(trainer, tmp_path, [(2, 1, False), (4, 1, False), (4, 4, False), (2, 1, True)])
-
-
 def test_a_checkpoint_of_four_processes_goes_on_at_one_two_and_four(trainer, tmp_path):
     processes.check_resumes_at_any_number(trainer, tmp_path, fsdp=True)
 
