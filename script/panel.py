@@ -192,11 +192,13 @@ def collect(run: Run, results: Path) -> None:
     some, to 8layers_smoe_dropout-seed1.predictions.jsonl.gz beside it, each in one piece."""
     record = json.loads(run.result.read_text(encoding="utf-8"))
     figure, *folders, name = run.name.split("/")
-    elsewhere = ("--scale", "--seed")  # in the name already
-    flags = [
-        word for before, word in zip(("", *run.flags), run.flags, strict=False) if not {before, word} & {*elsewhere}
-    ]
-    name = "_".join(re.sub(r"[^\w.-]", "-", word.lstrip("-")) for word in (name, *flags))
+    # In the name already; and where the data are on this machine: what they are is in the record.
+    left_out = ("--scale", "--seed", "--source", "--subquestions", "--data")
+    words, flag = [name], ""
+    for word in run.flags:
+        flag = word.partition("=")[0] if word.startswith("--") else flag
+        words += [] if flag in left_out else [re.sub(r"[^\w.-]", "-", word.lstrip("-"))]
+    name = "_".join(words)
     target = results.joinpath(figure, record["scale"], *folders, f"{name}-seed{record['seed']}.json")
     target.parent.mkdir(parents=True, exist_ok=True)
     predictions = run.folder / "predictions.jsonl"

@@ -366,6 +366,9 @@ def test_records_are_collected_only_when_asked_for(checkout):
     assert gzip.decompress((checkout / "results/figure/smoke" / files[-1]).read_bytes()).decode() == said
     record = checkout / "results/figure/smoke/one-seed1.json"
     assert record.read_text() == next((checkout / "runs/figure/one").glob("*/result.json")).read_text()
+    # Where the data are on this machine is in no name.
+    assert call(checkout, "--scale", "smoke", "--seeds", 1, "--collect", "--source", "/some/where", "else")[0] == 0
+    assert sorted(path.name for path in (checkout / "results/figure/smoke").iterdir()) == files
 
 
 # ---- for real -------------------------------------------------------------------------------------------------------
