@@ -139,7 +139,16 @@ def _table1(context: Context, step_times: list[dict]) -> list[str]:
     head += ["forward GFLOPs", "step GFLOPs", "s / step", "interleaved"]
     examples = {examples_of(run.record) for run in context.runs}
     n = ", ".join(f"n = {count:,}" for count in sorted(filter(None, examples))) or "n not recorded"
-    return [f"### {md(context.label)}", f"{md(context.measure)}, {n}.", table(head, rows)]
+    return [f"### {md(context.label)}", f"{md(context.measure)}, {n}.{_floors(context)}", table(head, rows)]
+
+
+def _floors(context: Context) -> str:
+    """What the records' floors reach on the same tokens, those that all runs share."""
+    split = context.metric["split"]
+    floors = [run.record.get("floors") or {} for run in context.runs]
+    said = [{(name, of[split]) for name, of in own.items() if split in of} for own in floors]
+    shared = sorted(set.intersection(*said), key=lambda floor: (-floor[1], floor[0]))
+    return f" Without a model: {', '.join(f'{md(name)} {value:.4f}' for name, value in shared)}." if shared else ""
 
 
 def _rows(

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from sys import float_info
 from typing import Any
 
 from smoe.methods import METHODS
@@ -186,7 +187,7 @@ def read_run(record: Record, name: str) -> Run:
         schedule = (k_min, k_max, _own_or(config, "schedule", METHODS[method].schedule, str, name))
     known = _AS_RELEASED | settings
     options = tuple((name, known[name]) for name in _OPTIONS if name in known) if num_experts else ()
-    _check_fine_tuning(record, name)
+    _check_parts(record, name)
     conditions = {name: value for name, value in settings.items() if name not in {*_SIZES, *_ROUTING, *_OPTIONS}}
     return Run(record, method, record.get("seed"), num_layers, d_hidden, num_experts, layers, router, schedule, options,
                tuple(sorted(conditions.items())))  # fmt: skip
@@ -247,19 +248,21 @@ def _place(context: Context) -> tuple:
     return context.model, context.dataset, context.scale
 
 
-def _check_fine_tuning(record: Record, name: str) -> None:
-    """ValueError where what a fine-tuning says of its pretraining, its teacher or its floors is not what it must be."""
+def _check_parts(record: Record, name: str) -> None:
+    """ValueError where what a record says of its pretraining, its teacher or its floors is not what it must be."""
     for part in ("pretrained", "teacher", "floors"):
         if not isinstance(record.get(part) or {}, Mapping):
             raise ValueError(f"{name}: {part} is {reprlib.repr(record[part])}; it must be fields by name")
     if (record.get("pretrained") or {}).get("num_experts") is not None:
         _whole(record["pretrained"], "num_experts", name)
-    for floor, shares in (record.get("floors") or {}).items():
-        proper = isinstance(shares, Mapping) and all(
-            isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares.values()
+    is_share = record["metrics"][record["metric"]]["direction"] == "higher"  # others are bits
+    most, what = (1, "share") if is_share else (float_info.max, "number of at least 0")
+    for floor, values in (record.get("floors") or {}).items():
+        proper = isinstance(values, Mapping) and all(
+            isinstance(value, (int, float)) and 0 <= value <= most for value in values.values()
         )
         if not proper:
-            raise ValueError(f"{name}: floors.{floor} is {reprlib.repr(shares)}; it must be a share for each split")
+            raise ValueError(f"{name}: floors.{floor} is {reprlib.repr(values)}; it must be a {what} for each split")
 
 
 def _whole(config: Mapping[str, Any], field: str, name: str) -> int:

@@ -55,7 +55,8 @@ def made_up(method: str, seed: int = 1, *, model: str = "transformer_xl", scale:
     total = 300_000 + config["num_layers"] * 256 * config["d_hidden"]
     active = {str(k): total - layers * 256 * expert * (n - k) for k in ks if k}
     flops = {key: {"paper": 10 * active.get(key, total), "true": 12 * active.get(key, total)} for key in test}
-    return {
+    floors = {} if model == "transformer_xl" else {"floors": {"unigram": {"valid": 8.6, "test": 8.7}}}
+    return floors | {
         "model": model,
         "task": "language_model" if model == "transformer_xl" else "masked_lm",
         "method": method,

@@ -139,6 +139,7 @@ def test_records_are_found_anywhere_and_other_json_is_passed_over(folders):
         ({"flops": {"16": {"paper": "many"}}}, "flops.16.paper is 'many'; it must be a number"),
         ({"flops": {"1\n6": 3}}, "flops.1 6 is 3; it must be numbers by name"),
         ({"seconds": 3}, "seconds is 3; it must be numbers by name"),
+        ({"floors": {"unigram": {"test": float("inf")}}}, "floors.unigram is {'test': inf}; it must be a number of at"),
         ({"best_at_other_k": [{"k": 16, "metrics": {}}]}, "best_at_other_k.0.metrics.bpc.test is None"),
         ({"best_at_other_k": {"k": 16}}, "best_at_other_k is {'k': 16}; it must be a list"),
         ({"method": "dense_dropout"}, "dense_dropout was measured at 1, 2, 4, 8, 12, 16; it must have one number"),
@@ -204,6 +205,18 @@ def test_table1_has_the_papers_numbers_ours_and_the_difference(folders):
     (missing,) = (row for row in body if row[0] == "THOR")
     assert missing[1:] == ["missing"] * 11
     assert half["interleaved"] == "missing"
+
+
+def test_table1_has_the_floors_that_all_runs_share(folders):
+    results, figures = folders
+    records = [made_up(method, model="bert") for method in ("dense_dropout", "smoe_dropout")]
+    for record, bigram in zip(records, (5.5, 5.6), strict=True):
+        record["floors"]["two_sided_bigram"] = {"test": bigram}
+        record["floors"]["of_valid"] = {"valid": 5.0}
+    write(results / "table1", records)
+    assert write_report(results, figures)[1] == []
+    report = (results / "REPORT.md").read_text()
+    assert "(lower is better), n = 131,072. Without a model: unigram 8.7000.\n" in report
 
 
 def test_step_times_stand_beside(folders):
