@@ -84,8 +84,8 @@ same_flags() {
     done
 }
 
-# run_first RUN SCRIPT FLAG...: the run that another one starts from. Under the lock of script/panel.py: several may start
-# from the same run.
+# run_first RUN SCRIPT FLAG...: the run that another one starts from, unless it is finished: it may be of other data than
+# SCRIPT would take. Under the lock of script/panel.py: several may start from the same run.
 run_first() {
     local run=$1 lock=()
     shift
@@ -93,7 +93,7 @@ run_first() {
     if command -v flock >/dev/null; then
         lock=(flock "$run/.lock")
     fi
-    ${lock[@]+"${lock[@]}"} bash "$@"
+    ${lock[@]+"${lock[@]}"} bash -c '[ -f "$0/result.json" ] || exec bash "$@"' "$run" "$@"
 }
 
 # show_flags FLAG...: with SHOW_FLAGS set in the environment, prints the flags that the trainer would get, --run_dir

@@ -193,7 +193,7 @@ def collect(run: Run, results: Path) -> None:
     record = json.loads(run.result.read_text(encoding="utf-8"))
     figure, *folders, name = run.name.split("/")
     # In the name already; and where the data are on this machine: what they are is in the record.
-    left_out = ("--scale", "--seed", "--source", "--subquestions", "--data")
+    left_out = ("--scale", "--seed", "--source", "--subquestions")
     words, flag = [name], ""
     for word in run.flags:
         flag = word.partition("=")[0] if word.startswith("--") else flag

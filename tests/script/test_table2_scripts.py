@@ -181,3 +181,14 @@ def test_a_run_that_is_not_there_is_one_line(sentences, tmp_path, quick_bash):
         "--run_dir", tmp_path / "run",
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nothing" in done.stderr
+
+
+def test_a_finished_run_is_not_pretrained_again(tmp_path):
+    """It may be of a text that its script, called without --source, would not take."""
+    first, run = tmp_path / "first.sh", tmp_path / "run"
+    first.write_text('echo "called with $*"\n')
+    command = ["bash", "-euc", f"source script/common.sh; run_first {run} {first} --seed 2"]
+    for said in ("called with --seed 2\n", ""):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
+        (run / "result.json").touch()
