@@ -54,6 +54,10 @@ for word in "$@"; do
         train+=("$word")
     fi
 done
+if [ -n "$data" ] && [ "${#prepare[@]}" -gt 0 ]; then
+    echo "error: --data names data that is prepared already, so ${prepare[0]} has no effect; give one of them" >&2
+    exit 2
+fi
 if [ -z "$run_dir" ]; then
     run_dir=$(run_dir_of "$name" ${named[@]+"${named[@]}"})
     train+=(--run_dir "$run_dir")
@@ -65,9 +69,6 @@ source .venv/bin/activate
 if [ -z "$data" ]; then
     data=$(python data/bookcorpus/prepare.py --model "${model:-bert}" --scale "${scale:-auto}" ${prepare[@]+"${prepare[@]}"})
     train+=(--data "$data")
-elif [ "${#prepare[@]}" -gt 0 ]; then
-    echo "error: --data names data that is prepared already, so ${prepare[0]} has no effect; give one of them" >&2
-    exit 2
 fi
 
 train_and_report bert.pretrain "$run_dir" "${train[@]}"

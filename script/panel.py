@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from panel_runs import ROOT, Run, chosen_runs, config_class
+from panel_runs import ROOT, Run, chosen_runs, config_class, other_text
 
 BAD_INPUT, STOPPED = 2, 75
 _POLL = 0.2  # seconds
@@ -174,11 +174,13 @@ def changed_since(run: Run) -> str | None:
     from smoe.train.resume import MAY_CHANGE
     from smoe.yaml_files import load_yaml
 
+    where = os.path.relpath(run.folder, ROOT)
     try:
+        if other_text(run):
+            return f"{where} is a run on other text than --source names; to train on this one, move that folder away"
         today = to_dict(parse_config(config_class(run), run.all_flags).resolved())
         for name, value in load_yaml(recorded).items():
             if name in today and name not in MAY_CHANGE and today[name] != value:
-                where = os.path.relpath(run.folder, ROOT)
                 return (
                     f"{name} is {value!r} in {where}, but {today[name]!r} today; to run it again, move that folder away"
                 )
@@ -269,7 +271,8 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         usage="bash script/FIGURE/all.sh [flags]",
-        description="Runs all trainings of a table or figure. Other flags go to the trainer of every run.",
+        description="Runs all trainings of a table or figure. Other flags go to the trainer of every run; a "
+        "relative path in them starts at the root of the repository.",
         allow_abbrev=False,
     )
     parser.add_argument("figure", help=argparse.SUPPRESS)

@@ -123,3 +123,18 @@ def config_class(run: Run) -> type:
     else:
         from bert.math_word_problems import MathConfig as Config
     return Config
+
+
+def other_text(run: Run) -> bool:
+    """Whether a finished BERT or RoBERTa is of other text than its ``--source``, which its folder does not name."""
+    sources, flag = [], ""
+    for word in run.flags:
+        flag, _, value = word.partition("=") if word.startswith("--") else (flag, "", word)
+        if flag == "--source" and value:
+            sources.append(ROOT / value)
+    if not sources or config_class(run).__name__ != "PretrainConfig":
+        return False
+    from data.bookcorpus.corpus import from_files, text_files  # as data/bookcorpus/prepare.py reads them
+
+    dataset = json.loads(run.result.read_text(encoding="utf-8"))["dataset"]
+    return dataset.get("origin") != json.loads(json.dumps(from_files(text_files(sources)[0], "").origin))

@@ -102,6 +102,11 @@ def run_main(main: Callable[..., Any], *args: Any) -> None:
             sys.stdout.flush()
     except SystemExit as error:
         code = error.code
+    except Exception:
+        if not _in_a_group():
+            raise
+        traceback.print_exc()
+        code = FAILURE
     _end_if_in_a_group(code)
     raise SystemExit(code)
 
@@ -113,12 +118,16 @@ def _end_if_in_a_group(code: Any) -> None:
     Destroying the group first is no way out either: it joins those threads while it holds Python's lock, and hangs if
     one of them is about to free a tensor, which takes that lock.
     """
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    if _in_a_group():
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code or 0)
+
+
+def _in_a_group() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def _describe(error: OSError) -> str:

@@ -26,13 +26,14 @@ a slider for k: [report.html](report.html), which opens without a server.
 
 ## What these numbers can and can't say
 
-A run at scale `cpu` takes minutes on two cores: a model of one or two million parameters that sees a few percent of the
-training data, measured on the first part of the test split. Such a run can show whether a method works at all, how its
-quality moves with k, and which of two methods is ahead *at this size and length*, once several seeds agree. It can't
-show what the paper's models do after 400 000 steps: there is little time to overfit, learned routers have little time
-to collapse, and a method that starts slowly has no time to catch up. Scale `hour` is the same with a model
-that has learned more. Differences to the paper's numbers are therefore those of size and length first; the gap to dense
-training with dropout, beside them, compares better. Only scale `paper` repeats the paper's setting.
+A run at scale `cpu` takes minutes on two cores: a model of one or two million parameters. A Transformer-XL sees a few
+percent of the training data and is measured on the first part of the test split; BERT and RoBERTa see a few books. Such
+a run can show whether a method works at all, how its quality moves with k, and which of two methods is ahead *at this
+size and length*, once several seeds agree. It can't show what the paper's models do after 400 000 steps: there is
+little time to overfit, learned routers have little time to collapse, and a method that starts slowly has no time to
+catch up. Scale `hour` is the same with a larger model or a longer training. Differences to the paper's numbers are
+therefore those of size and length first; the gap to dense training with dropout, beside them, compares better. Only
+scale `paper` repeats the paper's setting.
 
 One seed says what happened once. Nothing is called held, or not held, on fewer than three."""
 
@@ -51,7 +52,9 @@ _TABLE1 = """## Table 1
 Means over the seeds and their standard deviation. SMoE and THOR at k = N are those of the checkpoint that was chosen at
 k = N. FLOPs are those at the row's k: of a forward pass as the paper counts (linear layers), of a training step all.
 Seconds are those of the runs' own clocks, on whatever machine they ran, beside whatever else ran there; only
-*interleaved* seconds, measured by `python -m benchmarks.methods` in one process, compare speed."""
+*interleaved* seconds, measured by `python -m benchmarks.methods` in one process, compare speed. *Without a model*: the
+bits that counting in train reaches on the same masked tokens, by how frequent a token is (`unigram`) and how often it
+stands between its two neighbours (`two_sided_bigram`); `_shown`: also by what is shown in the token's place."""
 
 _FIGURES = {
     "figure1": "Figure 1: over active parameters. Experts: one training at several k. Dense: a training per point.",

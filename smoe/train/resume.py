@@ -135,14 +135,21 @@ def check_finished(result_path: Path, task: Task) -> None:
     """Raises ValueError if the record of a finished run is of other data than the task's, or can't be read."""
     try:
         record = load_json(result_path)
+        if not isinstance(record, dict) or not isinstance(record.get("dataset"), dict):
+            raise ValueError("it is no record of a run")
     except ValueError as error:
         raise ValueError(f"{result_path}: {error}; without this file --resume makes it anew") from None
-    _check_same_data(record if isinstance(record, dict) else {}, task, result_path)
+    _check_same_data(record, task, result_path)
 
 
 def _check_same_data(recorded: Mapping[str, Any], task: Task, path: Path) -> None:
-    if recorded.get("dataset", task.dataset) != task.dataset:
-        was, now = (json.dumps(dataset)[:200] for dataset in (recorded["dataset"], task.dataset))
+    # Where they came from may differ, and how that is told.
+    was, now = (
+        {name: value for name, value in dataset.items() if name not in ("origin", "note")}
+        for dataset in (recorded.get("dataset", task.dataset), task.dataset)
+    )
+    if was != now:
+        was, now = (json.dumps(dataset)[:200] for dataset in (was, now))
         raise ValueError(f"data: this run was given {now}, but {path} was trained on {was}")
 
 

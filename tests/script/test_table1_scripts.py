@@ -44,7 +44,7 @@ def test_script_runs_to_its_table_and_plot(script, data_dir, tmp_path, quick_bas
 
 @pytest.mark.parametrize(("model", "script"), [("bert", "smoe_dropout"), ("roberta", "directly_dense_training")])
 def test_bert_script_runs_to_its_table_and_plot(model, script, prepared, tmp_path, quick_bash):
-    """The other ten differ in a flag that test_panels.py checks."""
+    """The other ten differ in a flag that test_panel_points.py checks."""
     flags = ("--scale", "smoke", "--data", prepared(model), "--run_dir", tmp_path / "run", "--progress", "false")
     done = quick_bash(ROOT / "script/table1" / model / f"{script}.sh", *flags)
     assert done.returncode == 0, done.stderr

@@ -245,6 +245,18 @@ class OtherPoints(Toy):
         self.dataset = {"name": "sectors", "sha256": "of others"}
 
 
+class PointsFromElsewhere(Toy):
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.dataset = self.dataset | {"origin": "a mirror", "note": "the first one did not answer"}
+
+
+def test_a_run_is_resumed_with_the_same_data_from_elsewhere(tmp_path):
+    interrupted(tmp_path)
+    train(PointsFromElsewhere, toy_config(tmp_path, resume=True), Processes())
+    assert result(tmp_path)["dataset"]["origin"] == "a mirror"
+
+
 def test_a_run_is_not_resumed_with_other_data(tmp_path):
     interrupted(tmp_path)
     with pytest.raises(ValueError) as error:
@@ -257,9 +269,10 @@ def test_a_run_is_not_resumed_with_other_data(tmp_path):
     assert result(tmp_path)["dataset"]["sha256"] == "3"
     with pytest.raises(ValueError, match=rf"^data: .*of others.*, but {tmp_path}/result.json was trained on .*\"3\""):
         train(OtherPoints, toy_config(tmp_path, resume=True), Processes())
-    (tmp_path / "result.json").write_text("{")
-    with pytest.raises(ValueError, match=rf"^{tmp_path}/result.json: .*; without this file --resume makes it anew"):
-        train(Toy, toy_config(tmp_path, resume=True), Processes())
+    for broken in ("{", "[]", '{"dataset": 3}'):
+        (tmp_path / "result.json").write_text(broken)
+        with pytest.raises(ValueError, match=rf"^{tmp_path}/result.json: .*; without this file --resume makes it anew"):
+            train(Toy, toy_config(tmp_path, resume=True), Processes())
 
 
 @pytest.mark.parametrize(("field", "value"), [("seed", 2), ("d_model", 10)])
