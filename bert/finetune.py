@@ -30,6 +30,7 @@ from smoe.train.finetune import FineTuned, FineTuneTask, pretrained_record
 from smoe.train.folder import RunFolder
 from smoe.train.predictions import Predictions
 from smoe.train.processes import Processes
+from smoe.train.resume import read_config
 from smoe.train.sentence_floors import floor_notes
 from smoe.train.task import equal_share
 
@@ -187,7 +188,9 @@ def load_encoder(encoder: PreTrainedModel, config: FineTuneConfig, vocabulary: V
     # RoBERTa counts positions from the padding's id + 1.
     weights[name] = with_positions(weights[name], config.seq_len, 0 if config.model == "bert" else vocabulary.pad + 1)
     encoder.load_state_dict(weights)
-    return pretrained_record(pretrained, checkpoint) | {"seq_len": pretrained.seq_len}
+    record = pretrained_record(pretrained, checkpoint) | {"seq_len": pretrained.seq_len}
+    folder = read_config(config.run).get("start_from")
+    return record | ({} if folder is None else {"start_from": Path(folder).name})
 
 
 def pad_ids(rows: Sequence[Sequence[int]], pad: int) -> Tensor:

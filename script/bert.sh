@@ -27,15 +27,8 @@ run_dir=$(flag_value run_dir "$@")
 # A flag of prepare.py and the words up to the next flag are for it, the rest is for the trainer.
 prepare=()
 train=()
-named=() # what the run folder is named after
 for_prepare=no
-source=no
 for word in "$@"; do
-    case "$word" in
-        --source | --source=*) source=yes ;;
-        --*) source=no ;;
-    esac
-    [ "$source" = yes ] || named+=("$word")
     case "$word" in
         --source | --source=* | --tokenizer | --tokenizer=* | --vocab_size | --vocab_size=* | --max_bytes | --max_bytes=* | --block_length | --block_length=* | --name | --name=* | --out | --out=*)
             for_prepare=yes
@@ -59,7 +52,8 @@ if [ -n "$data" ] && [ "${#prepare[@]}" -gt 0 ]; then
     exit 2
 fi
 if [ -z "$run_dir" ]; then
-    run_dir=$(run_dir_of "$name" ${named[@]+"${named[@]}"})
+    without_list source "$@"
+    run_dir=$(run_dir_of "$name" ${words[@]+"${words[@]}"})
     train+=(--run_dir "$run_dir")
 fi
 show_flags "${train[@]}"

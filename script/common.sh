@@ -1,4 +1,4 @@
-# What script/transformer_xl.sh and script/bert.sh share; to be sourced, with `set -euo pipefail`, at the repository's
+# What the scripts share; to be sourced, with `set -euo pipefail`, at the repository's
 # root.
 
 # Without cached bytecode every process would compile torch anew, a matter of seconds.
@@ -31,6 +31,20 @@ without_flag() {
             *) words+=("$word") ;;
         esac
         previous=$word
+    done
+}
+
+# without_list NAME WORD...: sets the array `words` to the words without --NAME and all of its values.
+without_list() {
+    local name=$1 skipping=no word
+    shift
+    words=()
+    for word in "$@"; do
+        case "$word" in
+            "--$name" | "--$name="*) skipping=yes ;;
+            --*) skipping=no ;;
+        esac
+        [ "$skipping" = yes ] || words+=("$word")
     done
 }
 

@@ -195,10 +195,11 @@ def collect(run: Run, results: Path) -> None:
     record = json.loads(run.result.read_text(encoding="utf-8"))
     figure, *folders, name = run.name.split("/")
     # In the name already; and where the data are on this machine: what they are is in the record.
-    left_out = ("--scale", "--seed", "--source", "--subquestions")
+    left_out = ("--scale", "--seed", "--source", "--subquestions", "--text")
     words, flag = [name], ""
     for word in run.flags:
         flag = word.partition("=")[0] if word.startswith("--") else flag
+        word = os.path.basename(word) if flag == "--start_from" else word
         words += [] if flag in left_out else [re.sub(r"[^\w.-]", "-", word.lstrip("-"))]
     name = "_".join(words)
     target = results.joinpath(figure, record["scale"], *folders, f"{name}-seed{record['seed']}.json")

@@ -112,11 +112,13 @@ def config_class(run: Run) -> type:
         from transformer_xl.distil import DistilConfig as Config
     elif figure == "tablea5" or (figure, task) == ("table2", "sst2"):
         from transformer_xl.classify import ClassifyConfig as Config
+    elif (figure, task) == ("pretrained", "sst2"):
+        from bert.classify import ClassifyConfig as Config
     elif figure == "tablea6":
         from bert.question_answering import QuestionAnsweringConfig as Config
     elif (figure, task) in (("table1", "bert"), ("table1", "roberta")):
         from bert.config import PretrainConfig as Config
-    elif figure != "table2":
+    elif figure not in ("table2", "pretrained"):
         from transformer_xl.config import LanguageModelConfig as Config
     elif task == "csqa":
         from bert.multiple_choice import MultipleChoiceConfig as Config

@@ -96,10 +96,10 @@ def quick_environment(tmp_path_factory) -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def quick_bash(quick_environment) -> Callable[..., subprocess.CompletedProcess]:
-    """quick_bash(script, *argv) -> what it printed and its exit code."""
+    """quick_bash(script, *argv, NAME=value) -> what it printed and its exit code; NAME is set in its environment."""
 
-    def quick_bash(*argv: object) -> subprocess.CompletedProcess:
-        command, environment = ["bash", *map(str, argv)], os.environ | quick_environment
+    def quick_bash(*argv: object, **more: str) -> subprocess.CompletedProcess:
+        command, environment = ["bash", *map(str, argv)], os.environ | quick_environment | more
         return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
 
     return quick_bash

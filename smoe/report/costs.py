@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,7 +13,8 @@ from smoe.json_files import load_json
 from smoe.report.records import Record, parameters_at
 from smoe.report.runs import Cell
 
-STEP_TIMES = "step_times.json"  # in the folder of results; written by benchmarks.methods
+# In the folder of results; written by benchmarks.methods and benchmarks.encoder.
+STEP_TIMES, ENCODER_TIMES = "step_times.json", "encoder_times.json"
 
 
 def check_costs(record: Record, name: str) -> None:
@@ -54,22 +55,37 @@ def read_step_times(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]
     A row has ``model``, ``scale``, ``method``, ``k`` (a number, text for a whole schedule, or null), ``as_trained``
     (whether the method is trained at this k), ``seconds_per_step`` and ``flops_per_step``.
     """
-    file = Path(folder) / STEP_TIMES
+    return _read_rows(folder, STEP_TIMES, ("model", "scale", "method"), ("seconds_per_step", "flops_per_step"))
+
+
+def read_encoder_times(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The same of ``encoder_times.json``.
+
+    A row has ``encoder``, ``dataset``, ``method``, ``experts`` (that are there, null of a dense model), ``k`` (that are
+    activated, likewise), ``milliseconds`` per example and ``megabytes``.
+    """
+    return _read_rows(folder, ENCODER_TIMES, ("encoder", "dataset", "method"), ("milliseconds", "megabytes"))
+
+
+def _read_rows(
+    folder: str | Path, name: str, texts: Sequence[str], numbers: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    file = Path(folder) / name
     if not file.is_file():
         return [], []
     try:
         content = load_json(file)
         rows = content["records"]
         for number, row in enumerate(rows):
-            for field in ("model", "scale", "method"):
+            for field in texts:
                 if not isinstance(row[field], str):
                     raise ValueError(f"records.{number}.{field} is {reprlib.repr(row[field])}; it must be text")
-            for field in ("seconds_per_step", "flops_per_step"):
+            for field in numbers:
                 _check_number(row[field], f"records.{number}.{field}")
     except KeyError as error:
-        return [], [f"{STEP_TIMES}: {error.args[0]} is missing"]
+        return [], [f"{name}: {error.args[0]} is missing"]
     except (OSError, ValueError, TypeError) as error:
-        return [], [f"{STEP_TIMES}: {error}"]
+        return [], [f"{name}: {error}"]
     return list(rows), []
 
 

@@ -9,6 +9,7 @@ from smoe.paper import paper_results
 from smoe.report.checks import DEFAULT_MARGIN, MARGINS, Check, Finding, check_words
 from smoe.report.claims import CLAIMS
 from smoe.report.costs import flops_of, measured_seconds, seconds_of
+from smoe.report.encoder import encoder_parts
 from smoe.report.markdown import MISSING, md, mean_and_deviation, number, seeds, table
 from smoe.report.panels import PRETRAINING, Panel, is_empty, table1
 from smoe.report.plots import Plot
@@ -73,12 +74,14 @@ def document(
     step_times: list[dict],
     figures: str,
     columns: Sequence[Column] = (),
+    encoder_times: Sequence[dict] = (),
 ) -> str:
     """REPORT.md as text.
 
     Args:
         problems: records that were left out, a line each. step_times: rows of ``step_times.json``.
         figures: the folder of the plots as seen from the document. columns: the fine-tuned runs.
+        encoder_times: rows of ``encoder_times.json``.
     """
     count = sum(len(context.runs) for context in contexts)
     parts = [_HEAD, f"Records: {count} runs." + (f" {len(problems)} left out:" if problems else " None was left out.")]
@@ -90,6 +93,7 @@ def document(
     parts += transfer_parts(columns, [finding for finding in findings if finding.key in TRANSFER_CLAIMS])
     for name, title in _FIGURES.items():
         parts += _figure(name, title, [plot for plot in plots if plot.figure == name], figures)
+    parts += encoder_parts(columns, plots, encoder_times, figures)
     parts += _other_runs(contexts, plots, columns)
     parts += _step_times(step_times) + _comparisons(findings)
     return "\n\n".join(parts) + "\n"

@@ -8,8 +8,9 @@ from pathlib import Path
 from smoe.files import write_atomic
 from smoe.report.claims import findings_of
 from smoe.report.collect import collect
-from smoe.report.costs import read_step_times
+from smoe.report.costs import read_encoder_times, read_step_times
 from smoe.report.document import document
+from smoe.report.encoder import encoder_plots
 from smoe.report.page import page
 from smoe.report.plots import draw, plots_of
 from smoe.report.runs import contexts_of
@@ -31,13 +32,15 @@ def write_report(results: str | Path, figures: str | Path) -> tuple[list[Path], 
         first = f"; the first: {problems[0]}" if problems else ""
         raise ValueError(f"results: {results} has no record of a run that can be reported{first}")
     step_times, wrong = read_step_times(results)
-    problems += wrong
+    encoder_times, also_wrong = read_encoder_times(results)
+    problems += wrong + also_wrong
     contexts = contexts_of(runs)
     columns = columns_of(runs)
-    plots, findings = plots_of(contexts), findings_of(contexts) + transfer_findings(columns)
+    plots = plots_of(contexts) + encoder_plots(columns)
+    findings = findings_of(contexts) + transfer_findings(columns)
     where = Path(os.path.relpath(figures, results)).as_posix()
     texts = {
-        results / "REPORT.md": document(contexts, findings, plots, problems, step_times, where, columns),
+        results / "REPORT.md": document(contexts, findings, plots, problems, step_times, where, columns, encoder_times),
         results / "report.html": page(contexts, step_times),
     }
     written = [file for plot in plots for file in draw(plot, figures)]

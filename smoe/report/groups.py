@@ -193,11 +193,12 @@ def settings_of(record: Record) -> dict[str, str]:
 def _began_with(record: Record) -> dict[str, Any]:
     """What a fine-tuning says of the runs that it started from: what is not as usual.
 
-    pretrained_k: how k moved, where not as the method has it. pretrained.scale: another scale. teacher: its method.
+    pretrained_k: how k moved, where not as the method has it. pretrained.scale: another scale. pretrained.start_from:
+    the encoder that was adapted. teacher: its method.
     """
     parts = (record.get("pretrained"), record.get("teacher"), record.get("config"))
     pretrained, teacher, config = (part if isinstance(part, Mapping) else {} for part in parts)
-    found = {"teacher": teacher.get("method")}
+    found = {"teacher": teacher.get("method"), "pretrained.start_from": pretrained.get("start_from")}
     if pretrained.get("scale") != record["scale"]:
         found["pretrained.scale"] = pretrained.get("scale")
     schedule, n = pretrained.get("k_schedule"), pretrained.get("num_experts") or config.get("num_experts")

@@ -51,10 +51,11 @@ def plots_of(contexts: Sequence[Context]) -> list[Plot]:
 
 
 def _over_kept(context: Context) -> bool:
-    """Whether Figure 4 has a panel for it: fine-tuned, and no fold of several that are only a whole together."""
+    """Whether Figure 4 has a panel for it: fine-tuned, no fold of several that are only a whole together, and from a
+    run of Table 1, not from somebody else's encoder."""
     settings = dict(context.runs[0].conditions)
     pooled = "patience" in settings and "fold" in settings and settings["fold"] != "challenge"
-    return context.task not in (*PRETRAINING, DISTILLATION) and not pooled
+    return context.task not in (*PRETRAINING, DISTILLATION) and not pooled and "pretrained.start_from" not in settings
 
 
 def draw(plot: Plot, folder: str | Path) -> list[Path]:

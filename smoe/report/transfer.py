@@ -13,7 +13,7 @@ from smoe.paper import SIZES, paper_results
 from smoe.report.checks import DEFAULT_MARGIN, MARGINS
 from smoe.report.groups import plain
 from smoe.report.predictions import compare_right
-from smoe.report.records import dataset_name, examples_of, split_of, value_at
+from smoe.report.records import dataset_name, examples_of, split_of, value_at, values_of
 from smoe.report.runs import Run
 from smoe.report.statistics import Difference, mean_interval, paired_bootstrap, wilson_interval
 
@@ -93,20 +93,28 @@ class Tuned:
     def folds(self, seed: Any) -> list[Any]:
         return sorted(self.runs[seed], key=str)
 
-    def score(self, seed: Any, folds: Sequence[Any] | None = None) -> Score:
-        """Of one seed, over these folds (all that there are), each example counting as much."""
+    def score(self, seed: Any, folds: Sequence[Any] | None = None, k: str | None = None) -> Score:
+        """Of one seed, over these folds (all that there are), each example counting as much.
+
+        With ``k`` it is that of the same checkpoints with so many activated experts, without the examples.
+        """
         chosen = [(fold, self.runs[seed][fold]) for fold in (self.folds(seed) if folds is None else folds)]
         counts = [examples_of(run.record) for _, run in chosen]
-        rights = [round(n * value_at(run.record, run.full)) for (_, run), n in zip(chosen, counts, strict=True)]
+        values = [value_at(run.record, run.full) if k is None else values_of(run.record)[k] for _, run in chosen]
+        rights = [round(n * value) for value, n in zip(values, counts, strict=True)]
         by_example = None
-        if all(run.right is not None for _, run in chosen):
+        if k is None and all(run.right is not None for _, run in chosen):
             by_example = {(fold, name): right for fold, run in chosen for name, right in run.right.items()}
         return Score(sum(rights), sum(counts), by_example, _floors([run for _, run in chosen], counts))
 
-    def values(self) -> list[float]:
-        """The share by seed, of seeds that have as many folds as any."""
+    def values(self, k: str | None = None) -> list[float]:
+        """The share by seed, of seeds that have as many folds as any; ``k`` as in :meth:`score`."""
         most = max(map(len, self.runs.values()))
-        return [self.score(seed).share for seed in self.seeds if len(self.runs[seed]) == most]
+        return [self.score(seed, k=k).share for seed in self.seeds if len(self.runs[seed]) == most]
+
+    def all_runs(self) -> list[Run]:
+        """Of every seed and fold."""
+        return [self.runs[seed][fold] for seed in self.seeds for fold in self.folds(seed)]
 
     def other(self, key: str) -> float | None:
         """Another metric of the first seed's run, None if its record has none."""
@@ -118,7 +126,10 @@ class Tuned:
 
 @dataclass
 class Column:
-    """One model on one data set, fine-tuned under one setting."""
+    """One model on one data set, fine-tuned under one setting.
+
+    encoder: the name of the encoder that it was before, which somebody else has pretrained; empty if there is none.
+    """
 
     model: str
     dataset: str
@@ -126,11 +137,12 @@ class Column:
     scale: str
     setting: str
     metric: Mapping[str, Any]
+    encoder: str = ""
     tuned: dict[Kind, Tuned] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        return f"{self.model}, {self.dataset}"
+        return f"{self.encoder or self.model}, {self.dataset}"
 
     def label(self, kind: Kind) -> str:
         """E.g. ``SMoE-Dropout (k = 8 of 16), output_scale k``: options that not all have, or not the release."""
@@ -174,25 +186,24 @@ def columns_of(runs: Iterable[Run]) -> list[Column]:
             run.record["model"],
             dataset_name(run.record),
             run.record["task"],
+            (run.record.get("pretrained") or {}).get("start_from") or "",
         )
         conditions = tuple((name, value) for name, value in run.conditions if name not in ("fold", "n", "teacher"))
         found.setdefault(where, {}).setdefault(conditions, []).append((kind, run))
     columns = []
-    for (scale, setting, model, dataset, task), groups in found.items():
+    for (scale, setting, model, dataset, task, encoder), groups in found.items():
         most = max(groups.values(), key=lambda group: (len({kind for kind, _ in group}), len(group)))
         record = most[0][1].record
         metric = {"key": record["metric"], **record["metrics"][record["metric"]]}
-        column = Column(*map(plain, (model, dataset, task, scale)), setting, metric)
+        column = Column(*map(plain, (model, dataset, task, scale)), setting, metric, plain(encoder))
         for kind, run in most:
             of_seed = column.tuned.setdefault(kind, Tuned(kind)).runs.setdefault(run.seed, {})
             of_seed[run.record.get("fold")] = run
         columns.append(column)
     models, sets, settings = list(SIZES), _datasets(), list(SETTINGS)
     place = lambda value, known: (known.index(value) if value in known else len(known), value)  # noqa: E731
-    return sorted(
-        columns,
-        key=lambda c: (c.scale, settings.index(c.setting), place(c.model, models), place(c.dataset, sets), c.task),
-    )
+    where = lambda c: (place(c.model, models), place(c.dataset, sets), c.task, c.encoder)  # noqa: E731
+    return sorted(columns, key=lambda c: (c.scale, settings.index(c.setting), where(c)))
 
 
 def kind_of(run: Run) -> Kind | None:

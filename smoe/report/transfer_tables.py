@@ -28,6 +28,7 @@ _HEAD += ["beats its floor", "over seeds"]
 
 def transfer_parts(columns: Sequence[Column], findings: Sequence[Finding]) -> list[str]:
     """The section of REPORT.md about transfer. Every cell without a run says that it is missing."""
+    columns = [column for column in columns if not column.encoder]
     parts = [_TRANSFER, md(summary(findings), 10_000)]
     for name, make in (("2", _table2), ("3", _table3), ("A4", _table_a4), ("A5", _table_a5), ("A6", _table_a6)):
         parts.append(f"## Table {name}")
@@ -37,12 +38,12 @@ def transfer_parts(columns: Sequence[Column], findings: Sequence[Finding]) -> li
 
 def table2_text(columns: Sequence[Column], findings: Sequence[Finding]) -> str:
     """Table 2 as text, a block per scale and setting that was run, and what becomes of the paper's claims."""
-    blocks = []
+    blocks, columns = [], [column for column in columns if not column.encoder]
     for (scale, setting), found in _groups(columns, lambda c: c.task not in (DISTILLATION, QUESTIONS)).items():
         rows = [["", "n", *map(row_label, ROWS)]]
         for (model, dataset), column in _in_papers_order(found).items():
             printed = paper_results()["table2"].get(model, {}).get(dataset, {})
-            scores = [None if column is None or not (t := column.of(row)) else _first(t) for row in ROWS]
+            scores = [None if column is None or not (t := column.of(row)) else first_score(t) for row in ROWS]
             counts = sorted({score.n for score in scores if score})
             cells = [_text_cell(printed.get(row), score) for row, score in zip(ROWS, scores, strict=True)]
             rows.append([f"{model}, {dataset}", " or ".join(map(str, counts)) or "-", *cells])
@@ -55,7 +56,7 @@ def table2_text(columns: Sequence[Column], findings: Sequence[Finding]) -> str:
 
 def shown_of(column: Column) -> list[Tuned]:
     """The runs of a column that some table here shows."""
-    if column.task == DISTILLATION:
+    if column.task == DISTILLATION or column.encoder:
         return list(column.tuned.values())
     found = [tuned for row in ROWS for tuned in column.of_row(row)]
     if column.dataset == "sst2":
@@ -85,19 +86,23 @@ def _table2(columns: Sequence[Column]) -> list[str]:
 
 
 def _row(column: Column, tuned: Tuned, printed: float | None) -> list[str]:
-    dense, score = column.of("dense_dropout"), _first(tuned)
-    to_dense, interval, p = "-", "-", "-"
-    if dense is None:
-        to_dense, interval, p = MISSING, MISSING, MISSING
-    elif dense is not tuned:
-        found, test = difference_of(tuned, dense, column.margin), mcnemar_p(tuned, dense)
-        to_dense = MISSING if found is None else f"{100 * found.mean:+.2f}"
-        interval = MISSING if found is None or found.low is None else _span(found.low, found.high, "+.2f")
-        p = number(test)
+    score = first_score(tuned)
     n = f"{score.n:,}" + (f" ({part})" if (part := complete(tuned, tuned.seeds[0])) else "")
     return [md(column.name), md(column.label(tuned.kind)), "-" if printed is None else f"{printed:.2f}",
-            f"{100 * score.share:.2f}", _span(*score.interval, ".2f"), _minus(score.share, printed), n,
-            to_dense, interval, p, *_floor(score), _over_seeds(tuned)]  # fmt: skip
+            f"{100 * score.share:.2f}", span(*score.interval), _minus(score.share, printed), n,
+            *to_dense(column, tuned), *_floor(score), over_seeds(tuned.values())]  # fmt: skip
+
+
+def to_dense(column: Column, tuned: Tuned) -> list[str]:
+    """By how much it is better than dense training, the interval of that, and p of McNemar's test."""
+    dense = column.of("dense_dropout")
+    if dense is tuned:
+        return ["-", "-", "-"]
+    found = None if dense is None else difference_of(tuned, dense, column.margin)
+    if dense is None or found is None:
+        return [MISSING, MISSING, MISSING]
+    interval = MISSING if found.low is None or found.high is None else span(found.low, found.high, "+.2f")
+    return [f"{100 * found.mean:+.2f}", interval, number(mcnemar_p(tuned, dense))]
 
 
 def _floor(score: Score) -> list[str]:
@@ -110,8 +115,9 @@ def _floor(score: Score) -> list[str]:
     return [md(f"{100 * best:.2f} ({name.replace('_', ' ')})"), beaten]
 
 
-def _over_seeds(tuned: Tuned) -> str:
-    values = [100 * value for value in tuned.values()]
+def over_seeds(shares: Sequence[float]) -> str:
+    """Mean and standard deviation of several seeds, in percent."""
+    values = [100 * share for share in shares]
     return f"{fmean(values):.2f} ± {stdev(values):.2f} (n = {len(values)})" if len(values) > 1 else "one seed"
 
 
@@ -127,12 +133,13 @@ def _table3(columns: Sequence[Column]) -> list[str]:
             if tuned is None:
                 rows.append([label, f"{printed[method]:.2f}", *[MISSING] * (len(head) - 2)])
                 continue
-            score, found = _first(tuned), dense and dense is not tuned and difference_of(tuned, dense, column.margin)
-            interval = _span(found.low, found.high, "+.2f") if found and found.low is not None else "-"
-            rows.append([label, f"{printed[method]:.2f}", f"{100 * score.share:.2f}", _span(*score.interval, ".2f"),
+            score = first_score(tuned)
+            found = dense and dense is not tuned and difference_of(tuned, dense, column.margin)
+            interval = span(found.low, found.high, "+.2f") if found and found.low is not None else "-"
+            rows.append([label, f"{printed[method]:.2f}", f"{100 * score.share:.2f}", span(*score.interval),
                          _minus(score.share, printed[method]), f"{score.n:,}",
                          f"{100 * found.mean:+.2f}" if found else "-", interval,
-                         number(mcnemar_p(tuned, dense)) if found else "-", _over_seeds(tuned)])  # fmt: skip
+                         number(mcnemar_p(tuned, dense)) if found else "-", over_seeds(tuned.values())])  # fmt: skip
         parts += [_heading(column), table(head, rows)]
     return parts
 
@@ -157,10 +164,10 @@ def _table_a4(columns: Sequence[Column]) -> list[str]:
                 own = row == "dense_dropout" or found is None
                 rows.append([md(column.label(tuned.kind)), paper, f"{100 * fmean(values):.2f}",
                              f"{100 * stdev(values):.2f}" if len(values) > 1 else "-",
-                             _span(*interval, ".2f") if interval else "-",
+                             span(*interval) if interval else "-",
                              f"{', '.join(map(str, tuned.seeds))} (n = {len(tuned.seeds)})",
                              "-" if own else f"{100 * found.mean:+.2f}",
-                             "-" if own or found.low is None else _span(found.low, found.high, "+.2f")])  # fmt: skip
+                             "-" if own or found.low is None else span(found.low, found.high, "+.2f")])  # fmt: skip
             if not column.of_row(row):
                 rows.append([row_label(row), paper, *[MISSING] * (len(head) - 2)])
         parts += [_heading(column), table(head, rows)]
@@ -192,9 +199,9 @@ def _kept_cell(tuned: Tuned | None) -> str:
     if tuned is None:
         return MISSING
     if len(tuned.runs) > 1:
-        return _over_seeds(tuned)
-    score = _first(tuned)
-    return f"{100 * score.share:.2f} ({_span(*score.interval, '.2f')})"
+        return over_seeds(tuned.values())
+    score = first_score(tuned)
+    return f"{100 * score.share:.2f} ({span(*score.interval)})"
 
 
 def _table_a6(columns: Sequence[Column]) -> list[str]:
@@ -215,11 +222,11 @@ def _table_a6(columns: Sequence[Column]) -> list[str]:
             paper = [number(printed[key].get(name) if whole else None, 2) for key in printed]
             paper = [cell if whole and name in printed["exact_match"] else "-" for cell in paper]
             for tuned in column.of_row(row):
-                score, dense = _first(tuned), column.of("dense_dropout")
+                score, dense = first_score(tuned), column.of("dense_dropout")
                 p = number(mcnemar_p(tuned, dense)) if dense and dense is not tuned else "-"
                 values = [number(None if (v := tuned.other(key)) is None else 100 * v, 2) for key in others]
-                ours = [f"{100 * score.share:.2f}", _span(*score.interval, ".2f"), f"{score.n:,}"]
-                rows.append([md(column.label(tuned.kind)), *paper, *ours, p, *values, _over_seeds(tuned)])
+                ours = [f"{100 * score.share:.2f}", span(*score.interval), f"{score.n:,}"]
+                rows.append([md(column.label(tuned.kind)), *paper, *ours, p, *values, over_seeds(tuned.values())])
             if not column.of_row(row) and name in printed["exact_match"] and whole:
                 rows.append([row_label(row), *paper, *[MISSING] * (len(head) - 3)])
         parts += [_heading(column), table(head, rows)]
@@ -251,11 +258,13 @@ def _heading(column: Column) -> str:
     return f"### {md(column.name)}, scale {md(column.scale)}, {SETTINGS[column.setting]}"
 
 
-def _first(tuned: Tuned) -> Score:
+def first_score(tuned: Tuned) -> Score:
+    """Of the lowest seed."""
     return tuned.score(tuned.seeds[0])
 
 
-def _span(low: float, high: float, form: str) -> str:
+def span(low: float, high: float, form: str = ".2f") -> str:
+    """An interval in percent."""
     return f"{100 * low:{form}} to {100 * high:{form}}"
 
 

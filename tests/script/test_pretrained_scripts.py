@@ -1,20 +1,30 @@
 """The scripts of a pretrained encoder at smoke scale: adapted, then fine-tuned."""
 
 import json
+import os
+import shutil
+import uuid
 from pathlib import Path
 
 import pytest
+import yaml
+from books import stories
 from example_data import write_sentences
+from modules import load
+
+import benchmarks.encoder
+from smoe.report.costs import read_encoder_times
+from smoe.train.command import parse_config
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "script" / "pretrained"
+TASKS = ("sst2", "csqa", "asdiv_a", "mawps", "svamp")
 METHOD_OF = {"dense_model": "dense_dropout", "smoe_dropout": "smoe_dropout"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", METHOD_OF)
-def test_an_encoder_is_adapted_and_fine_tuned(name, hf_folder, prepared, quick_bash, tmp_path):
-    folder, _ = hf_folder("bert", whole=False)
+def test_a_dense_encoder_is_adapted_and_fine_tuned(hf_folder, prepared, quick_bash, tmp_path):
+    name, (folder, _) = "dense_model", hf_folder("bert", whole=False)
     adapted, run = tmp_path / "adapted", tmp_path / "run"
     common = ["--scale", "smoke", "--progress", "false", "--sweep", "16"]
     flags = ["--start_from", folder, "--data", prepared("bert"), "--run_dir", adapted, *common]
@@ -32,7 +42,101 @@ def test_an_encoder_is_adapted_and_fine_tuned(name, hf_folder, prepared, quick_b
     assert "n = 11" in done.stdout and (run / "predictions.jsonl").exists()
 
 
-def test_without_an_encoder_it_says_so(quick_bash):
-    done = quick_bash(SCRIPTS / "smoe_dropout.sh", "--scale", "smoke")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: --start_from is missing") and done.stderr.count("\n") == 1
+@pytest.fixture
+def encoder(hf_folder, tmp_path):
+    """A folder with a name of its own, since the text that is prepared for it goes by that name."""
+    folder, _ = hf_folder("bert", whole=False)
+    own = shutil.copytree(folder, tmp_path / f"encoder-{uuid.uuid4().hex}")
+    yield own
+    shutil.rmtree(ROOT / "data" / "bookcorpus" / f"{own.name}-smoke-64", ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_the_encoder_is_adapted_first_and_only_once(encoder, quick_bash, tmp_path, monkeypatch):
+    data, text = write_sentences(tmp_path / "sst2", {"train": 40, "valid": 11}), tmp_path / "books"
+    text.mkdir()
+    for i, story in enumerate(stories(10)):
+        (text / f"{i}.txt").write_text(story)
+    flags = ["--start_from", encoder, "--text", text, "--data", data, "--scale", "smoke", "--seed", 1]
+    flags += ["--steps", 4, "--eval_interval", 4, "--seq_len", 128, "--progress", "false"]
+    for own in ([], ["--keep", 4]):
+        done = quick_bash(SCRIPTS / "sst2" / "smoe_dropout.sh", *flags, *own, RUNS_DIR=str(tmp_path / "runs"))
+        assert done.returncode == 0, done.stderr
+    (adapted,) = (tmp_path / "runs" / "pretrained" / "smoe_dropout").iterdir()
+    assert adapted.name == f"from-{encoder.name}_scale-smoke_seed-1"
+    runs = [*(tmp_path / "runs" / "pretrained" / "sst2" / "smoe_dropout").iterdir()]
+    records = [json.loads((run / "result.json").read_text()) for run in runs]
+    assert sorted(record["config"]["num_experts"] for record in records) == [4, 16]
+    first = json.loads((adapted / "result.json").read_text())
+    assert first["start_from"]["model_type"] == "bert" and first["config"]["steps"] == 20
+    assert (first["method"], first["config"]["dropout"]) == ("smoe_dropout", 0)
+    for record in records:
+        started = {name: record["pretrained"][name] for name in ("start_from", "scale", "seed")}
+        assert started == {"start_from": encoder.name, "scale": "smoke", "seed": 1}
+
+    options = [*map(str, runs), "--repeats", "1", "--json", str(tmp_path / "encoder_times.json")]
+    monkeypatch.setattr("sys.argv", ["encoder", *options])
+    benchmarks.encoder.main()
+    rows, problems = read_encoder_times(tmp_path)
+    assert problems == [] and {row["encoder"] for row in rows} == {encoder.name}
+    places = [(row["dataset"], row["method"], row["experts"], row["k"], row["examples"]) for row in rows]
+    whole = [("sst2", "smoe_dropout", 16, k, 11) for k in (1, 2, 4, 8, 12, 16)]
+    assert sorted(places) == [("sst2", "smoe_dropout", 4, 4, 11), *whole]
+    sizes = {record["config"]["num_experts"]: 4e-6 * record["parameters"]["total"] for record in records}
+    for row in rows:  # a file has a header beside its weights
+        assert sizes[row["experts"]] < row["megabytes"] < sizes[row["experts"]] + 0.01 and row["milliseconds"] > 0
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", METHOD_OF)
+def test_the_flags_of_every_script(task, name, quick_bash, tmp_path):
+    flags = ["--start_from", "here/MiniLM", "--text", "books", "--setting", "all", "--scale", "cpu", "--seed", "3"]
+    done = quick_bash(SCRIPTS / task / f"{name}.sh", *flags, SHOW_FLAGS="1", RUNS_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    argv = done.stdout.split("\n")[:-1]
+    assert argv[:2] == ["--run", str(tmp_path / "pretrained" / name / "from-MiniLM_scale-cpu_seed-3")]
+    given = dict(zip(argv[::2], argv[1::2], strict=True))
+    assert given.items() >= {"--scale": "cpu", "--seed": "3", "--patience": "4", "--data": f"data/{task}"}.items()
+    assert not {"--start_from", "--text", "--setting"} & given.keys()
+    assert float(given["--learning_rate"]) == (5e-5 if task in ("sst2", "csqa") else 2e-4)
+    assert Path(given["--run_dir"]).parent == tmp_path / "pretrained" / task / name
+    run = Path(argv[1])
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump({"method": METHOD_OF[name], "num_layers": 2, "model": "bert"}))
+    panel = load("panel_runs", "script/panel_runs.py")
+    config = parse_config(panel.config_class(panel.Run(f"pretrained/{task}/{name}", (), ())), argv)
+    assert (config.method, config.model, config.data) == (METHOD_OF[name], "bert", f"data/{task}")
+
+
+def test_all_has_dense_and_experts_over_kept_ones_on_every_task():
+    panels = load("panel_runs", "script/panel_runs.py").read_panels("pretrained")
+    lines = [tuple(line.split()) for panel in panels.values() for line in panel]
+    budgets = [(), *(("--keep", keep) for keep in ("4", "8", "12"))]
+    folds = {task: [("--fold", str(fold)) for fold in range(5)] for task in TASKS[2:]} | {"sst2": [()], "csqa": [()]}
+    expected = {
+        (f"pretrained/{task}/{name}", "--setting", "all", *fold, *keep)
+        for task in TASKS
+        for name in METHOD_OF
+        for fold in folds[task]
+        for keep in (budgets if name == "smoe_dropout" else budgets[:1])
+    }
+    assert {*lines} == expected and len(lines) == len(expected)
+    assert os.access(SCRIPTS / "all.sh", os.X_OK)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("smoe_dropout.sh", [], "error: --start_from is missing"),
+        ("csqa/smoe_dropout.sh", [], "error: nothing to start from; give a run of script/pretrained/smoe_dropout.sh"),
+        (
+            "svamp/dense_model.sh",
+            ["run", "--start_from", "x"],
+            "run is given to start from, so --start_from",
+        ),
+        ("mawps/dense_model.sh", ["run", "--text", "x"], "run is given to start from, so --start_from"),
+    ],
+)
+def test_flags_that_do_not_fit_are_one_line(script, flags, message, quick_bash):
+    done = quick_bash(SCRIPTS / script, *flags, "--scale", "smoke")
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# SST-2 with a pretrained encoder: dense_model.
+# SST-2 with a pretrained encoder: dense model.
 #
-#   bash script/pretrained/sst2/dense_model.sh RUN [flags of python -m bert.classify]
+#   bash script/pretrained/sst2/dense_model.sh --start_from FOLDER [--text FILE|FOLDER] [flags of python -m bert.classify]
+#   bash script/pretrained/sst2/dense_model.sh RUN [flags]
 #
-# RUN is what script/pretrained/dense_model.sh left. For CSQA and the word problems give it to the scripts of table2/, such
-# as bash script/table2/csqa/bert/dense_model.sh RUN --learning_rate 5e-5. script/table2.sh lists the flags.
-exec bash "$(dirname "$0")/../../table2.sh" sst2 bert dense_model "$@"
+# RUN is what script/pretrained/dense_model.sh left; with --start_from it is trained first. script/table2.sh lists the flags.
+exec bash "$(dirname "$0")/../../table2.sh" sst2 pretrained dense_model "$@"

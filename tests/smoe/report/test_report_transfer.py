@@ -11,9 +11,10 @@ import pytest
 from made_up import fine_tuned
 
 from smoe.paper import paper_results
-from smoe.report import main
+from smoe.report import main, write_report
 from smoe.report.collect import collect
 from smoe.report.document import document
+from smoe.report.encoder import encoder_plots
 from smoe.report.plots import plots_of
 from smoe.report.runs import contexts_of
 from smoe.report.statistics import mcnemar, mean_interval, paired_bootstrap, wilson_interval
@@ -300,3 +301,78 @@ def test_predictions_that_are_not_the_records_are_named(tmp_path):
     runs, problems = collect(tmp_path)
     assert runs[0].right is None
     assert problems == ["0.json: its predictions are not those of the record, with all of its experts"]
+
+
+def of_encoder(seeds=(1, 2, 3), n=400) -> list[dict]:
+    """An encoder on SST-2: dense, and SMoE-Dropout with 16 experts at three k, and with 8 and 4 that were kept."""
+    fields, records = {"model": "bert", **ALL}, []
+    for seed in seeds:
+        for method, keep, share in (("dense_dropout", None, 0.9), ("smoe_dropout", None, 0.89),
+                                    ("smoe_dropout", 8, 0.85), ("smoe_dropout", 4, 0.8)):  # fmt: skip
+            record = run(method, share, n, seed, keep=keep, **fields)
+            if method == "smoe_dropout" and keep is None:
+                record["said"] = {"4": answers(0.5, n, seed), "8": answers(0.6, n, seed), **record["said"]}
+                for of_k in record["metrics"]["accuracy"].values():
+                    if "16" in of_k:
+                        of_k |= {k: fmean(right) for k, right in record["said"].items()}
+            record["pretrained"]["start_from"] = "all-MiniLM-L6-v2"
+            records.append(record)
+    return records
+
+
+def test_a_pretrained_encoder_has_a_section_and_a_plot_of_its_own(tmp_path):
+    records = of_encoder()
+    results, figures = tmp_path / "results", tmp_path / "Figs"
+    figures.mkdir()
+    write(results, [*records, *table2(ALL, columns=[("bert", "csqa")])])
+    cost = {"encoder": "all-MiniLM-L6-v2", "dataset": "sst2", "method": "smoe_dropout", "megabytes": 12.345}
+    times = [{**cost, "experts": 8, "k": 8, "milliseconds": 1.5}, {**cost, "experts": 16, "k": 8, "milliseconds": 2.5}]
+    (results / "encoder_times.json").write_text(json.dumps({"records": times}))
+    written, problems = write_report(results, figures)
+    assert problems == [] and {figures / f"encoder_cpu.{ending}" for ending in ("png", "svg")} <= {*written}
+    report = (results / "REPORT.md").read_text()
+    assert "](../Figs/encoder_cpu.png)" in report and "## Other runs" not in report
+    rows = rows_of(report, "A pretrained encoder", "all-MiniLM-L6-v2, sst2, scale cpu")
+    places = [(row["experts"], row["activated"]) for row in rows]
+    assert places == [("-", "-"), ("16", "16"), ("8", "8"), ("4", "4"), ("16", "8"), ("16", "4")]
+    said = {place: [] for place in places}
+    for record in records:
+        experts = "-" if record["method"] == "dense_dropout" else str(record["config"]["num_experts"])
+        for k, right in record["said"].items():
+            said[experts, "-" if k == "dense" else k].append(right)
+    dense = said["-", "-"]
+    for row, place in zip(rows, places, strict=True):
+        shares = [100 * fmean(right) for right in said[place]]
+        assert row["ours"] == f"{shares[0]:.2f}" and row["n"] == "400"
+        assert row["over seeds"] == f"{fmean(shares):.2f} ± {stdev(shares):.2f} (n = 3)"
+        if place[0] == place[1] != "-":
+            difference = fmean(shares) - 100 * fmean(map(fmean, dense))
+            assert row["to dense"] == f"{difference:+.2f}" and row["p"] == f"{mcnemar(said[place][0], dense[0]):.4f}"
+        else:
+            assert row["to dense"] == "-"
+    costs = {place: (row["MB"], row["ms"]) for row, place in zip(rows, places, strict=True)}
+    assert costs["8", "8"] == ("12.35", "1.50") or costs["8", "8"] == ("12.34", "1.50")
+    assert costs["16", "8"][1] == "2.50" and costs["16", "16"] == ("missing", "missing")
+    # Table 2 and its claims are about the paper's models alone.
+    cells = rows_of(report, "Table 2", "Scale cpu, setting `all`")
+    assert "MiniLM" not in str(cells) and {r["ours"] for r in cells if r["task"] == "transformer\\_xl, sst2"} == {
+        "missing"
+    }
+    assert all(not c.encoder for c in columns_of(collect(results)[0]) if c.dataset == "csqa")
+    (figure4,) = (plot for plot in plots_of(contexts_of(collect(results)[0])) if plot.figure == "figure4")
+    assert [panel.context.dataset for panel in figure4.rows[0]] == ["csqa"]
+
+
+def test_one_seed_of_an_encoder_has_bars_and_damaged_times_are_said(tmp_path):
+    (tmp_path / "Figs").mkdir()
+    write(tmp_path / "results", of_encoder(seeds=(1,)))
+    times = [{"encoder": "x", "dataset": "sst2", "method": "smoe_dropout", "milliseconds": -1, "megabytes": 2}]
+    (tmp_path / "results" / "encoder_times.json").write_text(json.dumps({"records": times}))
+    _, problems = write_report(tmp_path / "results", tmp_path / "Figs")
+    assert problems == ["encoder_times.json: records.0.milliseconds is -1; it must be a number of at least 0"]
+    (plot,) = encoder_plots(columns_of(collect(tmp_path / "results")[0]))
+    dense, kept, swept = plot.rows[0][0].lines
+    assert [[point.x for point in line.points] for line in (dense, kept, swept)] == [[16], [4, 8, 16], [4, 8, 16]]
+    for point in kept.points:
+        low, high = wilson_interval(round(400 * point.values[0]), 400)
+        assert point.spread == pytest.approx((point.values[0] - low, high - point.values[0]))

@@ -1,0 +1,149 @@
+"""An encoder that somebody else has pretrained (docs/pretrained.md): its plot, and its section of REPORT.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import stdev
+from typing import Any
+
+from smoe.report.groups import plain
+from smoe.report.markdown import MISSING, md, number, table
+from smoe.report.panels import Line, Panel, Point
+from smoe.report.plots import Plot
+from smoe.report.records import parameters_at, split_of, values_of
+from smoe.report.runs import Cell, Context
+from smoe.report.transfer import SETTINGS, Column, Kind, Score, Tuned
+from smoe.report.transfer_tables import first_score, over_seeds, span, to_dense
+
+_TEXT = """## A pretrained encoder
+
+Not in the paper: a dense encoder that knows something already, cut into experts, adapted to text without labels while k
+grows, and fine-tuned, as [docs/pretrained.md](../docs/pretrained.md) tells; the dense one took the same steps. Fewer
+experts, all of them activated, are those that the task's training data voted for before fine-tuning: each a training of
+its own. The rows with fewer activated ones are of one training with all experts. Intervals as for Table 2. Parameters
+are those that a token uses. Megabytes are those of the weights as a file in fp32, milliseconds those of an example in
+batches as the run evaluates them, all models in turns on one machine."""
+
+_HEAD = ["method", "experts", "activated", "ours", "95 %", "n", "to dense", "95 %", "p", "over seeds"]
+_HEAD += ["parameters", "MB", "ms"]
+
+
+@dataclass(frozen=True)
+class PooledPoint(Point):
+    """A point whose values are those of ``tuned``, its folds pooled; with ``swept`` at ``key`` activated experts."""
+
+    tuned: Tuned | None = None
+
+    @property
+    def values(self) -> list[float]:
+        assert self.tuned is not None
+        return self.tuned.values(self.key if self.swept else None)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The standard deviation over the seeds; of one seed the Wilson interval."""
+        assert self.tuned is not None
+        if len(self.values) > 1:
+            return stdev(self.values), stdev(self.values)
+        score = _score(self.tuned, self.key if self.swept else None)
+        low, high = score.interval
+        return max(score.share - low, 0.0), max(high - score.share, 0.0)
+
+
+def encoder_plots(columns: Sequence[Column]) -> list[Plot]:
+    """One figure per scale, a panel per encoder and task; none without several numbers of experts."""
+    found = [column for column in columns if column.encoder and _routed(column)]
+    scales = dict.fromkeys(column.scale for column in found)
+    return [Plot("encoder", scale, [[_panel(c) for c in found if c.scale == scale]]) for scale in scales]
+
+
+def encoder_parts(
+    columns: Sequence[Column], plots: Sequence[Plot], times: Sequence[dict[str, Any]], figures: str
+) -> list[str]:
+    """The section.
+
+    Args:
+        times: rows of ``encoder_times.json``. figures: the folder of the plots as seen from the document.
+    """
+    found = [column for column in columns if column.encoder]
+    if not found:
+        return [_TEXT, "Not run; `bash script/pretrained/all.sh` does."]
+    parts = [_TEXT]
+    for plot in (plot for plot in plots if plot.figure == "encoder"):
+        parts.append(f"![A pretrained encoder, scale {md(plot.scale)}]({figures}/{plot.stem}.png)")
+    for column in found:
+        parts += [f"### {md(column.name)}, scale {md(column.scale)}, {SETTINGS[column.setting]}"]
+        parts.append(table(_HEAD, _rows(column, times)))
+    return parts
+
+
+def _rows(column: Column, times: Sequence[dict[str, Any]]) -> list[list[str]]:
+    dense = [tuned for kind, tuned in column.tuned.items() if kind.kept is None]
+    rows = [_row(column, tuned, times) for tuned in [*dense, *_routed(column)]]
+    for tuned in _routed(column):
+        if tuned.kind.kept == tuned.kind.of:
+            rows += [_row(column, tuned, times, key) for key in reversed(_ks(tuned)) if int(key) != tuned.kind.kept]
+    return rows
+
+
+def _row(column: Column, tuned: Tuned, times: Sequence[dict[str, Any]], key: str | None = None) -> list[str]:
+    """``key``: at so many activated experts, where not at all that there are."""
+    kind, score = tuned.kind, _score(tuned, key)
+    record = tuned.all_runs()[0].record
+    k = kind.kept if key is None else int(key)
+    found = next((row for row in times if _is_of(row, column, kind, k)), {})
+    costs = [number(found[name], 2) if name in found else MISSING for name in ("megabytes", "milliseconds")]
+    return [md(column.label(kind)), *("-" if value is None else str(value) for value in (kind.kept, k)),
+            f"{100 * score.share:.2f}", span(*score.interval), f"{score.n:,}",
+            *(to_dense(column, tuned) if key is None else ["-"] * 3), over_seeds(tuned.values(key)),
+            f"{parameters_at(record, 'dense' if k is None else str(k)):,.0f}", *costs]  # fmt: skip
+
+
+def _is_of(row: dict[str, Any], column: Column, kind: Kind, k: int | None) -> bool:
+    mine = (column.encoder, column.dataset, kind.method, kind.kept, k)
+    return tuple(row.get(name) for name in ("encoder", "dataset", "method", "experts", "k")) == mine
+
+
+def _panel(column: Column) -> Panel:
+    record = column.tuned[next(iter(column.tuned))].all_runs()[0].record
+    title = f"{column.name}, scale {column.scale}"
+    place = (column.encoder, column.task, column.dataset, column.scale)
+    context = Context(*place, {**column.metric, "split": plain(split_of(record))}, label=title)
+    panel = Panel(title, context, "experts: kept, or activated of one training", parameters=False)
+    routed = _routed(column)
+    most = max(tuned.kind.of or 1 for tuned in routed)
+    for tuned in (tuned for kind, tuned in column.tuned.items() if kind.kept is None):
+        panel.lines.append(Line(column.label(tuned.kind), tuned.kind.method, [_point(tuned, most, "dense")]))
+    lines: dict[tuple, list[Tuned]] = {}
+    for tuned in routed:
+        lines.setdefault((tuned.kind.method, tuned.kind.of, tuned.kind.options), []).append(tuned)
+    for (method, _, options), of_line in lines.items():
+        name = column.label(Kind(method, options=options))
+        kept = [_point(tuned, tuned.kind.kept or 1, str(tuned.kind.kept)) for tuned in reversed(of_line)]
+        if len(kept) > 1:
+            panel.lines.append(Line(f"{name}, kept experts", method, kept))
+        for whole in (tuned for tuned in of_line if tuned.kind.kept == tuned.kind.of):
+            points = [_point(whole, int(key), key, swept=True) for key in _ks(whole)]
+            panel.lines.append(Line(f"{name}, activated of one training", "", points))
+    return panel
+
+
+def _point(tuned: Tuned, x: int, key: str, *, swept: bool = False) -> PooledPoint:
+    return PooledPoint(x, Cell(tuned.all_runs()), key, swept, tuned)
+
+
+def _routed(column: Column) -> list[Tuned]:
+    """Those with experts, most of them first."""
+    routed = [tuned for kind, tuned in column.tuned.items() if kind.kept is not None]
+    return sorted(routed, key=lambda tuned: (tuned.kind.method, tuned.kind.options, -(tuned.kind.kept or 0)))
+
+
+def _ks(tuned: Tuned) -> list[str]:
+    """The k that all of its runs were measured at, ascending."""
+    shared = set.intersection(*({*values_of(run.record)} for run in tuned.all_runs()))
+    return sorted(shared, key=int)
+
+
+def _score(tuned: Tuned, key: str | None) -> Score:
+    return first_score(tuned) if key is None else tuned.score(tuned.seeds[0], k=key)
