@@ -25,7 +25,7 @@ from bert.config import PretrainConfig, RunConfig
 from bert.data import Vocabulary
 from bert.model import build_model, with_positions
 from smoe.options import option
-from smoe.train.examples import batch_of_step, hold_out, where_in_epochs
+from smoe.train.examples import hold_out
 from smoe.train.finetune import FineTuned, FineTuneTask, pretrained_record
 from smoe.train.folder import RunFolder
 from smoe.train.predictions import Predictions
@@ -89,7 +89,7 @@ class FineTuning(FineTuneTask):
             raise ValueError(
                 f"batch_size is {config.batch_size}; it must be at most the {len(train)} training examples"
             )
-        self.share = equal_share(config.batch_size, rank, world_size)
+        self.share, self.dealer = equal_share(config.batch_size, rank, world_size), self.deal(train)
         tokens = sum(sum(self.lengths(example)) for example in train)
         self.tokens_per_step = round(config.batch_size * tokens / len(train))
         torch.manual_seed(config.seed)
@@ -117,15 +117,16 @@ class FineTuning(FineTuneTask):
         return rows != self.vocabulary.pad
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
-        train = self.data["train"]
-        chosen = batch_of_step(len(train), self.config.batch_size, self.config.seed, step)
-        return self.collate([train[i] for i in chosen[self.share]])
+        return self.collate([self.data["train"][i] for i in self.dealer.batch(step)[self.share]])
+
+    def padded(self, example: Any) -> int:
+        return max(self.lengths(example))
 
     def forward(self, model: nn.Module, batch: tuple[Tensor, ...], device: torch.device) -> Any:
         return model(*(part.to(device) for part in batch))
 
     def where(self, step: int) -> str:
-        return where_in_epochs(len(self.data["train"]), self.config.batch_size, step)
+        return self.dealer.where(step)
 
     def files(self) -> list[Path]:
         own = self.config.run is None and self.config.tokenizer is None

@@ -35,7 +35,7 @@ from smoe.errors import run_main
 from smoe.metrics import Metric
 from smoe.options import option
 from smoe.train.command import run_training
-from smoe.train.examples import batch_of_step, count_flops, read_examples
+from smoe.train.examples import count_flops, read_examples
 from smoe.train.predictions import Predictions
 from smoe.train.processes import Processes
 
@@ -186,9 +186,8 @@ class QuestionAnswering(FineTuning):
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
         c, train = self.config, self.data["train"]
-        chosen = batch_of_step(len(train), c.batch_size, c.seed, step)
         chances = np.random.default_rng([c.seed, step, 1]).random((c.batch_size, 2))
-        mine = zip(chosen[self.share], chances[self.share].tolist(), strict=True)
+        mine = zip(self.dealer.batch(step)[self.share], chances[self.share].tolist(), strict=True)
         return self.collate([self.drawn(train[i], *two) for i, two in mine])
 
     def collate(self, examples: Sequence[Window]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -25,7 +25,7 @@ from smoe.errors import run_main
 from smoe.options import option
 from smoe.train.choosing import Choosing
 from smoe.train.command import run_training
-from smoe.train.examples import batch_of_step, count_flops, read_examples, where_in_epochs
+from smoe.train.examples import count_flops, read_examples
 from smoe.train.finetune import FineTuned, pretrained_record
 from smoe.train.predictions import Predictions
 from smoe.train.processes import Processes
@@ -89,7 +89,7 @@ class Classification(Choosing):
         train, size = self.data["train"], config.batch_size
         if size > len(train):
             raise ValueError(f"batch_size is {size}; it must be at most the {len(train)} sentences to train on")
-        self.share = equal_share(size, rank, world_size)
+        self.share, self.dealer = equal_share(size, rank, world_size), self.deal(train)
         self.predictions = Predictions()
         self.tokens_per_step = round(size * sum(len(text) for text, _ in train) / len(train))
         self.step_shape = f"{size} sentences"
@@ -114,10 +114,10 @@ class Classification(Choosing):
         return example[1]
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Every sentence once an epoch, in an order that is drawn from (seed, epoch)."""
-        train, size = self.data["train"], self.config.batch_size
-        chosen = batch_of_step(len(train), size, self.config.seed, step)[self.share]
-        return self.collate([train[i] for i in chosen])
+        return self.collate([self.data["train"][i] for i in self.dealer.batch(step)[self.share]])
+
+    def padded(self, example: tuple[bytes, int]) -> int:
+        return len(example[0])
 
     def collate(self, examples: Sequence[tuple[bytes, int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids (B, T), lengths and labels (B,). Causal attention never reads the zeros that pad the end."""
@@ -137,7 +137,7 @@ class Classification(Choosing):
         return self.predictions.files(self.config.sweep_ks(), processes)
 
     def where(self, step: int) -> str:
-        return where_in_epochs(len(self.data["train"]), self.config.batch_size, step)
+        return self.dealer.where(step)
 
     def notes(self) -> list[str]:
         # Here: a bag of words takes seconds, which evaluating or slimming a run should not.

@@ -18,7 +18,8 @@ _TOLD_ELSEWHERE = {"seed", "method", "scale", "model", "precision", "sweep"}
 # Fields that take the method's own value when they are null.
 _OWN = {"router", "schedule", "k_min", "k_max", "balance_weight", "consistency_weight"}
 # Fields that came later, each with what runs before it had: a record says no more by having it.
-_EARLIER = {"beta2": 0.999, "init_std": 0.02, "position_init": "normal", "key_init": "normal", "skip_nonfinite": 0}
+_EARLIER = {"beta2": 0.999, "init_std": 0.02, "position_init": "normal", "key_init": "normal"}
+_EARLIER |= {"skip_nonfinite": 0, "group_by_length": False}
 
 
 @dataclass

@@ -35,7 +35,9 @@ class Choosing(FineTuneTask):
 
     def passes(self, model: nn.Module, split: str, device: torch.device) -> Iterator[Tensor]:
         examples, kept = self.data[split], self.predictions.at(model)
-        for mine in evaluation_slices(len(examples), self.config.eval_batch_size, self.rank, self.world_size):
+        by_length = sorted(range(len(examples)), key=lambda i: self.padded(examples[i]))  # so that less is padded
+        for places in evaluation_slices(len(examples), self.config.eval_batch_size, self.rank, self.world_size):
+            mine = [by_length[place] for place in places]
             # Where other processes have one more pass, an example that does not count.
             batch = self.collate([examples[i] for i in mine] or examples[:1])
             chosen = self.forward(model, batch, device).logits.argmax(-1).tolist()

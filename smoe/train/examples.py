@@ -1,4 +1,4 @@
-"""Tasks of examples: read from JSON lines with a check, some held out, dealt to steps, passes and processes; FLOPs."""
+"""Tasks of examples: read from JSON lines with a check, some held out, dealt to steps and passes; FLOPs."""
 
 from __future__ import annotations
 
@@ -74,20 +74,44 @@ def hold_out(
     return rest, held
 
 
-def batch_of_step(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """The indices of the examples of ``step``: each once an epoch, in an order that is drawn from (seed, epoch).
+class Dealer:
+    """Which examples each step trains on: each once an epoch, in an order that is drawn from (seed, epoch).
 
     What is less than a batch at the end of an epoch is left out of it.
+
+    Args:
+        lengths: of each example; if given, examples of like length share a batch, so that less is padded: of every 50
+            batches in a row the examples are sorted by length, and the batches of an epoch come in a drawn order.
     """
-    epoch, within = divmod(step, count // batch_size)
-    order = np.random.default_rng([seed, epoch]).permutation(count)
-    return order[within * batch_size : (within + 1) * batch_size]
 
+    _TOGETHER = 50  # batches, as Hugging Face's Trainer sorts them
 
-def where_in_epochs(count: int, batch_size: int, step: int) -> str:
-    """What ``step`` reads, for an error message."""
-    epoch, within = divmod(step, count // batch_size)
-    return f"epoch {epoch}, batch {within} of the data"
+    def __init__(self, count: int, batch_size: int, seed: int, lengths: Sequence[int] | None = None) -> None:
+        self.steps, self.batch_size, self.seed = count // batch_size, batch_size, seed
+        self.count, self.lengths = count, None if lengths is None else np.asarray(lengths)
+        self._order: tuple[int, np.ndarray] | None = None  # the epoch that was asked for last, its batches
+
+    def batch(self, step: int) -> np.ndarray:
+        """The indices of the examples of ``step``."""
+        epoch, within = divmod(step, self.steps)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self._draw(epoch)
+        return self._order[1][within]
+
+    def where(self, step: int) -> str:
+        """What ``step`` reads, for an error message."""
+        epoch, within = divmod(step, self.steps)
+        return f"epoch {epoch}, batch {within} of the data"
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        generator = np.random.default_rng([self.seed, epoch])
+        order = generator.permutation(self.count)[: self.steps * self.batch_size]
+        if self.lengths is None:
+            return order.reshape(self.steps, self.batch_size)
+        size = self._TOGETHER * self.batch_size
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        order = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
+        return order.reshape(self.steps, self.batch_size)[generator.permutation(self.steps)]
 
 
 def evaluation_slices(count: int, batch_size: int, rank: int, ranks: int) -> Iterator[range]:

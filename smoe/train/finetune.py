@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -16,6 +16,7 @@ from smoe.schedule import Mode
 from smoe.slim import VoteScore
 from smoe.train.config import TrainConfig
 from smoe.train.evaluate import read_run
+from smoe.train.examples import Dealer
 from smoe.train.resume import Checkpoint, read_config
 from smoe.train.slimming import slim_task, slimmed_fields, sweep_up_to
 from smoe.train.task import Task
@@ -36,6 +37,7 @@ class FineTuned:
 
     run: str | None = option(None, "the pretrained run to start from; null: from scratch")
     epochs: float | None = option(None, "passes over the training examples; null: steps says how long", above=0)
+    group_by_length: bool = option(False, "put examples of like length into one batch, so that less is padded")
     schedule: Mode | None = "constant"
     keep: int | None = option(
         None, "train with so many of the run's experts per layer, which the training data vote for; null: all of them"
@@ -106,6 +108,16 @@ class FineTuneTask(Task):
     @abstractmethod
     def token_mask(self, batch: Any) -> Tensor:
         """Which of the tokens that the encoder reads are no padding, nonzero there."""
+
+    @abstractmethod
+    def padded(self, example: Any) -> int:
+        """The tokens of an example, or of its longest sequence: what a batch is padded to."""
+
+    def deal(self, examples: Sequence[Any]) -> Dealer:
+        """Which of the training examples each step has."""
+        c = self.config
+        lengths = [self.padded(example) for example in examples] if c.group_by_length else None
+        return Dealer(len(examples), c.batch_size, c.seed, lengths)
 
     def load_pretrained(self) -> None:
         """Starts the encoder from ``config.run``, if there is one: from all of its experts or those that it keeps."""
