@@ -10,8 +10,9 @@ from runs import assert_one_line, lines, result
 import smoe
 from bert.evaluate import load_run
 from bert.finetune import encode
-from bert.math_word_problems import MathConfig, MathWordProblems
-from bert.multiple_choice import MultipleChoice, MultipleChoiceConfig
+from bert.math_word_problems import MathWordProblems
+from bert.multiple_choice import MultipleChoice
+from bert.question_answering import QuestionAnswering
 from smoe.train.command import parse_config
 from smoe.train.slimming import slim_task
 
@@ -51,14 +52,20 @@ def test_a_slimmed_run_is_the_whole_one_that_routes_among_the_kept(model, run_wi
     torch.testing.assert_close(smoe.from_pretrained(hf)(ids).logits, slimmed(ids).logits)
 
 
-@pytest.mark.parametrize("task_class", [MultipleChoice, MathWordProblems])
+WRITE = {
+    MultipleChoice: fine_tuning.write_questions,
+    MathWordProblems: fine_tuning.write_problems,
+    QuestionAnswering: fine_tuning.write_paragraphs,
+}
+
+
+@pytest.mark.parametrize("task_class", WRITE)
 def test_fine_tuning_keeps_the_experts_that_its_examples_vote_for(task_class, run_with_tokenizer, tmp_path):
     run = run_with_tokenizer("bert")
-    choice = task_class is MultipleChoice
-    data = (fine_tuning.write_questions if choice else fine_tuning.write_problems)(tmp_path / "data")
+    data = WRITE[task_class](tmp_path / "data")
     argv = ["--run", run, "--scale", "smoke", "--data", data, "--run_dir", "x", "--batch_size", 8, "--seq_len", 128]
     argv = [str(word) for word in argv]
-    config_class = MultipleChoiceConfig if choice else MathConfig
+    config_class = task_class.config_class
     whole = task_class(parse_config(config_class, argv), 0, 1)
     task = task_class(parse_config(config_class, [*argv, "--keep", "5", "--vote_batches", "2"]), 0, 1)
     # Row by row, without padding, and the encoder alone.
@@ -75,7 +82,7 @@ def test_fine_tuning_keeps_the_experts_that_its_examples_vote_for(task_class, ru
 
     smoe.set_top_k(encoder, 5)
     types = [{"ids": row[row != pad][None]} for row in rows]
-    if choice:
+    if task_class is not MathWordProblems:  # it has no second part
         second = [row for step in range(2) for row in whole.batch(step)[1].flatten(0, -2)]
         Alone.forward = lambda self, ids, types: encode(self.encoder, ids, token_type_ids=types)
         pairs = zip(types, rows, second, strict=True)
