@@ -94,10 +94,15 @@ def _row(column: Column, tuned: Tuned, times: Sequence[dict[str, Any]], key: str
     k = kind.kept if key is None else int(key)
     found = next((row for row in times if _is_of(row, column, kind, k)), {})
     costs = [number(found[name], 2) if name in found else MISSING for name in ("megabytes", "milliseconds")]
-    return [md(column.label(kind)), *("-" if value is None else str(value) for value in (kind.kept, k)),
+    return [md(_name(column, kind)), *("-" if value is None else str(value) for value in (kind.kept, k)),
             f"{100 * score.share:.2f}", span(*score.interval), f"{score.n:,}",
             *(to_dense(column, tuned) if key is None else ["-"] * 3), over_seeds(tuned.values(key)),
             f"{parameters_at(record, 'dense' if k is None else str(k)):,.0f}", *costs]  # fmt: skip
+
+
+def _name(column: Column, kind: Kind) -> str:
+    """Without its number of experts."""
+    return column.label(Kind(kind.method, options=kind.options))
 
 
 def _is_of(row: dict[str, Any], column: Column, kind: Kind, k: int | None) -> bool:
@@ -119,7 +124,7 @@ def _panel(column: Column) -> Panel:
     for tuned in routed:
         lines.setdefault((tuned.kind.method, tuned.kind.of, tuned.kind.options), []).append(tuned)
     for (method, _, options), of_line in lines.items():
-        name = column.label(Kind(method, options=options))
+        name = _name(column, Kind(method, options=options))
         kept = [_point(tuned, tuned.kind.kept or 1, str(tuned.kind.kept)) for tuned in reversed(of_line)]
         if len(kept) > 1:
             panel.lines.append(Line(f"{name}, kept experts", method, kept))
