@@ -1,18 +1,17 @@
 """Times fine-tuned BERTs and RoBERTas over their experts: dense, slimmed, and at every k.
 
-    python -m benchmarks.encoder RUN [RUN ...] [--batches 8] [--json results/encoder_times.json]
+    python -m benchmarks.encoder RUN [RUN ...] [--json results/encoder_times.json]
 
-RUN is a run folder of a fine-tuning, such as those of script/pretrained/. A time is that of the first batches of the
-split that the run reports, as the run evaluates them: with all experts, and of a run that has kept all of them also
-with the fewer that its sweep has. All models take turns, so that whatever else the machine does affects all alike. The
-report shows these times; of several runs that differ only in their seed give one.
+RUN is a run folder of a fine-tuning, such as those of script/pretrained/. A time is that of the split that the run
+reports, as the run evaluates it: with all experts, and of a run that has kept all of them also with the fewer that its
+sweep has. All models take turns, so that whatever else the machine does affects all alike. The report shows these
+times; of several runs that differ only in their seed or fold give one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from itertools import islice
 from typing import Any
 
 import torch
@@ -33,15 +32,15 @@ from smoe.train.processes import Processes
 TASKS = (Classification, MultipleChoice, MathWordProblems, QuestionAnswering)
 
 
-def evaluation(task: FineTuning, k: int | None, batches: int, device: torch.device) -> Callable[[Any], None]:
-    """A function that evaluates the first batches at k."""
+def evaluation(task: FineTuning, k: int | None, device: torch.device) -> Callable[[Any], None]:
+    """A function that evaluates the split that is reported at k."""
 
     @torch.no_grad()
     def run(_: Any) -> None:
         if k is not None:
             set_top_k(task.model, k)
         with torch.autocast(device.type, torch.bfloat16, enabled=task.config.precision == "bf16"):
-            for _ in islice(task.passes(task.model, task.reported_split(), device), batches):
+            for _ in task.passes(task.model, task.reported_split(), device):
                 pass
 
     return run
@@ -53,7 +52,7 @@ def rows_of(task: FineTuning, run: str) -> list[dict[str, Any]]:
     experts = config.num_experts if config.get_method().routed else None
     weights = {name: tensor.detach().cpu().float().contiguous() for name, tensor in task.model.state_dict().items()}
     row = {"encoder": pretrained.get("start_from") or config.model, "dataset": task.dataset["name"]}
-    row |= {"method": config.method, "experts": experts, "megabytes": len(save(weights)) / 1e6}
+    row |= {"scale": config.scale, "method": config.method, "experts": experts, "megabytes": len(save(weights)) / 1e6}
     ks = [experts] if "vote" in pretrained else config.sweep_ks()
     return [row | {"k": k} for k in ks]
 
@@ -62,19 +61,18 @@ def main() -> None:
     parser = timing_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of fine-tunings")
     parser.add_argument("--data", help="the folder with the splits (default: the runs')")
-    parser.add_argument("--batches", type=int, default=8)
-    options, clock = parse(parser, batches=None)
+    options, clock = parse(parser)
 
-    processes, rows, passes = Processes(), [], {}
+    processes, device, rows, passes = Processes(), torch.device(options.device), [], {}
     for run in options.runs:
         task_class, config, checkpoint = read_task(run, TASKS, "a fine-tuned BERT or RoBERTa")
         if options.data is not None:
             config = dataclasses.replace(config, data=options.data)
         task = load_task(task_class, config, checkpoint, processes)
-        task.model.eval()
-        examples = min(options.batches * config.eval_batch_size, len(task.data[task.reported_split()]))
+        task.model.to(device).eval()
+        examples = len(task.data[task.reported_split()])
         for row in rows_of(task, run):
-            passes[str(len(rows))] = evaluation(task, row["k"], options.batches, processes.device)
+            passes[str(len(rows))] = evaluation(task, row["k"], device)
             rows.append(row | {"examples": examples, "seed": config.seed})
     seconds = medians(passes, None, options.repeats, clock)
     for number, row in enumerate(rows):

@@ -125,9 +125,6 @@ class FineTuning(FineTuneTask):
     def forward(self, model: nn.Module, batch: tuple[Tensor, ...], device: torch.device) -> Any:
         return model(*(part.to(device) for part in batch))
 
-    def where(self, step: int) -> str:
-        return self.dealer.where(step)
-
     def files(self) -> list[Path]:
         own = self.config.run is None and self.config.tokenizer is None
         return [] if own else [self.config.tokenizer_file()]

@@ -22,12 +22,13 @@ flag_value() {
 
 # without_flag NAME WORD...: sets the array `words` to the words without --NAME and its value.
 without_flag() {
-    local name=$1 previous="" word
+    local name=$1 dashed=${1//_/-} previous="" word
     shift
     words=()
     for word in "$@"; do
         case "$previous $word" in
             *" --$name" | *" --$name="* | "--$name "*) ;;
+            *" --$dashed" | *" --$dashed="* | "--$dashed "*) ;;
             *) words+=("$word") ;;
         esac
         previous=$word
@@ -41,7 +42,7 @@ without_list() {
     words=()
     for word in "$@"; do
         case "$word" in
-            "--$name" | "--$name="*) skipping=yes ;;
+            "--$name" | "--$name="* | "--${name//_/-}" | "--${name//_/-}="*) skipping=yes ;;
             --*) skipping=no ;;
         esac
         [ "$skipping" = yes ] || words+=("$word")

@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from panel_runs import ROOT, Run, chosen_runs, config_class, other_text
+from panel_runs import ROOT, Run, chosen_runs, config_class, given_flags, other_source
 
 BAD_INPUT, STOPPED = 2, 75
 _POLL = 0.2  # seconds
@@ -164,22 +164,22 @@ def changed_since(run: Run) -> str | None:
     """What differs between a finished run and what its flags mean today; None if nothing does.
 
     The same flags mean something else when a scale or a default has changed. A field that the run's version did not
-    have is no difference.
+    have yet counts as its default.
     """
     recorded = run.folder / "config.yaml"
     if not recorded.exists():
         return None
     from smoe.train.command import parse_config  # seconds of imports
-    from smoe.train.config import to_dict
+    from smoe.train.config import to_dict, with_defaults
     from smoe.train.resume import MAY_CHANGE
     from smoe.yaml_files import load_yaml
 
     where = os.path.relpath(run.folder, ROOT)
     try:
-        if other_text(run):
-            return f"{where} is a run on other text than --source names; to train on this one, move that folder away"
+        if other := other_source(run):
+            return f"{where} {other}; to train on this one, move that folder away"
         today = to_dict(parse_config(config_class(run), run.all_flags).resolved())
-        for name, value in load_yaml(recorded).items():
+        for name, value in with_defaults(load_yaml(recorded), config_class(run)).items():
             if name in today and name not in MAY_CHANGE and today[name] != value:
                 return (
                     f"{name} is {value!r} in {where}, but {today[name]!r} today; to run it again, move that folder away"
@@ -195,12 +195,11 @@ def collect(run: Run, results: Path) -> None:
     record = json.loads(run.result.read_text(encoding="utf-8"))
     figure, *folders, name = run.name.split("/")
     # In the name already; and where the data are on this machine: what they are is in the record.
-    left_out = ("--scale", "--seed", "--source", "--subquestions", "--text")
-    words, flag = [name], ""
-    for word in run.flags:
-        flag = word.partition("=")[0] if word.startswith("--") else flag
-        word = os.path.basename(word) if flag == "--start_from" else word
-        words += [] if flag in left_out else [re.sub(r"[^\w.-]", "-", word.lstrip("-"))]
+    left_out = ("scale", "seed", "source", "subquestions", "text")
+    words = [name]
+    for flag, values in given_flags(run.flags):
+        values = [os.path.basename(value.rstrip("/")) for value in values] if flag == "start_from" else values
+        words += [] if flag in left_out else [re.sub(r"[^\w.-]", "-", word) for word in (flag, *values)]
     name = "_".join(words)
     target = results.joinpath(figure, record["scale"], *folders, f"{name}-seed{record['seed']}.json")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -127,16 +127,45 @@ def config_class(run: Run) -> type:
     return Config
 
 
-def other_text(run: Run) -> bool:
-    """Whether a finished BERT or RoBERTa is of other text than its ``--source``, which its folder does not name."""
-    sources, flag = [], ""
-    for word in run.flags:
-        flag, _, value = word.partition("=") if word.startswith("--") else (flag, "", word)
-        if flag == "--source" and value:
-            sources.append(ROOT / value)
-    if not sources or config_class(run).__name__ != "PretrainConfig":
-        return False
+def given_flags(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """The flags of a command line in order, by name without dashes, with their values."""
+    flags: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            flags.append((name.replace("-", "_"), [value] if equals else []))
+        elif flags:
+            flags[-1][1].append(word)
+    return flags
+
+
+def other_source(run: Run) -> str | None:
+    """What a finished run was trained on, in words, where its flags say something else than that; else None.
+
+    Its folder names neither the text of a BERT or RoBERTa (--source) nor that of an adapted encoder (--text), and of
+    the encoder (--start_from) the name alone.
+    """
+    flags, pretrained = given_flags(run.flags), config_class(run).__name__ == "PretrainConfig"
+    trained, text = run.folder, "source"
+    if run.name.startswith("pretrained/") and not pretrained:  # a task: its text is that of the run that it starts from
+        trained, text = ROOT / dict(zip(run.all_flags[::2], run.all_flags[1::2], strict=False)).get("--run", ""), "text"
+    elif not pretrained:
+        return None
+    if not (trained / "result.json").is_file():
+        return None
+    encoder = [ROOT / value for name, values in flags for value in values if name == "start_from"]
+    if encoder:
+        from smoe.yaml_files import load_yaml
+
+        before = load_yaml(trained / "config.yaml").get("start_from")
+        if before is not None and Path(before).resolve() != encoder[-1].resolve():
+            return f"starts from the encoder in {before}, not from that of --start_from"
+    sources = [ROOT / value for name, values in flags for value in values if name == text]
+    if not sources:
+        return None
     from data.bookcorpus.corpus import from_files, text_files  # as data/bookcorpus/prepare.py reads them
 
-    dataset = json.loads(run.result.read_text(encoding="utf-8"))["dataset"]
-    return dataset.get("origin") != json.loads(json.dumps(from_files(text_files(sources)[0], "").origin))
+    dataset = json.loads((trained / "result.json").read_text(encoding="utf-8"))["dataset"]
+    if dataset.get("origin") == json.loads(json.dumps(from_files(text_files(sources)[0], "").origin)):
+        return None
+    return f"is a run on other text than --{text} names"

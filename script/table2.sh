@@ -10,9 +10,10 @@
 #   RUN      the run folder (or one of its checkpoints) to start from; without it, that of METHOD's script in table1/ at
 #            the same scale and seed, or of pretrained/ with --start_from, which is trained first if there is none
 #   --start_from FOLDER   with MODEL pretrained and no RUN: the encoder, as for script/pretrained.sh
-#   --text FILE|FOLDER    the text that it is adapted to, as --source is to script/pretrained.sh
-#   --setting paper   as the paper trains: 3 epochs of batches of 64 at its learning rate; of word problems the fold
-#                     that its numbers fit. Other flags win over these.
+#   --text FILE|FOLDER    the text that it is adapted to, as --source is to script/pretrained.sh; no other one once it is
+#                     adapted
+#   --setting paper   as the paper trains: 3 epochs of batches of 64 at its learning rate; of word problems with bert and
+#                     roberta the fold that its numbers fit. Other flags win over these.
 #   --setting all     until 4 evaluations in a row bring no new best on valid, at most 1200 steps for CSQA and word
 #                     problems, and as many as their scale says for the others
 #   --source FOLDER   the data set, instead of a download: for data/TASK/prepare.py
@@ -150,6 +151,11 @@ if [ "$train_first" = yes ]; then
         [[ $folder == /* ]] || folder=$called_from/$folder
         [[ -z $text || $text == /* ]] || text=$called_from/$text
         same+=(--start_from "$folder" ${text:+--source "$text"})
+        was=$(sed -n 's/^start_from: *//p' "$pretrained/config.yaml" 2>/dev/null || true)
+        if [ -n "$was" ] && [ "$was" != "$(cd "$folder" 2>/dev/null && pwd || true)" ] && [ "$was" != "$folder" ]; then
+            echo "error: $pretrained starts from the encoder in $was, not from $folder; give that, or move the run away" >&2
+            exit 2
+        fi
     fi
     run_first "$pretrained" "script/$first.sh" ${same[@]+"${same[@]}"}
 fi

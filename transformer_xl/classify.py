@@ -136,9 +136,6 @@ class Classification(Choosing):
     def result_files(self, processes: Processes) -> dict[str, str]:
         return self.predictions.files(self.config.sweep_ks(), processes)
 
-    def where(self, step: int) -> str:
-        return self.dealer.where(step)
-
     def notes(self) -> list[str]:
         # Here: a bag of words takes seconds, which evaluating or slimming a run should not.
         splits = {

@@ -61,10 +61,10 @@ def read_step_times(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]
 def read_encoder_times(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The same of ``encoder_times.json``.
 
-    A row has ``encoder``, ``dataset``, ``method``, ``experts`` (that are there, null of a dense model), ``k`` (that are
-    activated, likewise), ``milliseconds`` per example and ``megabytes``.
+    A row has ``encoder``, ``dataset``, ``scale``, ``method``, ``experts`` (that are there, null of a dense model),
+    ``k`` (that are activated, likewise), ``milliseconds`` per example and ``megabytes``.
     """
-    return _read_rows(folder, ENCODER_TIMES, ("encoder", "dataset", "method"), ("milliseconds", "megabytes"))
+    return _read_rows(folder, ENCODER_TIMES, ("encoder", "dataset", "scale", "method"), ("milliseconds", "megabytes"))
 
 
 def _read_rows(

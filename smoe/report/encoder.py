@@ -9,12 +9,12 @@ from typing import Any
 
 from smoe.report.groups import plain
 from smoe.report.markdown import MISSING, md, number, table
-from smoe.report.panels import Line, Panel, Point
+from smoe.report.panels import Line, Panel, Point, is_empty
 from smoe.report.plots import Plot
 from smoe.report.records import parameters_at, split_of, values_of
 from smoe.report.runs import Cell, Context
-from smoe.report.transfer import SETTINGS, Column, Kind, Score, Tuned
-from smoe.report.transfer_tables import first_score, over_seeds, span, to_dense
+from smoe.report.transfer import SETTINGS, Column, Kind, Score, Tuned, complete
+from smoe.report.transfer_tables import over_seeds, span, to_dense
 
 _TEXT = """## A pretrained encoder
 
@@ -53,9 +53,11 @@ class PooledPoint(Point):
 
 def encoder_plots(columns: Sequence[Column]) -> list[Plot]:
     """One figure per scale, a panel per encoder and task; none without several numbers of experts."""
-    found = [column for column in columns if column.encoder and _routed(column)]
-    scales = dict.fromkeys(column.scale for column in found)
-    return [Plot("encoder", scale, [[_panel(c) for c in found if c.scale == scale]]) for scale in scales]
+    panels = {}
+    for column in (column for column in columns if column.encoder and _routed(column)):
+        if not is_empty(panel := _panel(column)):
+            panels.setdefault(column.scale, []).append(panel)
+    return [Plot("encoder", scale, [of_scale]) for scale, of_scale in panels.items()]
 
 
 def encoder_parts(
@@ -92,44 +94,48 @@ def _row(column: Column, tuned: Tuned, times: Sequence[dict[str, Any]], key: str
     kind, score = tuned.kind, _score(tuned, key)
     record = tuned.all_runs()[0].record
     k = kind.kept if key is None else int(key)
+    n = f"{score.n:,}" + (f" ({part})" if (part := complete(tuned, tuned.seeds[0])) else "")
     found = next((row for row in times if _is_of(row, column, kind, k)), {})
     costs = [number(found[name], 2) if name in found else MISSING for name in ("megabytes", "milliseconds")]
     return [md(_name(column, kind)), *("-" if value is None else str(value) for value in (kind.kept, k)),
-            f"{100 * score.share:.2f}", span(*score.interval), f"{score.n:,}",
+            f"{100 * score.share:.2f}", span(*score.interval), n,
             *(to_dense(column, tuned) if key is None else ["-"] * 3), over_seeds(tuned.values(key)),
             f"{parameters_at(record, 'dense' if k is None else str(k)):,.0f}", *costs]  # fmt: skip
 
 
 def _name(column: Column, kind: Kind) -> str:
     """Without its number of experts."""
-    return column.label(Kind(kind.method, options=kind.options))
+    adapted = f", pretrained with k = {kind.pretrained_k}" if kind.pretrained_k else ""
+    return column.label(Kind(kind.method, options=kind.options)) + adapted
 
 
 def _is_of(row: dict[str, Any], column: Column, kind: Kind, k: int | None) -> bool:
-    mine = (column.encoder, column.dataset, kind.method, kind.kept, k)
-    return tuple(row.get(name) for name in ("encoder", "dataset", "method", "experts", "k")) == mine
+    mine = (column.encoder, column.dataset, column.scale, kind.method, kind.kept, k)
+    return tuple(row.get(name) for name in ("encoder", "dataset", "scale", "method", "experts", "k")) == mine
 
 
 def _panel(column: Column) -> Panel:
     record = column.tuned[next(iter(column.tuned))].all_runs()[0].record
-    title = f"{column.name}, scale {column.scale}"
+    title = f"{column.name}, scale {column.scale}, setting {column.setting}"
     place = (column.encoder, column.task, column.dataset, column.scale)
     context = Context(*place, {**column.metric, "split": plain(split_of(record))}, label=title)
     panel = Panel(title, context, "experts: kept, or activated of one training", parameters=False)
     routed = _routed(column)
     most = max(tuned.kind.of or 1 for tuned in routed)
-    for tuned in (tuned for kind, tuned in column.tuned.items() if kind.kept is None):
+    whole = lambda tuned: not any(complete(tuned, seed) for seed in tuned.seeds)  # noqa: E731
+    for tuned in (tuned for kind, tuned in column.tuned.items() if kind.kept is None and whole(tuned)):
         panel.lines.append(Line(column.label(tuned.kind), tuned.kind.method, [_point(tuned, most, "dense")]))
     lines: dict[tuple, list[Tuned]] = {}
-    for tuned in routed:
-        lines.setdefault((tuned.kind.method, tuned.kind.of, tuned.kind.options), []).append(tuned)
-    for (method, _, options), of_line in lines.items():
-        name = _name(column, Kind(method, options=options))
+    for tuned in filter(whole, routed):
+        kind = tuned.kind
+        lines.setdefault((kind.method, kind.of, kind.options, kind.pretrained_k), []).append(tuned)
+    for (method, *_), of_line in lines.items():
+        name = _name(column, of_line[0].kind)
         kept = [_point(tuned, tuned.kind.kept or 1, str(tuned.kind.kept)) for tuned in reversed(of_line)]
-        if len(kept) > 1:
+        if len(kept) > 1 or of_line[0].kind.kept != of_line[0].kind.of:
             panel.lines.append(Line(f"{name}, kept experts", method, kept))
-        for whole in (tuned for tuned in of_line if tuned.kind.kept == tuned.kind.of):
-            points = [_point(whole, int(key), key, swept=True) for key in _ks(whole)]
+        for tuned in (tuned for tuned in of_line if tuned.kind.kept == tuned.kind.of):
+            points = [_point(tuned, int(key), key, swept=True) for key in _ks(tuned)]
             panel.lines.append(Line(f"{name}, activated of one training", "", points))
     return panel
 
@@ -141,7 +147,8 @@ def _point(tuned: Tuned, x: int, key: str, *, swept: bool = False) -> PooledPoin
 def _routed(column: Column) -> list[Tuned]:
     """Those with experts, most of them first."""
     routed = [tuned for kind, tuned in column.tuned.items() if kind.kept is not None]
-    return sorted(routed, key=lambda tuned: (tuned.kind.method, tuned.kind.options, -(tuned.kind.kept or 0)))
+    where = lambda kind: (kind.method, kind.options, kind.pretrained_k, -(kind.kept or 0))  # noqa: E731
+    return sorted(routed, key=lambda tuned: where(tuned.kind))
 
 
 def _ks(tuned: Tuned) -> list[str]:
@@ -151,4 +158,5 @@ def _ks(tuned: Tuned) -> list[str]:
 
 
 def _score(tuned: Tuned, key: str | None) -> Score:
-    return first_score(tuned) if key is None else tuned.score(tuned.seeds[0], k=key)
+    """Of the lowest seed."""
+    return tuned.score(tuned.seeds[0], k=key)

@@ -35,7 +35,9 @@ class Choosing(FineTuneTask):
 
     def passes(self, model: nn.Module, split: str, device: torch.device) -> Iterator[Tensor]:
         examples, kept = self.data[split], self.predictions.at(model)
-        by_length = sorted(range(len(examples)), key=lambda i: self.padded(examples[i]))  # so that less is padded
+        # By length, so that less is padded; and each process has its part of the long ones.
+        by_length = sorted(range(len(examples)), key=lambda i: self.padded(examples[i]))
+        by_length = [i for rank in range(self.world_size) for i in by_length[rank :: self.world_size]]
         for places in evaluation_slices(len(examples), self.config.eval_batch_size, self.rank, self.world_size):
             mine = [by_length[place] for place in places]
             # Where other processes have one more pass, an example that does not count.

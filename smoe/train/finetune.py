@@ -100,6 +100,10 @@ class FineTuneTask(Task):
     """A task with a pretrained encoder, ``self.model.encoder``, and examples that are padded to one length."""
 
     config: FineTuned
+    dealer: Dealer  # of the training examples, see deal
+
+    def where(self, step: int) -> str:
+        return self.dealer.where(step)
 
     @abstractmethod
     def load_run(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from smoe.train.config import to_dict
 from smoe.train.evaluate import load_task, read_task
 from smoe.train.finetune import FineTuneTask
 from smoe.train.processes import Processes
+from smoe.train.resume import read_config
 from smoe.train.slimming import slim_task, slimmed_fields
 from smoe.train.task import Task
 from smoe.yaml_files import to_yaml
@@ -59,7 +60,10 @@ def slim_command(*tasks: type[Task], prog: str, what: str, argv: Sequence[str] |
         voted = {"score": options.score, "k": k, "batches": options.batches}
         votes = slim_task(task, options.keep, **voted, token_mask=mask, device=processes.device)
 
-        write_atomic(folder / "config.yaml", to_yaml(to_dict(dataclasses.replace(slimmed, run_dir=str(options.out)))))
+        written = to_dict(dataclasses.replace(slimmed, run_dir=str(options.out)))
+        # What loading a run leaves out: whose weights they were.
+        written |= {name: value for name, value in read_config(options.run).items() if name == "start_from"}
+        write_atomic(folder / "config.yaml", to_yaml(written))
         # Nothing has been measured yet; and a training refuses to resume from the mark.
         state = checkpoint.state | {"progress": checkpoint.state["progress"] | {"best": {}}}
         state["config"] = to_dict(slimmed) | {"slimmed": True}

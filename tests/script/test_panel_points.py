@@ -146,8 +146,35 @@ def test_a_run_on_other_text_is_told_apart(tmp_path):
     def run(name, *flags):
         return panel_runs.Run(name, ("--seed", "1", *map(str, flags)), ("--run_dir", str(tmp_path)))
 
-    assert not panel_runs.other_text(run("table1/bert/smoe", "--source", tmp_path / "a", "--scale", "cpu"))
-    assert not panel_runs.other_text(run("table1/bert/smoe"))
-    assert not panel_runs.other_text(run("table2/csqa/bert/smoe", "--source", tmp_path / "b"))  # a data set's folder
-    assert panel_runs.other_text(run("table1/roberta/smoe", "--source", tmp_path / "b"))
-    assert panel_runs.other_text(run("table1/bert/smoe", f"--source={tmp_path / 'a'}", tmp_path / "b"))
+    assert not panel_runs.other_source(run("table1/bert/smoe", "--source", tmp_path / "a", "--scale", "cpu"))
+    assert not panel_runs.other_source(run("table1/bert/smoe"))
+    assert not panel_runs.other_source(run("table2/csqa/bert/smoe", "--source", tmp_path / "b"))  # a data set's folder
+    other = "is a run on other text than --source names"
+    assert panel_runs.other_source(run("table1/roberta/smoe", "--source", tmp_path / "b")) == other
+    assert panel_runs.other_source(run("table1/bert/smoe", f"--source={tmp_path / 'a'}", tmp_path / "b")) == other
+
+    def task(*flags):
+        all_flags = ("--run", str(tmp_path), "--run_dir", str(tmp_path / "task"))
+        return panel_runs.Run("pretrained/csqa/smoe_dropout", tuple(map(str, flags)), all_flags)
+
+    (tmp_path / "config.yaml").write_text(f"start_from: {tmp_path / 'a'}\n")
+    same = ("--start_from", tmp_path / "a", "--text", tmp_path / "a")
+    assert panel_runs.other_source(task(*same)) is None
+    assert panel_runs.other_source(task(*same, "--source", tmp_path / "b")) is None  # CSQA's
+    assert "--text" in panel_runs.other_source(task(*same[:2], f"--text={tmp_path / 'b'}"))
+    found = panel_runs.other_source(task("--start-from", tmp_path / "b", *same[2:]))
+    assert found == f"starts from the encoder in {tmp_path / 'a'}, not from that of --start_from"
+
+
+def test_records_are_named_after_flags_but_not_after_places(tmp_path):
+    panel, panel_runs = load("panel", "script/panel.py"), load("panel_runs", "script/panel_runs.py")
+    words = ["--keep", "4", "--start-from=/x/MiniLM/", "--text", "a", "b", "--layers", "0", "2", "--seed", "1"]
+    assert panel_runs.given_flags(words) == [
+        ("keep", ["4"]), ("start_from", ["/x/MiniLM/"]), ("text", ["a", "b"]), ("layers", ["0", "2"]), ("seed", ["1"])
+    ]  # fmt: skip
+    (tmp_path / "result.json").write_text(json.dumps({"scale": "cpu", "seed": 1}))
+    run = panel_runs.Run("pretrained/csqa/smoe_dropout", tuple(words), ("--run_dir", str(tmp_path)))
+    panel.collect(run, tmp_path / "results")
+    (record,) = (tmp_path / "results").rglob("*.json")
+    name = "smoe_dropout_keep_4_start_from_MiniLM_layers_0_2-seed1.json"
+    assert record == tmp_path / "results" / "pretrained" / "cpu" / "csqa" / name

@@ -59,10 +59,16 @@ def test_the_encoder_is_adapted_first_and_only_once(encoder, quick_bash, tmp_pat
         (text / f"{i}.txt").write_text(story)
     flags = ["--start_from", encoder, "--text", text, "--data", data, "--scale", "smoke", "--seed", 1]
     flags += ["--steps", 4, "--eval_interval", 4, "--seq_len", 128, "--progress", "false"]
+    written, script = [], SCRIPTS / "sst2" / "smoe_dropout.sh"
     for own in ([], ["--keep", 4]):
-        done = quick_bash(SCRIPTS / "sst2" / "smoe_dropout.sh", *flags, *own, RUNS_DIR=str(tmp_path / "runs"))
+        done = quick_bash(script, *flags, *own, RUNS_DIR=str(tmp_path / "runs"))
         assert done.returncode == 0, done.stderr
-    (adapted,) = (tmp_path / "runs" / "pretrained" / "smoe_dropout").iterdir()
+        (adapted,) = (tmp_path / "runs" / "pretrained" / "smoe_dropout").iterdir()
+        written.append({file.name: file.stat().st_mtime_ns for file in adapted.iterdir()})
+    assert written[0] == written[1]
+    other = shutil.copytree(encoder, tmp_path / "elsewhere" / encoder.name)
+    done = quick_bash(script, "--start_from", other, *flags[2:], "--keep", 2, RUNS_DIR=str(tmp_path / "runs"))
+    assert done.returncode == 2 and f"starts from the encoder in {encoder}, not from {other}" in done.stderr
     assert adapted.name == f"from-{encoder.name}_scale-smoke_seed-1"
     runs = [*(tmp_path / "runs" / "pretrained" / "sst2" / "smoe_dropout").iterdir()]
     records = [json.loads((run / "result.json").read_text()) for run in runs]
@@ -79,9 +85,10 @@ def test_the_encoder_is_adapted_first_and_only_once(encoder, quick_bash, tmp_pat
     benchmarks.encoder.main()
     rows, problems = read_encoder_times(tmp_path)
     assert problems == [] and {row["encoder"] for row in rows} == {encoder.name}
-    places = [(row["dataset"], row["method"], row["experts"], row["k"], row["examples"]) for row in rows]
-    whole = [("sst2", "smoe_dropout", 16, k, 11) for k in (1, 2, 4, 8, 12, 16)]
-    assert sorted(places) == [("sst2", "smoe_dropout", 4, 4, 11), *whole]
+    places = [(row["dataset"], row["scale"], row["experts"], row["k"], row["examples"]) for row in rows]
+    whole = [("sst2", "smoke", 16, k, 11) for k in (1, 2, 4, 8, 12, 16)]
+    assert sorted(places) == [("sst2", "smoke", 4, 4, 11), *whole]
+    assert {row["method"] for row in rows} == {"smoe_dropout"}
     sizes = {record["config"]["num_experts"]: 4e-6 * record["parameters"]["total"] for record in records}
     for row in rows:  # a file has a header beside its weights
         assert sizes[row["experts"]] < row["megabytes"] < sizes[row["experts"]] + 0.01 and row["milliseconds"] > 0

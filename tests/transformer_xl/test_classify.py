@@ -12,8 +12,9 @@ from commands import rank_starter, starter
 from example_data import record_sha256, write_sentences
 from runs import assert_one_line, lines, result
 
-from smoe import set_top_k
+from smoe import get_top_k, set_top_k
 from smoe.train.command import parse_config
+from smoe.train.processes import Processes
 from transformer_xl.classify import Classification, ClassifyConfig
 
 
@@ -94,6 +95,29 @@ def test_every_sentence_once_an_epoch_and_shares_that_make_a_batch(sentences):
     epochs = [[row for step in range(e * 10, e * 10 + 10) for row in rows(task.batch(step))] for e in (0, 1)]
     assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == sorted(task.data["train"])
     assert [row for share in shares for row in rows(share.batch(13))] == rows(task.batch(13))
+
+
+def test_evaluation_goes_by_length_and_says_what_it_would_in_order(sentences, monkeypatch):
+    config = ClassifyConfig("smoe", "x", num_layers=1, d_model=8, num_heads=1, d_head=8, d_hidden=16, eval_batch_size=4)
+    config = dataclasses.replace(config, data=str(sentences), batch_size=9)
+    task, widths = Classification(config, 0, 1), []
+    examples, device, collate = task.data["valid"], torch.device("cpu"), task.collate
+    monkeypatch.setattr(task, "collate", lambda rows: [batch := collate(rows), widths.append(batch[0].shape[1])][0])
+    model = task.model.eval()
+    total = sum(task.passes(model, "valid", device))
+    in_order = sum(max(len(text) for text, _ in examples[i : i + 4]) for i in range(0, len(examples), 4))
+    assert widths == sorted(widths) and sum(widths) < in_order
+    chosen = [model(*collate([example])).logits.argmax().item() for example in examples]
+    said = lambda of: next(iter(of.predictions.joined([get_top_k(model)], Processes()).values()))  # noqa: E731
+    assert said(task) == {
+        str(i): (task.names[choice], choice == label)
+        for i, (choice, (_, label)) in enumerate(zip(chosen, examples, strict=True))
+    }
+    shares = [Classification(config, rank, 3) for rank in range(3)]
+    parts = [sum(share.passes(model, "valid", device)) for share in shares]
+    assert torch.equal(sum(parts), total) and total[1] == len(examples)
+    longest = [max(len(examples[int(i)][0]) for i in said(share)) for share in shares]
+    assert min(longest) > sorted(len(text) for text, _ in examples)[11]  # each has its part of the long ones
 
 
 def test_a_stopped_run_goes_on_with_the_same_bits(classify, tmp_path):

@@ -2,101 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import random
 from statistics import fmean, stdev
 
 import pytest
-from made_up import fine_tuned
+from made_up_transfer import ALL, COLUMNS, KINDS, PAPER, TASK, report_of, rows_of, run, table2, write
 
 from smoe.paper import paper_results
-from smoe.report import main, write_report
+from smoe.report import main
 from smoe.report.collect import collect
-from smoe.report.document import document
-from smoe.report.encoder import encoder_plots
 from smoe.report.plots import plots_of
 from smoe.report.runs import contexts_of
 from smoe.report.statistics import mcnemar, mean_interval, paired_bootstrap, wilson_interval
-from smoe.report.transfer import FOLDS, ROWS, columns_of
+from smoe.report.transfer import ROWS, columns_of
 from smoe.report.transfer_claims import summary, transfer_findings
-
-COLUMNS = [(model, dataset) for model, tasks in paper_results()["table2"].items() for dataset in tasks]
-TASK = {"sst2": ("classification", "accuracy"), "csqa": ("multiple_choice", "accuracy")}
-PAPER, ALL = {"epochs": 3, "batch_size": 64}, {"patience": 4}
-# Row of Table 2 -> method, kept experts, by how much more it is right than dense training.
-KINDS = {
-    "dense_dropout": ("dense_dropout", None, 0.0),
-    "thor_k_N": ("thor", None, -0.10),
-    "smoe_k_N": ("smoe", None, -0.05),
-    "smoe_dropout_k_half": ("smoe_dropout", 8, -0.02),
-    "smoe_dropout_k_N": ("smoe_dropout", None, 0.15),
-}
-
-
-def answers(share: float, n: int, seed: object) -> list[bool]:
-    """Right in the examples whose own number is below ``share``, but for a few: runs agree on most examples."""
-    own, noise = random.Random(n), random.Random(repr((share, n, seed)))
-    return [own.random() + 0.1 * noise.random() < share for _ in range(n)]
-
-
-def run(method: str, share: float, n: int, seed: int = 1, *, keep: int | None = None, growing=False, **fields) -> dict:
-    """A record and, under ``said``, what its predictions are."""
-    key = "dense" if method.startswith("dense") else str(keep or 16)
-    said = {key: answers(share, n, (method, seed, keep, fields.get("teacher"), growing))}
-    record = fine_tuned(method, seed, right=said, keep=keep, **fields) | {"said": said}
-    if growing:
-        record["pretrained"]["k_schedule"] = [8, 16, "linear"]
-    return record
-
-
-def table2(setting: dict, columns=COLUMNS, seeds=(1,), n=150) -> list[dict]:
-    records = []
-    for model, dataset in columns:
-        task, metric = TASK.get(dataset, ("math_word_problems", "solving_rate"))
-        pooled = task == "math_word_problems" and setting is ALL
-        folds = [str(fold) for fold in range(FOLDS)] if pooled else [None] if dataset in TASK else ["4"]
-        for seed in seeds:
-            for method, keep, more in KINDS.values():
-                shared = {"model": model, "dataset": dataset, "task": task, "metric": metric, "keep": keep, **setting}
-                records += [
-                    run(method, 0.5 + more, n + i, seed, **shared, **({} if fold is None else {"fold": fold}))
-                    for i, fold in enumerate(folds)
-                ]
-    return records
-
-
-def write(folder, records: list[dict]) -> None:
-    """As --collect leaves them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, record in enumerate(records):
-        said = record.get("said")
-        content = {name: value for name, value in record.items() if name != "said"}
-        (folder / f"{number}.json").write_text(json.dumps(content))
-        if said is not None:
-            rows = zip(*said.values(), strict=True)
-            lines = [json.dumps({"id": str(i)} | {k: ["x", int(r)] for k, r in zip(said, row, strict=True)})
-                     for i, row in enumerate(rows)]  # fmt: skip
-            packed = gzip.compress("\n".join(lines).encode(), mtime=0)
-            (folder / f"{number}.predictions.jsonl.gz").write_bytes(packed)
-
-
-def report_of(folder, records: list[dict]) -> str:
-    """REPORT.md without its plots."""
-    write(folder, records)
-    runs, problems = collect(folder)
-    assert problems == []
-    columns = columns_of(runs)
-    return document(contexts_of(runs), transfer_findings(columns), [], problems, [], "Figs", columns)
-
-
-def rows_of(report: str, section: str, heading: str) -> list[dict[str, str]]:
-    """The table under a heading within a section, by the names in its head."""
-    part = report.split(f"## {section}\n", 1)[1].split(f"### {heading}", 1)[1]
-    lines = [line for line in part.split("\n### ")[0].split("\n## ")[0].splitlines() if line.startswith("|")]
-    head, _, *body = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-    names = [f"{name} of the difference" if name in head[:i] else name for i, name in enumerate(head)]
-    return [dict(zip(names, line, strict=True)) for line in body]
 
 
 def test_table_2_has_every_cell_in_both_settings(tmp_path):
@@ -301,78 +220,3 @@ def test_predictions_that_are_not_the_records_are_named(tmp_path):
     runs, problems = collect(tmp_path)
     assert runs[0].right is None
     assert problems == ["0.json: its predictions are not those of the record, with all of its experts"]
-
-
-def of_encoder(seeds=(1, 2, 3), n=400) -> list[dict]:
-    """An encoder on SST-2: dense, and SMoE-Dropout with 16 experts at three k, and with 8 and 4 that were kept."""
-    fields, records = {"model": "bert", **ALL}, []
-    for seed in seeds:
-        for method, keep, share in (("dense_dropout", None, 0.9), ("smoe_dropout", None, 0.89),
-                                    ("smoe_dropout", 8, 0.85), ("smoe_dropout", 4, 0.8)):  # fmt: skip
-            record = run(method, share, n, seed, keep=keep, **fields)
-            if method == "smoe_dropout" and keep is None:
-                record["said"] = {"4": answers(0.5, n, seed), "8": answers(0.6, n, seed), **record["said"]}
-                for of_k in record["metrics"]["accuracy"].values():
-                    if "16" in of_k:
-                        of_k |= {k: fmean(right) for k, right in record["said"].items()}
-            record["pretrained"]["start_from"] = "all-MiniLM-L6-v2"
-            records.append(record)
-    return records
-
-
-def test_a_pretrained_encoder_has_a_section_and_a_plot_of_its_own(tmp_path):
-    records = of_encoder()
-    results, figures = tmp_path / "results", tmp_path / "Figs"
-    figures.mkdir()
-    write(results, [*records, *table2(ALL, columns=[("bert", "csqa")])])
-    cost = {"encoder": "all-MiniLM-L6-v2", "dataset": "sst2", "method": "smoe_dropout", "megabytes": 12.345}
-    times = [{**cost, "experts": 8, "k": 8, "milliseconds": 1.5}, {**cost, "experts": 16, "k": 8, "milliseconds": 2.5}]
-    (results / "encoder_times.json").write_text(json.dumps({"records": times}))
-    written, problems = write_report(results, figures)
-    assert problems == [] and {figures / f"encoder_cpu.{ending}" for ending in ("png", "svg")} <= {*written}
-    report = (results / "REPORT.md").read_text()
-    assert "](../Figs/encoder_cpu.png)" in report and "## Other runs" not in report
-    rows = rows_of(report, "A pretrained encoder", "all-MiniLM-L6-v2, sst2, scale cpu")
-    places = [(row["experts"], row["activated"]) for row in rows]
-    assert places == [("-", "-"), ("16", "16"), ("8", "8"), ("4", "4"), ("16", "8"), ("16", "4")]
-    said = {place: [] for place in places}
-    for record in records:
-        experts = "-" if record["method"] == "dense_dropout" else str(record["config"]["num_experts"])
-        for k, right in record["said"].items():
-            said[experts, "-" if k == "dense" else k].append(right)
-    dense = said["-", "-"]
-    for row, place in zip(rows, places, strict=True):
-        shares = [100 * fmean(right) for right in said[place]]
-        assert row["ours"] == f"{shares[0]:.2f}" and row["n"] == "400"
-        assert row["over seeds"] == f"{fmean(shares):.2f} ± {stdev(shares):.2f} (n = 3)"
-        if place[0] == place[1] != "-":
-            difference = fmean(shares) - 100 * fmean(map(fmean, dense))
-            assert row["to dense"] == f"{difference:+.2f}" and row["p"] == f"{mcnemar(said[place][0], dense[0]):.4f}"
-        else:
-            assert row["to dense"] == "-"
-    costs = {place: (row["MB"], row["ms"]) for row, place in zip(rows, places, strict=True)}
-    assert costs["8", "8"] == ("12.35", "1.50") or costs["8", "8"] == ("12.34", "1.50")
-    assert costs["16", "8"][1] == "2.50" and costs["16", "16"] == ("missing", "missing")
-    # Table 2 and its claims are about the paper's models alone.
-    cells = rows_of(report, "Table 2", "Scale cpu, setting `all`")
-    assert "MiniLM" not in str(cells) and {r["ours"] for r in cells if r["task"] == "transformer\\_xl, sst2"} == {
-        "missing"
-    }
-    assert all(not c.encoder for c in columns_of(collect(results)[0]) if c.dataset == "csqa")
-    (figure4,) = (plot for plot in plots_of(contexts_of(collect(results)[0])) if plot.figure == "figure4")
-    assert [panel.context.dataset for panel in figure4.rows[0]] == ["csqa"]
-
-
-def test_one_seed_of_an_encoder_has_bars_and_damaged_times_are_said(tmp_path):
-    (tmp_path / "Figs").mkdir()
-    write(tmp_path / "results", of_encoder(seeds=(1,)))
-    times = [{"encoder": "x", "dataset": "sst2", "method": "smoe_dropout", "milliseconds": -1, "megabytes": 2}]
-    (tmp_path / "results" / "encoder_times.json").write_text(json.dumps({"records": times}))
-    _, problems = write_report(tmp_path / "results", tmp_path / "Figs")
-    assert problems == ["encoder_times.json: records.0.milliseconds is -1; it must be a number of at least 0"]
-    (plot,) = encoder_plots(columns_of(collect(tmp_path / "results")[0]))
-    dense, kept, swept = plot.rows[0][0].lines
-    assert [[point.x for point in line.points] for line in (dense, kept, swept)] == [[16], [4, 8, 16], [4, 8, 16]]
-    for point in kept.points:
-        low, high = wilson_interval(round(400 * point.values[0]), 400)
-        assert point.spread == pytest.approx((point.values[0] - low, high - point.values[0]))
