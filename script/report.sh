@@ -10,6 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash script/setup.sh
 source .venv/bin/activate
 python -m smoe.report results/table1/cpu/*.json --plot Figs/table1_cpu.png --into README.md --block table1-cpu
+python -m smoe.report results/table1/hour/*.json --plot Figs/table1_hour.png --into README.md --block table1-hour
 for model in bert roberta; do
     python -m smoe.report results/table1/cpu/$model/*.json --plot Figs/table1_cpu_$model.png \
         --into README.md --block table1-cpu-$model

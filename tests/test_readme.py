@@ -98,12 +98,12 @@ def test_flags_of_the_script_lines_are_the_trainers(line, tmp_path):
     parse_config(LanguageModelConfig, ["--method", "smoe_dropout", "--run_dir", str(tmp_path), *flags])
 
 
-@pytest.mark.parametrize("model, count", [("", 24), ("bert", 6), ("roberta", 6)])
-def test_tables_are_made_of_the_kept_results(model, count):
-    records = sorted((ROOT / "results" / "table1" / "cpu" / model).glob("*.json"))
+@pytest.mark.parametrize("folder, count", [("cpu", 24), ("cpu/bert", 6), ("cpu/roberta", 6), ("hour", 1)])
+def test_tables_are_made_of_the_kept_results(folder, count):
+    records = sorted((ROOT / "results" / "table1" / folder).glob("*.json"))
     assert len(records) == count
     table = slimming_table([read_result(record) for record in records])
-    block = f"table1-cpu-{model}" if model else "table1-cpu"
+    block = f"table1-{folder.replace('/', '-')}"
     assert with_block(README, block, table) == README, "run script/report.sh"
 
 
