@@ -7,6 +7,7 @@ from statistics import fmean, stdev
 
 import pytest
 from made_up_transfer import ALL, answers, report_of, rows_of, run, table2, write
+from markdown_it import MarkdownIt
 
 from smoe.report import write_report
 from smoe.report.collect import collect
@@ -129,3 +130,14 @@ def test_an_encoder_with_missing_folds_or_another_schedule_says_so(tmp_path):
     assert lines == {"Dense w. Dropout": [16], "SMoE-Dropout, kept experts": [8, 16],
                      "SMoE-Dropout, activated of one training": [16],
                      f"{other}, activated of one training": [16]}  # fmt: skip
+
+
+def test_the_name_of_an_encoder_is_only_text(tmp_path):
+    records = of_encoder(seeds=(1,))
+    for record in records:
+        record["pretrained"]["start_from"] = "<img src=x> | [a](http://b) **e** `f`"
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(report_of(tmp_path, records))
+    inside = [child for token in tokens for child in token.children or []]
+    assert not [token for token in [*tokens, *inside] if token.type.startswith("html")]
+    assert "http://b" not in {child.attrs.get("href") for child in inside}
+    assert any("img src=x" in child.content for child in inside)
