@@ -1,5 +1,4 @@
-# What the scripts share; to be sourced, with `set -euo pipefail`, at the repository's
-# root.
+# What the scripts share; to be sourced, with `set -euo pipefail`, at the repository's root.
 
 # Without cached bytecode every process would compile torch anew, a matter of seconds.
 unset PYTHONDONTWRITEBYTECODE

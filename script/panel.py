@@ -164,13 +164,14 @@ def changed_since(run: Run) -> str | None:
     """What differs between a finished run and what its flags mean today; None if nothing does.
 
     The same flags mean something else when a scale or a default has changed. A field that the run's version did not
-    have yet counts as its default.
+    have is no difference, unless it is known what was done before it (``smoe/earlier.py``).
     """
     recorded = run.folder / "config.yaml"
     if not recorded.exists():
         return None
+    from smoe.earlier import with_earlier
     from smoe.train.command import parse_config  # seconds of imports
-    from smoe.train.config import to_dict, with_defaults
+    from smoe.train.config import to_dict
     from smoe.train.resume import MAY_CHANGE
     from smoe.yaml_files import load_yaml
 
@@ -179,7 +180,7 @@ def changed_since(run: Run) -> str | None:
         if other := other_source(run):
             return f"{where} {other}; to train on this one, move that folder away"
         today = to_dict(parse_config(config_class(run), run.all_flags).resolved())
-        for name, value in with_defaults(load_yaml(recorded), config_class(run)).items():
+        for name, value in with_earlier(load_yaml(recorded), today).items():
             if name in today and name not in MAY_CHANGE and today[name] != value:
                 return (
                     f"{name} is {value!r} in {where}, but {today[name]!r} today; to run it again, move that folder away"

@@ -145,11 +145,10 @@ def other_source(run: Run) -> str | None:
     Its folder names neither the text of a BERT or RoBERTa (--source) nor that of an adapted encoder (--text), and of
     the encoder (--start_from) the name alone.
     """
-    flags, pretrained = given_flags(run.flags), config_class(run).__name__ == "PretrainConfig"
-    trained, text = run.folder, "source"
-    if run.name.startswith("pretrained/") and not pretrained:  # a task: its text is that of the run that it starts from
-        trained, text = ROOT / dict(zip(run.all_flags[::2], run.all_flags[1::2], strict=False)).get("--run", ""), "text"
-    elif not pretrained:
+    flags, trained, text = given_flags(run.flags), run.folder, "source"
+    if run.name.startswith("pretrained/"):  # a task: its text is that of the run that it starts from
+        trained, text = ROOT / dict(given_flags(run.all_flags))["run"][0], "text"
+    elif config_class(run).__name__ != "PretrainConfig":
         return None
     if not (trained / "result.json").is_file():
         return None

@@ -152,7 +152,7 @@ if [ "$train_first" = yes ]; then
         [[ -z $text || $text == /* ]] || text=$called_from/$text
         same+=(--start_from "$folder" ${text:+--source "$text"})
         was=$(sed -n 's/^start_from: *//p' "$pretrained/config.yaml" 2>/dev/null || true)
-        if [ -n "$was" ] && [ "$was" != "$(cd "$folder" 2>/dev/null && pwd || true)" ] && [ "$was" != "$folder" ]; then
+        if [ -n "$was" ] && ! [ "$was" -ef "$folder" ]; then # two encoders whose folders have one name
             echo "error: $pretrained starts from the encoder in $was, not from $folder; give that, or move the run away" >&2
             exit 2
         fi

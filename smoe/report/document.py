@@ -74,6 +74,7 @@ def document(
     step_times: list[dict],
     figures: str,
     columns: Sequence[Column] = (),
+    encoders: Sequence[Column] = (),
     encoder_times: Sequence[dict] = (),
 ) -> str:
     """REPORT.md as text.
@@ -81,7 +82,7 @@ def document(
     Args:
         problems: records that were left out, a line each. step_times: rows of ``step_times.json``.
         figures: the folder of the plots as seen from the document. columns: the fine-tuned runs.
-        encoder_times: rows of ``encoder_times.json``.
+        encoders: those of encoders that were pretrained elsewhere. encoder_times: rows of ``encoder_times.json``.
     """
     count = sum(len(context.runs) for context in contexts)
     parts = [_HEAD, f"Records: {count} runs." + (f" {len(problems)} left out:" if problems else " None was left out.")]
@@ -93,8 +94,8 @@ def document(
     parts += transfer_parts(columns, [finding for finding in findings if finding.key in TRANSFER_CLAIMS])
     for name, title in _FIGURES.items():
         parts += _figure(name, title, [plot for plot in plots if plot.figure == name], figures)
-    parts += encoder_parts(columns, plots, encoder_times, figures)
-    parts += _other_runs(contexts, plots, columns)
+    parts += encoder_parts(encoders, plots, encoder_times, figures)
+    parts += _other_runs(contexts, plots, columns, encoders)
     parts += _step_times(step_times) + _comparisons(findings)
     return "\n\n".join(parts) + "\n"
 
@@ -227,14 +228,17 @@ def _column(panel: Panel, key: str, x: float) -> str:
     return f"{x:.2f} M" if key == "dense" else f"k = {key}"
 
 
-def _other_runs(contexts: Sequence[Context], plots: Sequence[Plot], columns: Sequence[Column]) -> list[str]:
+def _other_runs(
+    contexts: Sequence[Context], plots: Sequence[Plot], columns: Sequence[Column], encoders: Sequence[Column]
+) -> list[str]:
     """The runs that no table or figure above shows."""
     panels = [panel for plot in plots for row in plot.rows for panel in row if not is_empty(panel)]
     shown = [point.cell for panel in panels for line in panel.lines for point in line.points]
     shown += [cell for context in contexts if context.task in PRETRAINING for _, cell in table1(context)]
     known = {id(run) for cell in shown for run in cell.runs}
-    tuned = [of_seed for column in columns for one in shown_of(column) for of_seed in one.runs.values()]
-    known |= {id(run) for of_seed in tuned for run in of_seed.values()}
+    tuned = [one for column in columns for one in shown_of(column)]
+    tuned += [one for column in encoders for one in column.tuned.values()]
+    known |= {id(run) for one in tuned for run in one.all_runs()}
     others = [run.record for context in contexts for run in context.runs if id(run) not in known]
     return ["## Other runs", f"```\n{slimming_table(others)}\n```"] if others else []
 

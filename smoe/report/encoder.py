@@ -14,7 +14,7 @@ from smoe.report.plots import Plot
 from smoe.report.records import parameters_at, split_of, values_of
 from smoe.report.runs import Cell, Context
 from smoe.report.transfer import SETTINGS, Column, Kind, Score, Tuned, complete
-from smoe.report.transfer_tables import over_seeds, span, to_dense
+from smoe.report.transfer_tables import examples, over_seeds, span, to_dense
 
 _TEXT = """## A pretrained encoder
 
@@ -54,7 +54,7 @@ class PooledPoint(Point):
 def encoder_plots(columns: Sequence[Column]) -> list[Plot]:
     """One figure per scale, a panel per encoder and task; none without several numbers of experts."""
     panels = {}
-    for column in (column for column in columns if column.encoder and _routed(column)):
+    for column in filter(_routed, columns):
         if not is_empty(panel := _panel(column)):
             panels.setdefault(column.scale, []).append(panel)
     return [Plot("encoder", scale, [of_scale]) for scale, of_scale in panels.items()]
@@ -68,13 +68,12 @@ def encoder_parts(
     Args:
         times: rows of ``encoder_times.json``. figures: the folder of the plots as seen from the document.
     """
-    found = [column for column in columns if column.encoder]
-    if not found:
+    if not columns:
         return [_TEXT, "Not run; `bash script/pretrained/all.sh` does."]
     parts = [_TEXT]
     for plot in (plot for plot in plots if plot.figure == "encoder"):
         parts.append(f"![A pretrained encoder, scale {md(plot.scale)}]({figures}/{plot.stem}.png)")
-    for column in found:
+    for column in columns:
         parts += [f"### {md(column.name)}, scale {md(column.scale)}, {SETTINGS[column.setting]}"]
         parts.append(table(_HEAD, _rows(column, times)))
     return parts
@@ -94,11 +93,10 @@ def _row(column: Column, tuned: Tuned, times: Sequence[dict[str, Any]], key: str
     kind, score = tuned.kind, _score(tuned, key)
     record = tuned.all_runs()[0].record
     k = kind.kept if key is None else int(key)
-    n = f"{score.n:,}" + (f" ({part})" if (part := complete(tuned, tuned.seeds[0])) else "")
     found = next((row for row in times if _is_of(row, column, kind, k)), {})
     costs = [number(found[name], 2) if name in found else MISSING for name in ("megabytes", "milliseconds")]
     return [md(_name(column, kind)), *("-" if value is None else str(value) for value in (kind.kept, k)),
-            f"{100 * score.share:.2f}", span(*score.interval), n,
+            f"{100 * score.share:.2f}", span(*score.interval), examples(tuned),
             *(to_dense(column, tuned) if key is None else ["-"] * 3), over_seeds(tuned.values(key)),
             f"{parameters_at(record, 'dense' if k is None else str(k)):,.0f}", *costs]  # fmt: skip
 

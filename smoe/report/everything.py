@@ -35,12 +35,13 @@ def write_report(results: str | Path, figures: str | Path) -> tuple[list[Path], 
     encoder_times, also_wrong = read_encoder_times(results)
     problems += wrong + also_wrong
     contexts = contexts_of(runs)
-    columns = columns_of(runs)
-    plots = plots_of(contexts) + encoder_plots(columns)
+    columns, encoders = columns_of(runs), columns_of(runs, encoders=True)
+    plots = plots_of(contexts) + encoder_plots(encoders)
     findings = findings_of(contexts) + transfer_findings(columns)
     where = Path(os.path.relpath(figures, results)).as_posix()
+    of_encoders = (encoders, encoder_times)
     texts = {
-        results / "REPORT.md": document(contexts, findings, plots, problems, step_times, where, columns, encoder_times),
+        results / "REPORT.md": document(contexts, findings, plots, problems, step_times, where, columns, *of_encoders),
         results / "report.html": page(contexts, step_times),
     }
     written = [file for plot in plots for file in draw(plot, figures)]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from smoe.earlier import EARLIER
 from smoe.methods import METHODS
 from smoe.report.records import Record, check_result, dataset_name, examples_of, parameters_at, split_of, values_of
 
@@ -17,9 +18,8 @@ _NO_RESULT |= {"scale_reason", "engine", "expert_parallel", "fsdp"}
 _TOLD_ELSEWHERE = {"seed", "method", "scale", "model", "precision", "sweep"}
 # Fields that take the method's own value when they are null.
 _OWN = {"router", "schedule", "k_min", "k_max", "balance_weight", "consistency_weight"}
-# Fields that came later, each with what runs before it had: a record says no more by having it.
-_EARLIER = {"beta2": 0.999, "init_std": 0.02, "position_init": "normal", "key_init": "normal"}
-_EARLIER |= {"skip_nonfinite": 0, "group_by_length": False}
+# Fields that a dense model has no use for.
+_OF_EXPERTS = {"num_experts", "layers", "score", "output_scale", "expert_dropout"} | _OWN
 
 
 @dataclass
@@ -150,6 +150,8 @@ def _name_groups(groups: Sequence[Group]) -> None:
     parts = []
     for group, said in zip(groups, departures([group.settings for group in groups]), strict=True):
         known = (group.own_label or "").split(", ")
+        if group.method in METHODS and not METHODS[group.method].routed:
+            said = [setting for setting in said if setting.removeprefix("own ").split()[0] not in _OF_EXPERTS]
         parts.append([group.name, *(setting for setting in said if setting not in known)])
     times_used = Counter(map(tuple, parts))
     for group, said in zip(groups, parts, strict=True):
@@ -188,7 +190,7 @@ def settings_of(record: Record) -> dict[str, str]:
             for part in name.split("."):
                 found = found.get(part) if isinstance(found, Mapping) else None
             settings[f"dataset.{name}"] = found[:8] if isinstance(found, str) else None
-    return {name: _text(value) for name, value in settings.items() if value not in (None, _EARLIER.get(name))}
+    return {name: _text(value) for name, value in settings.items() if value not in (None, EARLIER.get(name))}
 
 
 def _began_with(record: Record) -> dict[str, Any]:

@@ -170,15 +170,18 @@ class Column:
         return MARGINS.get(self.metric["key"], DEFAULT_MARGIN)
 
 
-def columns_of(runs: Iterable[Run]) -> list[Column]:
+def columns_of(runs: Iterable[Run], *, encoders: bool = False) -> list[Column]:
     """The fine-tuned runs by scale, setting, model and data, in the paper's order.
+
+    Those of encoders that somebody else has pretrained, of which the paper has none, are left out; with ``encoders``
+    they are what is returned.
 
     Where a column has runs under several other conditions (steps, learning rate), those of most kinds are taken.
     """
     found: dict[tuple, dict[tuple, list[tuple[Kind, Run]]]] = {}
     for run in runs:
-        kind = kind_of(run)
-        if kind is None:
+        kind, encoder = kind_of(run), (run.record.get("pretrained") or {}).get("start_from") or ""
+        if kind is None or bool(encoder) != encoders:
             continue
         where = (
             run.record["scale"],
@@ -186,7 +189,7 @@ def columns_of(runs: Iterable[Run]) -> list[Column]:
             run.record["model"],
             dataset_name(run.record),
             run.record["task"],
-            (run.record.get("pretrained") or {}).get("start_from") or "",
+            encoder,
         )
         conditions = tuple((name, value) for name, value in run.conditions if name not in ("fold", "n", "teacher"))
         found.setdefault(where, {}).setdefault(conditions, []).append((kind, run))

@@ -135,8 +135,7 @@ def transfer_findings(columns: Iterable[Column]) -> list[Finding]:
     """Every claim in every scale and setting that has runs for it; one without any is there once, as not run."""
     groups: dict[tuple[str, str], list[Column]] = {}
     for column in columns:
-        if not column.encoder:  # the paper has none
-            groups.setdefault((column.scale, column.setting), []).append(column)
+        groups.setdefault((column.scale, column.setting), []).append(column)
     findings = []
     for key, claim in CLAIMS.items():
         found = []

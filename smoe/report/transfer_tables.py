@@ -28,7 +28,6 @@ _HEAD += ["beats its floor", "over seeds"]
 
 def transfer_parts(columns: Sequence[Column], findings: Sequence[Finding]) -> list[str]:
     """The section of REPORT.md about transfer. Every cell without a run says that it is missing."""
-    columns = [column for column in columns if not column.encoder]
     parts = [_TRANSFER, md(summary(findings), 10_000)]
     for name, make in (("2", _table2), ("3", _table3), ("A4", _table_a4), ("A5", _table_a5), ("A6", _table_a6)):
         parts.append(f"## Table {name}")
@@ -38,12 +37,12 @@ def transfer_parts(columns: Sequence[Column], findings: Sequence[Finding]) -> li
 
 def table2_text(columns: Sequence[Column], findings: Sequence[Finding]) -> str:
     """Table 2 as text, a block per scale and setting that was run, and what becomes of the paper's claims."""
-    blocks, columns = [], [column for column in columns if not column.encoder]
+    blocks = []
     for (scale, setting), found in _groups(columns, lambda c: c.task not in (DISTILLATION, QUESTIONS)).items():
         rows = [["", "n", *map(row_label, ROWS)]]
         for (model, dataset), column in _in_papers_order(found).items():
             printed = paper_results()["table2"].get(model, {}).get(dataset, {})
-            scores = [None if column is None or not (t := column.of(row)) else first_score(t) for row in ROWS]
+            scores = [None if column is None or not (t := column.of(row)) else _first(t) for row in ROWS]
             counts = sorted({score.n for score in scores if score})
             cells = [_text_cell(printed.get(row), score) for row, score in zip(ROWS, scores, strict=True)]
             rows.append([f"{model}, {dataset}", " or ".join(map(str, counts)) or "-", *cells])
@@ -56,7 +55,7 @@ def table2_text(columns: Sequence[Column], findings: Sequence[Finding]) -> str:
 
 def shown_of(column: Column) -> list[Tuned]:
     """The runs of a column that some table here shows."""
-    if column.task == DISTILLATION or column.encoder:
+    if column.task == DISTILLATION:
         return list(column.tuned.values())
     found = [tuned for row in ROWS for tuned in column.of_row(row)]
     if column.dataset == "sst2":
@@ -86,11 +85,16 @@ def _table2(columns: Sequence[Column]) -> list[str]:
 
 
 def _row(column: Column, tuned: Tuned, printed: float | None) -> list[str]:
-    score = first_score(tuned)
-    n = f"{score.n:,}" + (f" ({part})" if (part := complete(tuned, tuned.seeds[0])) else "")
+    score = _first(tuned)
     return [md(column.name), md(column.label(tuned.kind)), "-" if printed is None else f"{printed:.2f}",
-            f"{100 * score.share:.2f}", span(*score.interval), _minus(score.share, printed), n,
+            f"{100 * score.share:.2f}", span(*score.interval), _minus(score.share, printed), examples(tuned),
             *to_dense(column, tuned), *_floor(score), over_seeds(tuned.values())]  # fmt: skip
+
+
+def examples(tuned: Tuned) -> str:
+    """How many there are, and which part of the folds that is where some are missing."""
+    missing = complete(tuned, tuned.seeds[0])
+    return f"{_first(tuned).n:,}" + (f" ({missing})" if missing else "")
 
 
 def to_dense(column: Column, tuned: Tuned) -> list[str]:
@@ -133,7 +137,7 @@ def _table3(columns: Sequence[Column]) -> list[str]:
             if tuned is None:
                 rows.append([label, f"{printed[method]:.2f}", *[MISSING] * (len(head) - 2)])
                 continue
-            score = first_score(tuned)
+            score = _first(tuned)
             found = dense and dense is not tuned and difference_of(tuned, dense, column.margin)
             interval = span(found.low, found.high, "+.2f") if found and found.low is not None else "-"
             rows.append([label, f"{printed[method]:.2f}", f"{100 * score.share:.2f}", span(*score.interval),
@@ -200,7 +204,7 @@ def _kept_cell(tuned: Tuned | None) -> str:
         return MISSING
     if len(tuned.runs) > 1:
         return over_seeds(tuned.values())
-    score = first_score(tuned)
+    score = _first(tuned)
     return f"{100 * score.share:.2f} ({span(*score.interval)})"
 
 
@@ -222,7 +226,7 @@ def _table_a6(columns: Sequence[Column]) -> list[str]:
             paper = [number(printed[key].get(name) if whole else None, 2) for key in printed]
             paper = [cell if whole and name in printed["exact_match"] else "-" for cell in paper]
             for tuned in column.of_row(row):
-                score, dense = first_score(tuned), column.of("dense_dropout")
+                score, dense = _first(tuned), column.of("dense_dropout")
                 p = number(mcnemar_p(tuned, dense)) if dense and dense is not tuned else "-"
                 values = [number(None if (v := tuned.other(key)) is None else 100 * v, 2) for key in others]
                 ours = [f"{100 * score.share:.2f}", span(*score.interval), f"{score.n:,}"]
@@ -258,8 +262,7 @@ def _heading(column: Column) -> str:
     return f"### {md(column.name)}, scale {md(column.scale)}, {SETTINGS[column.setting]}"
 
 
-def first_score(tuned: Tuned) -> Score:
-    """Of the lowest seed."""
+def _first(tuned: Tuned) -> Score:
     return tuned.score(tuned.seeds[0])
 
 

@@ -100,14 +100,6 @@ class TrainConfig(MethodConfig):
         return sorted({k for k in self.sweep if k <= self.num_experts})
 
 
-def with_defaults(recorded: Mapping[str, Any], config_class: type[TrainConfig]) -> dict[str, Any]:
-    """A recorded configuration as plain data; a field that its version did not have yet has its default, which does as
-    was done before."""
-    later = {field.name: field.default for field in dataclasses.fields(config_class) if field.name not in recorded}
-    known = {name: value for name, value in later.items() if value is not dataclasses.MISSING}
-    return {**recorded, **{name: list(v) if isinstance(v, tuple) else v for name, v in known.items()}}
-
-
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """The configuration as plain data (numbers, text, lists), ready for YAML and JSON."""
     return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(config).items()}

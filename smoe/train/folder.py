@@ -11,9 +11,10 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
+from smoe.earlier import with_earlier
 from smoe.errors import RunError
 from smoe.files import lock_file, write_atomic
-from smoe.train.config import TrainConfig, to_dict, with_defaults
+from smoe.train.config import TrainConfig, to_dict
 from smoe.train.processes import Processes
 from smoe.train.resume import MAY_CHANGE, check_same_config, read_config
 from smoe.yaml_files import to_yaml
@@ -86,7 +87,7 @@ def _start_or_check(folder: RunFolder, config: TrainConfig) -> None:
     if folder.config_path.exists():
         if not config.resume:
             raise ValueError(f"run_dir: {folder.path} already holds a run; --resume continues it, or choose another")
-        recorded = with_defaults(read_config(folder.path), type(config))
+        recorded = with_earlier(read_config(folder.path), given)
         check_same_config(recorded, given, MAY_CHANGE, folder.config_path)
         if folder.metrics_path.exists() and not folder.checkpoints.is_dir():
             gone = "metrics.jsonl but no folder checkpoints any more; put it back, or choose another folder"

@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from smoe.earlier import with_earlier
 from smoe.errors import CheckpointError, one_line
 from smoe.files import fingerprint, hash_json, write_atomic
 from smoe.json_files import load_json, parse_json
 from smoe.train.checkpoint import FORMAT, PARTIAL, checkpoint_path, drop_old, list_steps
-from smoe.train.config import to_dict, with_defaults
+from smoe.train.config import to_dict
 from smoe.train.processes import Processes
 from smoe.train.task import Task
 from smoe.yaml_files import load_yaml
@@ -162,7 +163,7 @@ def restore(checkpoint: Checkpoint, task: Task, optimizer: torch.optim.Optimizer
     """
     state, config = checkpoint.state, to_dict(task.config)
     _check_same_data(state, task, checkpoint.path)
-    recorded = with_defaults(state.get("config", config), type(task.config))
+    recorded = with_earlier(state.get("config", config), config)
     check_same_config(recorded, config, MAY_CHANGE, checkpoint.path / "state.json")
     if processes.is_main:
         print(f"resumed after step {checkpoint.step}", flush=True)

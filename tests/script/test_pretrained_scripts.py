@@ -63,9 +63,13 @@ def test_the_encoder_is_adapted_first_and_only_once(encoder, quick_bash, tmp_pat
     for own in ([], ["--keep", 4]):
         done = quick_bash(script, *flags, *own, RUNS_DIR=str(tmp_path / "runs"))
         assert done.returncode == 0, done.stderr
+        assert "n = 11" in done.stdout
         (adapted,) = (tmp_path / "runs" / "pretrained" / "smoe_dropout").iterdir()
         written.append({file.name: file.stat().st_mtime_ns for file in adapted.iterdir()})
     assert written[0] == written[1]
+    relative = os.path.relpath(encoder, ROOT)  # by another path it is the same one: the scripts are called at the root
+    done = quick_bash(script, "--start_from", relative, *flags[2:], "--keep", 4, RUNS_DIR=str(tmp_path / "runs"))
+    assert done.returncode == 0, done.stderr
     other = shutil.copytree(encoder, tmp_path / "elsewhere" / encoder.name)
     done = quick_bash(script, "--start_from", other, *flags[2:], "--keep", 2, RUNS_DIR=str(tmp_path / "runs"))
     assert done.returncode == 2 and f"starts from the encoder in {encoder}, not from {other}" in done.stderr
@@ -73,9 +77,12 @@ def test_the_encoder_is_adapted_first_and_only_once(encoder, quick_bash, tmp_pat
     runs = [*(tmp_path / "runs" / "pretrained" / "sst2" / "smoe_dropout").iterdir()]
     records = [json.loads((run / "result.json").read_text()) for run in runs]
     assert sorted(record["config"]["num_experts"] for record in records) == [4, 16]
+    assert all((run / "predictions.jsonl").exists() for run in runs)
+    assert {(record["model"], record["task"]) for record in records} == {("bert", "classification")}
     first = json.loads((adapted / "result.json").read_text())
     assert first["start_from"]["model_type"] == "bert" and first["config"]["steps"] == 20
-    assert (first["method"], first["config"]["dropout"]) == ("smoe_dropout", 0)
+    assert (first["method"], first["config"]["d_model"], first["config"]["seq_len"]) == ("smoe_dropout", 32, 64)
+    assert first["config"]["dropout"] == 0 and first["config"]["residual_dropout"] == 0.1
     for record in records:
         started = {name: record["pretrained"][name] for name in ("start_from", "scale", "seed")}
         assert started == {"start_from": encoder.name, "scale": "smoke", "seed": 1}

@@ -14,6 +14,7 @@ from runs import assert_one_line, lines, result
 
 from smoe import get_top_k, set_top_k
 from smoe.train.command import parse_config
+from smoe.train.folder import open_run
 from smoe.train.processes import Processes
 from transformer_xl.classify import Classification, ClassifyConfig
 
@@ -118,6 +119,17 @@ def test_evaluation_goes_by_length_and_says_what_it_would_in_order(sentences, mo
     assert torch.equal(sum(parts), total) and total[1] == len(examples)
     longest = [max(len(examples[int(i)][0]) for i in said(share)) for share in shares]
     assert min(longest) > sorted(len(text) for text, _ in examples)[11]  # each has its part of the long ones
+
+
+def test_a_run_from_before_batches_were_grouped_goes_on_without(sentences, tmp_path):
+    config = ClassifyConfig("smoe", str(tmp_path / "run"), data=str(sentences), steps=4)
+    file = open_run(config, Processes()).config_path
+    lines_before = [line for line in file.read_text().splitlines(keepends=True) if not line.startswith("group_by")]
+    file.write_text("".join(lines_before))
+    with pytest.raises(ValueError, match="group_by_length: True differs from False"):
+        open_run(dataclasses.replace(config, resume=True, group_by_length=True), Processes())
+    open_run(dataclasses.replace(config, resume=True), Processes())
+    assert "group_by_length: false\n" in file.read_text()
 
 
 def test_a_stopped_run_goes_on_with_the_same_bits(classify, tmp_path):

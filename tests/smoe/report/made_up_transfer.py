@@ -80,8 +80,8 @@ def report_of(folder, records: list[dict]) -> str:
     write(folder, records)
     runs, problems = collect(folder)
     assert problems == []
-    columns = columns_of(runs)
-    return document(contexts_of(runs), transfer_findings(columns), [], problems, [], "Figs", columns)
+    columns, encoders = columns_of(runs), columns_of(runs, encoders=True)
+    return document(contexts_of(runs), transfer_findings(columns), [], problems, [], "Figs", columns, encoders)
 
 
 def rows_of(report: str, section: str, heading: str) -> list[dict[str, str]]:

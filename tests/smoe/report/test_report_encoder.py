@@ -75,7 +75,7 @@ def test_a_pretrained_encoder_has_a_section_and_a_plot_of_its_own(tmp_path):
     assert "MiniLM" not in str(cells) and {r["ours"] for r in cells if r["task"] == "transformer\\_xl, sst2"} == {
         "missing"
     }
-    assert all(not c.encoder for c in columns_of(collect(results)[0]) if c.dataset == "csqa")
+    assert [column.name for column in columns_of(collect(results)[0])] == ["bert, csqa"]
     (figure4,) = (plot for plot in plots_of(contexts_of(collect(results)[0])) if plot.figure == "figure4")
     assert [panel.context.dataset for panel in figure4.rows[0]] == ["csqa"]
 
@@ -83,20 +83,12 @@ def test_a_pretrained_encoder_has_a_section_and_a_plot_of_its_own(tmp_path):
 def test_one_seed_of_an_encoder_has_bars_and_damaged_times_are_said(tmp_path):
     (tmp_path / "Figs").mkdir()
     write(tmp_path / "results", of_encoder(seeds=(1,)))
-    times = [
-        {
-            "encoder": "x",
-            "dataset": "sst2",
-            "scale": "cpu",
-            "method": "smoe_dropout",
-            "milliseconds": -1,
-            "megabytes": 2,
-        }
-    ]
+    row = {"encoder": "x", "dataset": "sst2", "scale": "cpu", "method": "smoe_dropout", "megabytes": 2}
+    times = [{**row, "milliseconds": -1}]
     (tmp_path / "results" / "encoder_times.json").write_text(json.dumps({"records": times}))
     _, problems = write_report(tmp_path / "results", tmp_path / "Figs")
     assert problems == ["encoder_times.json: records.0.milliseconds is -1; it must be a number of at least 0"]
-    (plot,) = encoder_plots(columns_of(collect(tmp_path / "results")[0]))
+    (plot,) = encoder_plots(columns_of(collect(tmp_path / "results")[0], encoders=True))
     dense, kept, swept = plot.rows[0][0].lines
     assert [[point.x for point in line.points] for line in (dense, kept, swept)] == [[16], [4, 8, 16], [4, 8, 16]]
     for point in kept.points:
@@ -120,12 +112,14 @@ def test_an_encoder_with_missing_folds_or_another_schedule_says_so(tmp_path):
     other = "SMoE-Dropout, pretrained with k = 1..16 linear"
     assert said == [("Dense w. Dropout", "-", "400"), ("SMoE-Dropout", "16", "400"),
                     ("SMoE-Dropout", "8", "160 (2 of 5 folds)"), (other, "16", "400")]  # fmt: skip
-    assert encoder_plots(columns_of(collect(tmp_path)[0])) == []  # what is whole is at one number of experts
+    assert (
+        encoder_plots(columns_of(collect(tmp_path)[0], encoders=True)) == []
+    )  # what is whole is at one number of experts
     for fold in range(2, FOLDS):
         records.append(run("smoe_dropout", 0.5, 80, fold=str(fold), keep=8, **fields))
         records[-1]["pretrained"]["start_from"] = "MiniLM"
     write(tmp_path, records)
-    (plot,) = encoder_plots(columns_of(collect(tmp_path)[0]))
+    (plot,) = encoder_plots(columns_of(collect(tmp_path)[0], encoders=True))
     lines = {line.label: [point.x for point in line.points] for line in plot.rows[0][0].lines}
     assert lines == {"Dense w. Dropout": [16], "SMoE-Dropout, kept experts": [8, 16],
                      "SMoE-Dropout, activated of one training": [16],

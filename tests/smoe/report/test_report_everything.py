@@ -11,7 +11,7 @@ from made_up import every_panel, made_up, write
 from markdown_it import MarkdownIt
 
 from smoe.methods import METHODS
-from smoe.report import main, write_report
+from smoe.report import main, slimming_table, write_report
 from smoe.report.collect import collect
 from smoe.report.panels import FIGURE5, figure1, figure3, figure4, table1
 from smoe.report.runs import contexts_of, read_run
@@ -291,6 +291,12 @@ def test_text_in_a_record_injects_neither_html_nor_markdown(folders):
     assert not re.search(r"(?<!\\)[$]|https?://|www\.", (results / "REPORT.md").read_text())
     page = (results / "report.html").read_text()
     assert page.count("<script") == page.count("</script>") == 3 and "alert(1)" in page
+
+
+def test_a_dense_model_does_not_say_what_only_experts_have():
+    records = [made_up("dense_dropout"), made_up("smoe_dropout", output_scale="num_experts", router="hash")]
+    names = [line.split("  ")[0] for line in slimming_table(records).splitlines()[4:]]
+    assert names == ["Dense w. Dropout", "SMoE-Dropout, output_scale num_experts, router hash"]
 
 
 # ---- the page
