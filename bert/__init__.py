@@ -2,3 +2,10 @@
 
 Nothing is imported here; import the module you need, e.g. `from bert.model import build_model`.
 """
+
+import logging
+
+# transformers imports torchao where that is installed, which then warns of GPU kernels that a CPU build of torch lacks,
+# and of a call in torch that torchao still makes.
+for name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(name).setLevel(logging.ERROR)

@@ -22,7 +22,7 @@ from smoe.train.task import equal_share
 # What meta.json has, beside the splits.
 _FIELDS = {name: str for name in ("dataset", "model", "dtype", "sha256")}
 _FIELDS |= {"block_length": int, "vocab_size": int, "special_ids": dict, "duplicates_left_out": int}
-_FIELDS |= {"note": (str, type(None)), "origin": list, "tokenizer": dict}
+_FIELDS |= {"note": (str, type(None)), "origin": (list, dict), "tokenizer": dict}
 _DTYPES = ("uint16", "int32")
 
 _ORDER, _MASK, _EVALUATION = 0, 1, 2  # what a generator is for: no two uses share their numbers

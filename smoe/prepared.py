@@ -15,14 +15,14 @@ def read_prepared(
     folder: Path,
     advice: str,
     splits: Iterable[str],
-    fields: Mapping[str, type],
+    fields: Mapping[str, type | tuple[type, ...]],
     check: Callable[[dict[str, Any]], None] = lambda meta: None,
 ) -> dict[str, Any]:
     """The content of meta.json. The files of ``splits`` are read once, so a record never names data that they are not.
 
     Args:
         advice: the command that fills the folder, for messages.
-        fields: what meta.json has beside ``splits``, and the type of each.
+        fields: what meta.json has beside ``splits``, and the type or types of each.
         check: raises ValueError, KeyError, TypeError or AttributeError for content that can't be used.
 
     Raises ValueError, in one line, when the folder is not prepared, lacks a split, or holds other bytes.

@@ -6,6 +6,7 @@ import os
 import numpy as np
 from tokenizers import Tokenizer
 
+from bert.data import Blocks
 from data.bookcorpus import prepare as bookcorpus
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -37,9 +38,13 @@ def small(source, out, model="bert", *flags):
 
 
 def read(out):
+    """What prepare.py wrote, which the trainer must be able to read."""
     meta = json.loads((out / "meta.json").read_text())
+    trainers = Blocks(out, meta["model"])
     blocks = {
         split: np.fromfile(out / part["file"], dtype=meta["dtype"]).reshape(-1, meta["block_length"])
         for split, part in meta["splits"].items()
     }
+    for split, rows in blocks.items():
+        assert np.array_equal(trainers.sequences(split, meta["block_length"]), rows)
     return meta, Tokenizer.from_file(str(out / "tokenizer.json")), blocks

@@ -46,8 +46,9 @@ def test_script_runs_to_its_table_and_plot(script, data_dir, tmp_path, quick_bas
 def test_bert_script_runs_to_its_table_and_plot(model, script, prepared, tmp_path, quick_bash):
     """The other ten differ in a flag that test_panel_points.py checks."""
     flags = ("--scale", "smoke", "--data", prepared(model), "--run_dir", tmp_path / "run", "--progress", "false")
-    done = quick_bash(ROOT / "script/table1" / model / f"{script}.sh", *flags)
-    assert done.returncode == 0, done.stderr
+    # One of them with a Python of its own, which must not pass on what packages have to say to each other.
+    done = (bash if model == "bert" else quick_bash)(ROOT / "script/table1" / model / f"{script}.sh", *flags)
+    assert done.returncode == 0 and not done.stderr, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["model"], result["method"]) == (model, METHOD_OF[script])
     last = list(result["metrics"]["bits_per_masked_token"]["test"].values())[-1]
