@@ -72,11 +72,14 @@ class Distillation(Classification):
         recorded, checkpoint = read_run(config.teacher, ClassifyConfig, "a Transformer-XL classifier")
         teacher = Classifier(recorded.build_model(), num_classes=2)
         teacher.load_state_dict(checkpoint.tensors["model"])
-        if recorded.get_method().routed:
-            set_top_k(teacher, recorded.num_experts)
-        self._teacher.append(teacher.eval().requires_grad_(False))
         self.record["teacher"] = {"method": recorded.method, "d_hidden": recorded.d_hidden}
         self.record["teacher"] |= pretrained_record(recorded, checkpoint)
+        if recorded.get_method().routed:
+            set_top_k(teacher, recorded.num_experts)
+            self.record["teacher"] |= {
+                name: getattr(recorded, name) for name in ("num_experts", "score", "output_scale")
+            }
+        self._teacher.append(teacher.eval().requires_grad_(False))
 
     def forward(self, model: nn.Module, batch: tuple[Tensor, ...], device: torch.device) -> ClassifierOutput:
         output = super().forward(model, batch, device)

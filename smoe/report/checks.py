@@ -79,7 +79,8 @@ def status_words(status: Status) -> str:
 def check_words(check: Check) -> str:
     """The status of one check as text."""
     if check.status is Status.FEW_SEEDS and check.difference is not None:
-        seen = "as claimed" if check.difference.mean > 0 else "against the claim"
+        mean = check.difference.mean
+        seen = "as claimed" if mean > 0 else "against the claim" if mean < 0 else "a tie"
         return f"{_seeds(len(check.difference.seeds))}, no interval: {seen}"
     return status_words(check.status)
 

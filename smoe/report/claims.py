@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from smoe.methods import METHODS
 from smoe.report.checks import Check, Finding, Status, check_all, compare, gaps
 from smoe.report.panels import DENSE, OURS, PRETRAINING, Line, figure5a, figure5b, position_name, schedule_name
 from smoe.report.records import values_of
 from smoe.report.runs import Cell, Context, Run, cells_of, variant_names
+
+DEPTHS, WIDTHS = (2, 4, 8, 12), (2, 4, 8, 16)  # layers and experts of Figure 5 (a) and (b)
 
 
 @dataclass(frozen=True)
@@ -115,20 +118,19 @@ def no_overfitting(s: Subject) -> list[Check]:
     for lines, unit in ((figure5a(s.context).lines, "layers"), (figure5b(s.context).lines, "experts")):
         for method in (DENSE, OURS):
             values, title = s.line(lines, method), METHODS[method].title
-            sizes = sorted(values) if len(values) > 1 else []
-            checks += check_all([(f"{title}, {x:g} {unit}", values[x]) for x in sizes], s.context.metric)
-            if not sizes:
+            if len(values) > 1:
+                checks += _steps(values, unit, f"{title}, {{}} {unit}", s.context.metric)
+            else:
                 checks.append(_not_run(f"{title}, more {unit}", f"{title}, fewer {unit}"))
     return checks
 
 
 def learned_overfits(s: Subject) -> list[Check]:
-    """Learnable SMoE at the second largest depth against the largest (8 and 12 layers in the paper)."""
+    """Learnable SMoE at the two largest depths of Figure 5."""
     values = s.line(figure5a(s.context).lines, "smoe")
-    if len(values) < 2:
-        return [_not_run("SMoE, fewer layers", "SMoE, 12 layers")]
-    less, most = sorted(values)[-2:]
-    return [compare(f"SMoE, {less:g} layers", values[less], f"SMoE, {most:g} layers", values[most], s.context.metric)]
+    less, most = DEPTHS[-2:]
+    names = f"SMoE, {less} layers", f"SMoE, {most} layers"
+    return [compare(names[0], values.get(less, {}), names[1], values.get(most, {}), s.context.metric)]
 
 
 @dataclass(frozen=True)
@@ -210,8 +212,14 @@ def _gap_grows(s: Subject, lines: list[Line], unit: str) -> list[Check]:
     lead = {x: by_seed for x, by_seed in lead.items() if by_seed}
     if len(lead) < 2:
         return [_not_run(f"lead with more {unit}", f"lead with fewer {unit}")]
-    grows = {**s.context.metric, "direction": "higher"}
-    return check_all([(f"lead with {x:g} {unit}", by_seed) for x, by_seed in lead.items()], grows)
+    return _steps(lead, unit, f"lead with {{}} {unit}", {**s.context.metric, "direction": "higher"})
+
+
+def _steps(values: Mapping[float, dict], unit: str, name: str, metric: Mapping[str, Any]) -> list[Check]:
+    """Each size against the next smaller one of those that were run; the paper's others as not run."""
+    checks = check_all([(name.format(f"{x:g}"), values[x]) for x in sorted(values)], metric)
+    sizes = DEPTHS if unit == "layers" else WIDTHS
+    return checks + [_not_run(name.format(x), name.format("fewer")) for x in sizes if x not in values]
 
 
 def _constant(run: Run) -> bool:

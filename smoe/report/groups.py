@@ -197,11 +197,12 @@ def _began_with(record: Record) -> dict[str, Any]:
     """What a fine-tuning says of the runs that it started from: what is not as usual.
 
     pretrained_k: how k moved, where not as the method has it. pretrained.scale: another scale. pretrained.start_from:
-    the encoder that was adapted. teacher: its method.
+    the encoder that was adapted. teacher: its method and variant. teacher.d_hidden: the width of its MLPs.
     """
     parts = (record.get("pretrained"), record.get("teacher"), record.get("config"))
     pretrained, teacher, config = (part if isinstance(part, Mapping) else {} for part in parts)
-    found = {"teacher": teacher.get("method"), "pretrained.start_from": pretrained.get("start_from")}
+    found = {"teacher": teacher_of(record) or None, "teacher.d_hidden": teacher.get("d_hidden")}
+    found["pretrained.start_from"] = pretrained.get("start_from")
     if pretrained.get("scale") != record["scale"]:
         found["pretrained.scale"] = pretrained.get("scale")
     schedule, n = pretrained.get("k_schedule"), pretrained.get("num_experts") or config.get("num_experts")
@@ -210,6 +211,16 @@ def _began_with(record: Record) -> dict[str, Any]:
         if schedule != [method.k_min(n), method.k_max(n), method.schedule]:
             found["pretrained_k"] = "{}..{} {}".format(*schedule)
     return found
+
+
+def teacher_of(record: Record) -> str:
+    """Of a distilled model its teacher's method, and what of its weights and scale is not as released; else empty."""
+    teacher = record.get("teacher")
+    if not isinstance(teacher, Mapping):
+        return ""
+    usual = {"score": "softmax_after_topk", "output_scale": 1}
+    said = [f"{name} {_text(teacher[name])}" for name in usual if teacher.get(name) not in (None, usual[name])]
+    return ", ".join([str(teacher.get("method", "")), *said])
 
 
 def _sizes(record: Record) -> dict[str, str]:

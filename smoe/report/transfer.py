@@ -11,7 +11,7 @@ from typing import Any
 from smoe.methods import METHODS
 from smoe.paper import SIZES, paper_results
 from smoe.report.checks import DEFAULT_MARGIN, MARGINS
-from smoe.report.groups import plain
+from smoe.report.groups import plain, teacher_of
 from smoe.report.predictions import compare_right
 from smoe.report.records import dataset_name, examples_of, split_of, value_at, values_of
 from smoe.report.runs import Run
@@ -26,7 +26,7 @@ SETTINGS = {
     "paper": "setting `paper`: 3 epochs of batches of 64, of word problems one fold",
     "all": "setting `all`: until validation stops rising, of word problems every fold",
     "challenge": "SVAMP as a challenge: all 1000 problems after training on MAWPS and ASDiv-A",
-    "own": "as the scale has it, under no setting of Table 2",
+    "own": "as the scale trains by itself, which is neither setting of Table 2",
 }
 
 
@@ -34,7 +34,8 @@ SETTINGS = {
 class Kind:
     """What was fine-tuned: a method, ``kept`` of the ``of`` experts of its pretraining (None: it has none).
 
-    pretrained_k: how k moved in pretraining, where not as the method has it. teacher: of a distilled model.
+    pretrained_k: how k moved in pretraining, where not as the method has it. teacher: of a distilled model, with its
+    variant. size: layers, and the width of an MLP before experts were dropped.
     """
 
     method: str
@@ -43,6 +44,7 @@ class Kind:
     options: tuple[tuple[str, str], ...] = ()
     pretrained_k: str = ""
     teacher: str = ""
+    size: tuple[int, int] = (0, 0)
 
     @property
     def row(self) -> str | None:
@@ -57,7 +59,9 @@ class Kind:
         return all(option in _UNSAID for option in self.options if option[0] in ("score", "output_scale"))
 
 
+_ALWAYS_SAID = ("score", "output_scale", "vote_score", "vote_batches")
 _UNSAID = {("score", "softmax_after_topk"), ("output_scale", "1")}
+_USUAL_VOTE = {("vote_score", "count"), ("vote_batches", "64")}  # what null stands for
 
 
 @dataclass
@@ -152,14 +156,33 @@ class Column:
             f"{name} {value}"
             for name, value in kind.options
             if (name, value) not in _UNSAID
-            and (name in ("score", "output_scale") or any((name, value) not in options for options in routed))
+            and (name in _ALWAYS_SAID or any((name, value) not in options for options in routed))
         ]
         return plain(", ".join([f"{METHODS[kind.method].title}{budget}", *said]))
 
+    @cached_property
+    def standard(self) -> tuple[tuple[int, int], int | None]:
+        """The size, and the experts before any were dropped, of most kinds: only these are in the paper's tables."""
+        sizes = Counter(kind.size for kind in self.tuned)
+        size = max(sizes, key=lambda size: (sizes[size], size))
+        experts = Counter(kind.of for kind in self.tuned if kind.size == size and kind.of is not None)
+        return size, max(experts, key=lambda n: (experts[n], n), default=None)
+
+    def is_standard(self, kind: Kind) -> bool:
+        """Whether the kind is of the standard size."""
+        size, experts = self.standard
+        return kind.size == size and kind.of in (None, experts)
+
     def of_row(self, row: str) -> list[Tuned]:
         """The kinds of a row of Table 2, the method as released first."""
-        found = [tuned for kind, tuned in self.tuned.items() if kind.row == row]
-        return sorted(found, key=lambda tuned: (not tuned.kind.as_released, tuned.kind.options))
+        found = [tuned for kind, tuned in self.tuned.items() if kind.row == row and self.is_standard(kind)]
+        return sorted(
+            found, key=lambda tuned: (not tuned.kind.as_released, len(tuned.kind.options), tuned.kind.options)
+        )
+
+    def students(self) -> dict[str, Tuned]:
+        """The distilled models of the standard size, by their teacher."""
+        return {kind.teacher: tuned for kind, tuned in self.tuned.items() if self.is_standard(kind)}
 
     def of(self, row: str) -> Tuned | None:
         """The method of a row as released, else in its first variant; None if there is none."""
@@ -218,15 +241,18 @@ def kind_of(run: Run) -> Kind | None:
         return None
     if value is None or not 0 <= value <= 1:
         return None
-    teacher = (record.get("teacher") or {}).get("method", "")
     if run.num_experts is None:
-        return Kind(run.method, teacher=teacher)
-    if not (run.own_router and run.all_layers and run.all_active):
+        return Kind(run.method, teacher=teacher_of(record), size=(run.num_layers, run.d_hidden))
+    config = record.get("config") or {}
+    if not (run.own_router and run.all_layers and run.all_active and config.get("schedule") in (None, "constant")):
         return None
-    options = tuple(option for option in run.line_over_kept[1] if option[0] != "pretrained_k")
-    keep = (record.get("config") or {}).get("keep")
-    of = (record.get("pretrained") or {}).get("num_experts") if keep else run.num_experts
-    return Kind(run.method, run.num_experts, of or run.num_experts, options, dict(run.options).get("pretrained_k", ""))
+    votes = [(name, value) for name, value in run.options if name in ("vote_score", "vote_batches")]
+    options = [option for option in run.line_over_kept[1] if option[0] != "pretrained_k"]
+    options += [option for option in votes if option not in _USUAL_VOTE]
+    before = (record.get("pretrained") or {}).get("num_experts") if config.get("keep") else None
+    of = before or run.num_experts
+    size = (run.num_layers, run.d_hidden // run.num_experts * of)
+    return Kind(run.method, run.num_experts, of, tuple(options), dict(run.options).get("pretrained_k", ""), size=size)
 
 
 def setting_of(run: Run) -> str:
@@ -245,10 +271,14 @@ def shared(a: Tuned, b: Tuned) -> list[tuple[Any, list[Any]]]:
     return [(seed, folds) for seed, folds in both if folds]
 
 
+def paired_scores(a: Tuned, b: Tuned) -> list[tuple[Score, Score]]:
+    """What the two reach, per seed that both have, on the folds that both have."""
+    return [(a.score(seed, folds), b.score(seed, folds)) for seed, folds in shared(a, b)]
+
+
 def mcnemar_p(a: Tuned, b: Tuned) -> float | None:
     """p of McNemar's exact test at the first shared seed; None without predictions of the same examples."""
-    for seed, folds in shared(a, b):
-        one, other = a.score(seed, folds).by_example, b.score(seed, folds).by_example
+    for one, other in ((mine.by_example, theirs.by_example) for mine, theirs in paired_scores(a, b)):
         if one and other and one.keys() == other.keys() and len(one) > 1:
             return compare_right(one, other).p
     return None
@@ -260,10 +290,9 @@ def difference(a: Tuned, b: Tuned, margin: float) -> Difference | None:
     Its interval covers what is known of: the paired bootstrap over the examples, each averaged over the seeds, where
     there are predictions; and the t interval over the seeds, where there are three.
     """
-    both = shared(a, b)
-    if not both:
+    scores = paired_scores(a, b)
+    if not scores:
         return None
-    scores = [(a.score(seed, folds), b.score(seed, folds)) for seed, folds in both]
     differences = [one.share - other.share for one, other in scores]
     intervals = [mean_interval(differences)]
     names = scores[0][0].by_example
@@ -275,7 +304,7 @@ def difference(a: Tuned, b: Tuned, margin: float) -> Difference | None:
         means = [[sum(s[i].by_example[name] for s in scores) / len(scores) for name in names] for i in (0, 1)]
         intervals.append(paired_bootstrap(*means))
     known = [interval for interval in intervals if interval is not None]
-    seeds, mean = tuple(seed for seed, _ in both), sum(differences) / len(differences)
+    seeds, mean = tuple(seed for seed, _ in shared(a, b)), sum(differences) / len(differences)
     if not known:
         return Difference(seeds, mean, margin)
     low, high = min(low for low, _ in known), max(high for _, high in known)

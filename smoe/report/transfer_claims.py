@@ -4,55 +4,62 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from smoe.methods import METHODS
+from smoe.paper import paper_results
 from smoe.report.checks import Check, Finding, Status, compare, status_of, status_words
-from smoe.report.transfer import DISTILLATION, QUESTIONS, ROWS, Column, Kind, Tuned, difference
+from smoe.report.transfer import DISTILLATION, QUESTIONS, ROWS, Column, Kind, Tuned, difference, paired_scores
 
 OURS, HALF, DENSE = ROWS[4], ROWS[3], ROWS[0]
+FIGURE4 = (1, 2, 4, 8, 12, 16)  # the kept experts that script/figure4 runs
 
 
 def beats_dense(columns: Sequence[Column]) -> list[Check]:
     """Table 2's columns, at k = N."""
-    return [_rows(column, OURS, DENSE) for column in _table2(columns)]
+    return _in_table2(columns, OURS, [DENSE])
 
 
 def beats_learned(columns: Sequence[Column]) -> list[Check]:
     """THOR and learnable SMoE, both at k = N."""
-    return [_rows(column, OURS, row) for column in _table2(columns) for row in ROWS[1:3]]
+    return _in_table2(columns, OURS, ROWS[1:3])
 
 
 def all_beat_half(columns: Sequence[Column]) -> list[Check]:
-    return [_rows(column, OURS, HALF) for column in _table2(columns)]
+    return _in_table2(columns, OURS, [HALF])
 
 
 def improves_with_kept(columns: Sequence[Column]) -> list[Check]:
-    """Each number of kept experts against the next smaller one that was run."""
+    """Each number of kept experts of Figure 4 against the next smaller one, where any were dropped."""
     checks = []
     for column in _table2(columns):
-        by_kept = kept_of(column, "smoe_dropout")
-        steps = zip(list(by_kept)[:-1], list(by_kept)[1:], strict=True)
-        checks += [_check(column, f"k = {b}", by_kept[b], f"k = {a}", by_kept[a]) for a, b in steps]
+        kept = kept_of(column, "smoe_dropout")
+        if len(kept) > 1:
+            ks = [k for k in FIGURE4 if k <= max(kept)]
+            steps = zip(ks[:-1], ks[1:], strict=True)
+            checks += [_check(column, f"k = {b}", kept.get(b), f"k = {a}", kept.get(a)) for a, b in steps]
     return checks
 
 
 def surpasses_from_half(columns: Sequence[Column]) -> list[Check]:
-    """Other methods with as many kept experts, from half of them on."""
+    """THOR and SMoE with as many kept experts, from half of them on, where any of theirs or ours were dropped."""
     checks = []
     for column in _table2(columns):
-        ours = kept_of(column, "smoe_dropout")
+        kept = {method: kept_of(column, method) for method in ("smoe_dropout", "smoe", "thor")}
+        if all(len(of_method) < 2 for of_method in kept.values()):
+            continue  # Table 2's rows, of which another finding speaks
+        most = max(k for of_method in kept.values() for k in of_method)
         for method in ("smoe", "thor"):
-            for kept, theirs in kept_of(column, method).items():
-                if 2 * kept >= (theirs.kind.of or 0) and kept in ours:
-                    names = (f"{METHODS[name].title}, k = {kept}" for name in ("smoe_dropout", method))
-                    checks.append(_check(column, next(names), ours[kept], next(names), theirs))
+            for k in (k for k in FIGURE4 if most <= 2 * k <= 2 * most):
+                names = [f"{METHODS[name].title}, k = {k}" for name in ("smoe_dropout", method)]
+                checks.append(_check(column, names[0], kept["smoe_dropout"].get(k), names[1], kept[method].get(k)))
     return checks
 
 
 def best_teacher(columns: Sequence[Column]) -> list[Check]:
     checks = []
     for column in (column for column in columns if column.task == DISTILLATION):
-        students = {kind.teacher: tuned for kind, tuned in column.tuned.items()}
+        students = column.students()
         for method in ("dense_dropout", "thor", "smoe"):
             names = [f"student of {METHODS[name].title}" for name in ("smoe_dropout", method)]
             checks.append(_check(column, names[0], students.get("smoe_dropout"), names[1], students.get(method)))
@@ -85,12 +92,12 @@ def growing_helps_learned(columns: Sequence[Column]) -> list[Check]:
 
 
 def random_beats_learned_growing(columns: Sequence[Column]) -> list[Check]:
-    """At every number of kept experts that both have."""
+    """At every number of kept experts of the one with growing k."""
     checks = []
     for column in _table2(columns):
-        ours, theirs = kept_of(column, "smoe_dropout"), kept_of(column, "smoe", growing=True)
-        for k in (k for k in ours if k in theirs):
-            checks.append(_check(column, f"SMoE-Dropout, k = {k}", ours[k], f"SMoE, growing k, k = {k}", theirs[k]))
+        ours = kept_of(column, "smoe_dropout")
+        for k, theirs in kept_of(column, "smoe", growing=True).items():
+            checks.append(_check(column, f"SMoE-Dropout, k = {k}", ours.get(k), f"SMoE, growing k, k = {k}", theirs))
     return checks
 
 
@@ -155,32 +162,33 @@ def summary(findings: Sequence[Finding]) -> str:
     for finding in findings:
         run = [check for check in finding.checks if check.status is not Status.NOT_RUN]
         where = f" ({finding.where}; {finding.subject}, {finding.context}" if run else f" ({finding.where}"
-        counts = {status: sum(check.status is status for check in run) for status in reversed(Status)}
+        counts = {status: sum(check.status is status for check in finding.checks) for status in reversed(Status)}
         told = ", ".join(f"{status_words(status)} in {count}" for status, count in counts.items() if count)
-        told = told.replace("few seeds", "no interval") + (f" of {len(run)} comparisons" if run else "")
+        told = told.replace("few seeds", "no interval") + (f" of {len(finding.checks)} comparisons" if run else "")
         status = min((check.status for check in run), default=Status.NOT_RUN)
-        parts.setdefault(_VERDICTS[status], []).append(f"{finding.statement}{where}{': ' + told if run else ''})")
-    found = [
-        f"{verdict}: {'; '.join(parts[verdict])}." for verdict in dict.fromkeys(_VERDICTS.values()) if verdict in parts
-    ]
+        verdict = _AS_FAR_AS_RUN if status is Status.HELD and len(run) < len(finding.checks) else _VERDICTS[status]
+        parts.setdefault(verdict, []).append(f"{finding.statement}{where}{': ' + told if run else ''})")
+    order = dict.fromkeys([_VERDICTS[Status.HELD], _AS_FAR_AS_RUN, *_VERDICTS.values()])
+    found = [f"{verdict}: {'; '.join(parts[verdict])}." for verdict in order if verdict in parts]
     return "Of what the paper says of transfer: " + " ".join(found)
 
 
 _VERDICTS = {
     Status.HELD: "Held",
     Status.NOT_HELD: "Not held, in some comparison at least",
-    Status.WITHIN_NOISE: "Drowned in noise, in some comparison at least",
+    Status.WITHIN_NOISE: "Within noise, in some comparison at least",
     Status.NO_DIFFERENCE: "No difference, in some comparison at least",
-    Status.FEW_SEEDS: "Without an interval, for want of predictions and seeds",
+    Status.FEW_SEEDS: "Without an interval, as predictions or seeds are missing",
     Status.NOT_RUN: "Not run",
 }
+_AS_FAR_AS_RUN = "Held, as far as it was run"
 
 
 def kept_of(column: Column, method: str, *, growing: bool = False) -> dict[int, Tuned]:
     """A method's runs by kept experts, ascending, in its first variant; ``growing``: pretrained with k that grows."""
     found: dict[tuple, dict[int, Tuned]] = {}
     for kind, tuned in column.tuned.items():
-        if kind.method == method and kind.kept and bool(kind.pretrained_k) == growing:
+        if kind.method == method and kind.kept and bool(kind.pretrained_k) == growing and column.is_standard(kind):
             if not growing or kind.pretrained_k.endswith("linear"):
                 found.setdefault((kind.options, kind.pretrained_k), {})[kind.kept] = tuned
     most = max(found.values(), key=len, default={})
@@ -201,6 +209,19 @@ def _table2(columns: Sequence[Column]) -> list[Column]:
     return [column for column in columns if column.task not in (DISTILLATION, QUESTIONS)]
 
 
+def _in_table2(columns: Sequence[Column], better: str, worse: Sequence[str]) -> list[Check]:
+    """Rows of Table 2 against each other: in every column that there is, and, as not run, in the paper's others."""
+    there = {(column.model, column.dataset): column for column in _table2(columns)}
+    paper = [(model, task) for model, tasks in paper_results()["table2"].items() for task in tasks]
+    checks = []
+    for place in dict.fromkeys([*(paper if there and columns[0].setting in ("paper", "all") else []), *there]):
+        names = f"{', '.join(place)}: {row_label(better)}"
+        for row in worse:
+            column = there.get(place)
+            checks.append(_rows(column, better, row) if column else Check(names, row_label(row), Status.NOT_RUN))
+    return checks
+
+
 def _whole(kind: Kind) -> bool:
     return kind.kept == kind.of
 
@@ -215,5 +236,6 @@ def _check(column: Column, better: str, a: Tuned | None, worse: str, b: Tuned | 
     found = None if a is None or b is None else difference(a, b, column.margin)
     if found is None or a is None or b is None:
         return Check(*names, Status.NOT_RUN)
-    means = tuple(sum(by_seed(side)[seed] for seed in found.seeds) / len(found.seeds) for side in (a, b))
+    ours, theirs = zip(*paired_scores(a, b), strict=True)  # on the folds that both have, as the difference is
+    means = tuple(fmean(score.share for score in side) for side in (ours, theirs))
     return Check(*names, status_of(found), (means[0], means[1]), found)

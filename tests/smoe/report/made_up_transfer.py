@@ -36,7 +36,7 @@ def answers(share: float, n: int, seed: object) -> list[bool]:
 
 def run(method: str, share: float, n: int, seed: int = 1, *, keep: int | None = None, growing=False, **fields) -> dict:
     """A record and, under ``said``, what its predictions are."""
-    key = "dense" if method.startswith("dense") else str(keep or 16)
+    key = "dense" if method.startswith("dense") else str(keep or fields.get("num_experts", 16))
     said = {key: answers(share, n, (method, seed, keep, fields.get("teacher"), growing))}
     record = fine_tuned(method, seed, right=said, keep=keep, **fields) | {"said": said}
     if growing:
