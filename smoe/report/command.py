@@ -61,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = compare_runs(tuple(options.compare), tuple(ks))
         return print(json.dumps(found, indent=2) if options.json else comparison_text(found))
     if options.table2:
-        columns = columns_of(collect(options.results or "results")[0])
+        runs, problems = collect(options.results or "results")
+        _say_left_out(problems)
+        columns = columns_of(runs)
         text = table2_text(columns, transfer_findings(columns))
         if options.into is not None:
             markdown = with_block(options.into.read_text(encoding="utf-8"), options.block, text)
@@ -122,9 +124,13 @@ def _check_block(options: argparse.Namespace) -> None:
 def _report_all(results: str, figures: str) -> None:
     """Writes the whole report, and says what it wrote and what it left out."""
     written, problems = write_report(results, figures)
+    _say_left_out(problems)
+    print("\n".join(map(str, written)))
+
+
+def _say_left_out(problems: Sequence[str]) -> None:
     for problem in problems:
         print(f"warning: left out: {one_line(problem)}", file=sys.stderr)
-    print("\n".join(map(str, written)))
 
 
 def _read(paths: Sequence[str]) -> list[Record]:
@@ -139,8 +145,7 @@ def _read(paths: Sequence[str]) -> list[Record]:
             problems.append(str(error))
     if not records:
         raise ValueError(problems[0] if len(problems) == 1 else f"no run can be reported; the first: {problems[0]}")
-    for problem in problems:
-        print(f"warning: left out: {one_line(problem)}", file=sys.stderr)
+    _say_left_out(problems)
     return records
 
 

@@ -84,10 +84,9 @@ class Run:
     def line_over_kept(self) -> tuple:
         """Equal for fine-tunings that are the same but for the seed and for how many experts they have kept."""
         options = {name: value for name, value in self.options if name not in _VOTES}
-        if any(name == "keep" for name, _ in self.options):
-            experts = (self.record.get("pretrained") or {}).get("num_experts")
-            if options.get("output_scale") == str(experts):  # of training, where it was said as num_experts
-                options["output_scale"] = "num_experts"
+        experts = (self.record.get("pretrained") or {}).get("num_experts")
+        if options.get("output_scale") == str(experts):  # of training, where it was said as num_experts
+            options["output_scale"] = "num_experts"
         return self.method, tuple(options.items())
 
     @property

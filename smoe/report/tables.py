@@ -6,9 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 
 from smoe.paper import paper_results
-from smoe.report.groups import Block, Group, blocks_of
+from smoe.report.groups import Block, Group, blocks_of, teacher_of
 from smoe.report.markdown import mean_and_deviation
 from smoe.report.records import Record
+
+_AS_RELEASED = {"output_scale": "1", "score": "softmax_after_topk", "layers": "all"}
 
 
 def slimming_table(records: Sequence[Record]) -> str:
@@ -21,21 +23,33 @@ def slimming_table(records: Sequence[Record]) -> str:
     return "\n\n".join(map(_block_table, blocks_of(records)))
 
 
-def paper_values(block: Block) -> dict[str, dict[str, float]]:
-    """What the paper prints for a block, by method, then k as ``half``, ``N`` or ``dense``; nothing at other scales."""
-    if block.scale != "paper":
+def paper_values(block: Block, group: Group) -> dict[str, float]:
+    """What the paper prints for a group of runs, by k (``dense`` where there is none); nothing at other scales.
+
+    It has no variants of a method and no encoders of somebody else's. Of a fine-tuning with half of the experts that it
+    was pretrained with it prints one number, of one with all of them another.
+    """
+    record, settings, results = group.records[0], group.settings, paper_results()
+    pretrained = record.get("pretrained")
+    pretrained = pretrained if isinstance(pretrained, Mapping) else {}
+    usual = all(settings.get(name, value) == value for name, value in _AS_RELEASED.items())
+    if block.scale != "paper" or group.own_label or not usual or "router" in settings or pretrained.get("start_from"):
         return {}
-    results = paper_results()
+    if teacher := teacher_of(record):
+        printed = results["table3"].get(block.dataset, {}).get(teacher)
+        return {} if printed is None else {"dense": printed / 100}
     if block.metric in ("bpc", "bits_per_masked_token"):
         cells = {row: cell["bpc"] for row, cell in results["table1"].get(block.model, {}).items()}
     elif block.metric in ("accuracy", "solving_rate"):  # a share here, percent there
         cells = {row: cell / 100 for row, cell in results["table2"].get(block.model, {}).get(block.dataset, {}).items()}
     else:
-        cells = {}
-    values: dict[str, dict[str, float]] = {}
-    for row, value in cells.items():
-        method, _, k = row.partition("_k_")
-        values.setdefault(method, {})[k or "dense"] = value
+        return {}
+    largest = max((int(key) for key in group.keys if key != "dense"), default=0)
+    n = pretrained.get("num_experts") or largest
+    names = {"": "dense", "_k_half": str(n // 2), "_k_N": str(n)}
+    values = {key: cells[group.method + name] for name, key in names.items() if group.method + name in cells}
+    if pretrained:  # fine-tuned with all of the experts that it has
+        values = {key: value for key, value in values.items() if key in ("dense", str(largest))}
     return values
 
 
@@ -53,15 +67,15 @@ def with_block(markdown: str, name: str, table: str) -> str:
 
 
 def _block_table(block: Block) -> str:
-    paper = paper_values(block)
+    paper = [paper_values(block, group) for group in block.groups]
     ks = sorted({int(key) for group in block.groups for key in group.keys if key != "dense"})
     columns = [*map(str, ks), *(["dense"] if any("dense" in group.keys for group in block.groups) else [])]
     names = [column if column == "dense" else f"k={column}" for column in columns]
-    rows = [["method", "seed", "parameters", *names, *(["paper"] if paper else [])]]
-    for group in block.groups:
+    rows = [["method", "seed", "parameters", *names, *(["paper"] if any(paper) else [])]]
+    for group, printed in zip(block.groups, paper, strict=True):
         row = [group.label, _seeds(group), f"{group.parameters('dense') / 1e6:.2f}M"]
         row += [mean_and_deviation(group.values(column)) if column in group.keys else "-" for column in columns]
-        rows.append(row + ([_paper_cell({} if group.own_label else paper.get(group.method, {}), ks)] if paper else []))
+        rows.append(row + ([_paper_cell(printed)] if any(paper) else []))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -83,8 +97,7 @@ def _seeds(group: Group) -> str:
     return seeds if len(group.records) == 1 else f"{seeds} (n = {len(group.records)})"
 
 
-def _paper_cell(values: Mapping[str, float], ks: Sequence[int]) -> str:
-    """E.g. ``k=8: 1.1776  k=16: 1.1486``, with ``half`` and ``N`` read off the largest k of the block."""
-    largest = max(ks, default=0)
-    names = {"half": f"k={largest // 2}: ", "N": f"k={largest}: ", "dense": ""}
+def _paper_cell(values: Mapping[str, float]) -> str:
+    """E.g. ``k=8: 1.1776  k=16: 1.1486``."""
+    names = {key: "" if key == "dense" else f"k={key}: " for key in values}
     return "  ".join(f"{names[key]}{value:.4f}" for key, value in values.items()) or "-"

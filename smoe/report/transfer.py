@@ -249,8 +249,7 @@ def kind_of(run: Run) -> Kind | None:
     votes = [(name, value) for name, value in run.options if name in ("vote_score", "vote_batches")]
     options = [option for option in run.line_over_kept[1] if option[0] != "pretrained_k"]
     options += [option for option in votes if option not in _USUAL_VOTE]
-    before = (record.get("pretrained") or {}).get("num_experts") if config.get("keep") else None
-    of = before or run.num_experts
+    of = (record.get("pretrained") or {}).get("num_experts") or run.num_experts
     size = (run.num_layers, run.d_hidden // run.num_experts * of)
     return Kind(run.method, run.num_experts, of, tuple(options), dict(run.options).get("pretrained_k", ""), size=size)
 

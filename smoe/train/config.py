@@ -57,7 +57,9 @@ class TrainConfig(MethodConfig):
     eval_batch_size: int = option(10, "sequences in an evaluation pass", at_least=1)
     save_interval: int | None = option(None, "steps between checkpoints; null: eval_interval", at_least=1)
     log_interval: int = option(200, "steps between lines in metrics.jsonl", at_least=1)
-    sweep: tuple[int, ...] = option((1, 2, 4, 8, 12, 16), "the k of the final sweep, up to num_experts")
+    sweep: tuple[int, ...] = option(
+        (1, 2, 4, 8, 12, 16), "the k of the final sweep, up to num_experts; the default ends with num_experts"
+    )
     progress: bool = option(True, "show a progress bar")
 
     fsdp: bool = option(False, "shard parameters, gradients and optimizer state over the processes")
@@ -97,7 +99,10 @@ class TrainConfig(MethodConfig):
         """The k of the final sweep; [None] for a dense method."""
         if not self.get_method().routed:
             return [None]
-        return sorted({k for k in self.sweep if k <= self.num_experts})
+        ks = {k for k in self.sweep if k <= self.num_experts}
+        return sorted(
+            ks | ({self.num_experts} if self.sweep == type(self).sweep else set())
+        )  # N, unless told otherwise
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -146,10 +146,17 @@ class FineTuneTask(Task):
         torch.manual_seed(c.seed)  # of what a router draws at random (THOR)
         slim_task(whole, c.keep, **voted, device=device, token_mask=whole.token_mask)
         self.model.encoder.load_state_dict(whole.model.encoder.state_dict())
-        self.record["pretrained"] = whole.record["pretrained"] | {"num_experts": recorded["num_experts"], "vote": voted}
+        self.record["pretrained"] = (
+            {"num_experts": recorded["num_experts"]} | whole.record["pretrained"] | {"vote": voted}
+        )
 
 
 def pretrained_record(pretrained: TrainConfig, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What result.json says of the run that a training started from; of experts also (k_min, k_max, mode)."""
+    """What result.json says of the run that a training started from; of experts also (k_min, k_max, mode).
+
+    Of a run with fewer experts than it was trained with: ``num_experts`` and ``k_schedule`` of its training.
+    """
     record = {"scale": pretrained.scale, "seed": pretrained.seed, "step": checkpoint.step}
-    return record | ({"k_schedule": list(pretrained.k_schedule())} if pretrained.get_method().routed else {})
+    if not pretrained.get_method().routed:
+        return record
+    return record | checkpoint.state.get("slimmed_from", {"k_schedule": list(pretrained.k_schedule())})

@@ -67,6 +67,9 @@ def slim_command(*tasks: type[Task], prog: str, what: str, argv: Sequence[str] |
         # Nothing has been measured yet; and a training refuses to resume from the mark.
         state = checkpoint.state | {"progress": checkpoint.state["progress"] | {"best": {}}}
         state["config"] = to_dict(slimmed) | {"slimmed": True}
+        # For the record of what is fine-tuned from it; slimmed again, it is still a part of the first one.
+        whole = {"num_experts": config.num_experts, "k_schedule": list(config.k_schedule())}
+        state["slimmed_from"] = checkpoint.state.get("slimmed_from", whole)
         save_checkpoint(folder / "checkpoints", checkpoint.step, {"model": task.bare().state_dict()}, state)
         tokenizer = Path(options.run) / _TOKENIZER
         if tokenizer.is_file():

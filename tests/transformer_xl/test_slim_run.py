@@ -10,6 +10,8 @@ from example_data import write_sentences
 from runs import assert_one_line, lines, result, weights
 
 import smoe
+from smoe.report.runs import read_run
+from smoe.report.transfer import kind_of
 from smoe.train.command import parse_config
 from smoe.train.slimming import slim_task
 from transformer_xl.classify import Classification, ClassifyConfig
@@ -135,6 +137,15 @@ def test_it_is_evaluated_slimmed_again_and_fine_tuned(pretrained, slim, start, s
     assert {line["k"] for line in lines(tuned).values()} == {8}
     record = result(tuned)
     assert (record["config"]["num_experts"], record["config"]["output_scale"]) == (8, 16.0)
+    # In reports it is half of what was trained, k = N/2, also where it loses more.
+    started = {"scale": "smoke", "seed": 1, "num_experts": 16, "k_schedule": [8, 16, "linear"]}
+    assert started.items() <= record["pretrained"].items()
+    kind = kind_of(read_run(record, "tuned"))
+    assert (kind.kept, kind.of, kind.row, kind.size) == (8, 16, "smoe_dropout_k_half", (2, 128))
+    twice = tmp_path / "twice"
+    assert slim(out, twice, "--keep", 6, "--batches", 2).wait() == 0
+    argv = classify_argv(twice, sentences, "--keep", 4, "--batch_size", 8)
+    assert started.items() <= Classification(parse_config(ClassifyConfig, argv), 0, 1).record["pretrained"].items()
     assert slim(tuned, again, "--keep", 3, "--score", "reap", "--batches", 2).wait() == 0
     assert start("transformer_xl.evaluate", again, "--k", 3).wait() == 0
     votes = json.loads((again / "votes.json").read_text())["votes"]

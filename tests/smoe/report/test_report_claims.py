@@ -8,7 +8,7 @@ import pytest
 from made_up import every_panel, made_up
 
 from smoe.methods import METHODS
-from smoe.report.checks import Status, compare
+from smoe.report.checks import Status, check_words, compare
 from smoe.report.claims import CLAIMS, findings_of
 from smoe.report.runs import contexts_of, read_run
 
@@ -100,6 +100,23 @@ def test_what_was_not_run_is_said(records):
     assert finding.words == "not run in full"
     assert [c.worse for c in finding.checks if c.status is Status.NOT_RUN] == ["THOR"]
     assert one([], "beats_baselines").words == "not run"
+
+
+def test_a_size_of_the_paper_that_was_not_run_is_missed(records):
+    shallow = [record for record in records if record["config"]["num_layers"] < 12]
+    found = findings(shallow)
+    assert [f.words for f in found["learned_overfits"]] == ["not run"]  # the paper says it of 12 layers
+    for key, missing in (("depth", ["lead with 12 layers"]), ("no_overfitting", ["Dense w. Dropout, 12 layers",
+                                                                              "SMoE-Dropout, 12 layers"])):  # fmt: skip
+        assert [f.words for f in found[key]] == ["not run in full"]
+        assert [c.better for c in found[key][0].checks if c.status is Status.NOT_RUN] == missing
+    narrow = [r for r in records if (r["method"], r["config"]["num_experts"]) != ("smoe", 2)]
+    assert one(narrow, "width").words == "not run in full"
+
+
+def test_a_tie_is_neither_for_nor_against_a_claim():
+    one_seed = compare("a", {1: 2.0}, "b", {1: 2.0}, BPC)
+    assert check_words(one_seed) == "one seed, no interval: a tie"
 
 
 def test_differences_in_noise_and_differences_shown_to_be_none():

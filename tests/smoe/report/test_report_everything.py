@@ -207,6 +207,24 @@ def test_table1_has_the_papers_numbers_ours_and_the_difference(folders):
     assert half["interleaved"] == "missing"
 
 
+def test_differences_to_dense_are_of_the_seeds_that_both_have(folders):
+    results, figures = folders
+    records = [made_up("dense_dropout", seed) for seed in (1, 2, 3)] + [made_up("smoe", seed) for seed in (2, 7)]
+    narrow = made_up("dense_dropout", 1, d_hidden=64)
+    for record, value in zip(records, (2.0, 2.2, 2.4, 2.3, 9.0), strict=True):
+        test = record["metrics"]["bpc"]["test"]
+        test |= dict.fromkeys(test, value)
+    write(results / "table1", [*records, narrow])
+    write_report(results, figures)
+    report = (results / "REPORT.md").read_text()
+    body = rows_of(report, r"### transformer\_xl on enwik8, scale cpu")[2:]
+    (smoe,) = (row for row in body if row[0] == "SMoE")
+    assert smoe[6:8] == ["+0.1000 (seeds 2)", "2, 7 (n = 2)"]
+    # The line of a figure may have more seeds at one place than at another.
+    figure = rows_of(report.split("## Figure 3")[1], r"### transformer\_xl on enwik8, scale cpu")
+    assert [row[:2] for row in figure[2:4]] == [["Dense w. Dropout", "1, 2, 3 (n = 1 or 3)"], ["SMoE", "2, 7 (n = 2)"]]
+
+
 def test_table1_has_the_floors_that_all_runs_share(folders):
     results, figures = folders
     records = [made_up(method, model="bert") for method in ("dense_dropout", "smoe_dropout")]

@@ -123,8 +123,10 @@ def test_values_of_a_comparison_are_of_the_folds_that_both_have(tmp_path):
 def test_table_2_as_text_has_means_over_seeds_and_says_which_folds_there_are(tmp_path, capsys):
     records = table2(PAPER, columns=COLUMNS[:1], seeds=(1, 2)) + table2(ALL, columns=[("bert", "mawps")])[:2]
     write(tmp_path, records)
+    (tmp_path / "broken.json").write_text("{")
     main(["--table2", "--results", str(tmp_path)])
-    text = capsys.readouterr().out
+    text, said = capsys.readouterr()
+    assert said.startswith("warning: left out: broken.json: ")
     shares = [100 * fmean(r["said"]["dense"]) for r in records if "dense" in r["said"] and r["model"] != "bert"]
     assert f"81.94 / {fmean(shares):.1f} ± {stdev(shares):.1f}  " in text and "] (2 of 5 folds)" in text
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy_task import Toy, toy, toy_config
+from toy_task import Toy, ToyConfig, toy, toy_config
 
 from smoe import get_top_k, set_top_k
 from smoe.train.evaluation import k_name, measure, sweep
@@ -64,6 +64,8 @@ def test_it_measures_in_evaluation_mode_with_k_experts(tmp_path):
 
 
 def test_the_sweep_measures_every_split_at_every_k(tmp_path, capsys):
+    many = toy_config(tmp_path, num_experts=32, d_hidden=32, sweep=ToyConfig.sweep)
+    assert many.sweep_ks() == [1, 2, 4, 8, 12, 16, 32], "N itself, unless another sweep was asked for"
     task, processes = toy(toy_config(tmp_path, sweep=(4, 1, 99)))
     swept = sweep(task, processes)
     assert {split: list(by_k) for split, by_k in swept.items()} == {"valid": ["1", "4"], "test": ["1", "4"]}
