@@ -19,7 +19,7 @@ from smoe.train.config import TrainConfig
 from smoe.train.evaluation import k_name, measure
 from smoe.train.folder import RunFolder
 from smoe.train.processes import Processes
-from smoe.train.resume import Checkpoint, load_checkpoint, load_latest, load_weights, read_config
+from smoe.train.resume import Checkpoint, is_of_its_data, load_checkpoint, load_latest, load_weights, read_config
 from smoe.train.task import Task
 
 # A run is measured by one process, whatever trained it, from its own folder alone.
@@ -105,7 +105,7 @@ def read_task(
 
 
 def load_task(task_class: type[Task], config: TrainConfig, checkpoint: Checkpoint, processes: Processes) -> Task:
-    """The task of a run, with a checkpoint's weights, on the device.
+    """The task of a run, with a checkpoint's weights, on the device. Other data than the run's are said on stderr.
 
     Raises ValueError for data that can't be used, or of another vocabulary.
     """
@@ -114,6 +114,9 @@ def load_task(task_class: type[Task], config: TrainConfig, checkpoint: Checkpoin
     task = task_class(config, 0, 1)
     if task.facts != checkpoint.state["facts"]:
         raise ValueError("data: it has another vocabulary than the run; give the run's with --data")
+    if not is_of_its_data(checkpoint.state, task):
+        where = getattr(config, "data", "the data")
+        print(f"warning: {where} holds other data than the run was trained on; --data names others", file=sys.stderr)
     load_weights(checkpoint, task, processes)
     task.model.to(processes.device)
     return task

@@ -143,14 +143,18 @@ def check_finished(result_path: Path, task: Task) -> None:
     _check_same_data(record, task, result_path)
 
 
-def _check_same_data(recorded: Mapping[str, Any], task: Task, path: Path) -> None:
-    # Where they came from may differ, and how that is told.
+def is_of_its_data(recorded: Mapping[str, Any], task: Task) -> bool:
+    """Whether a run's state or record, where it says so, is of the task's data. Where they came from may differ."""
     was, now = (
         {name: value for name, value in dataset.items() if name not in ("origin", "note")}
         for dataset in (recorded.get("dataset", task.dataset), task.dataset)
     )
-    if was != now:
-        was, now = (json.dumps(dataset)[:200] for dataset in (was, now))
+    return was == now
+
+
+def _check_same_data(recorded: Mapping[str, Any], task: Task, path: Path) -> None:
+    if not is_of_its_data(recorded, task):
+        was, now = (json.dumps(dataset)[:200] for dataset in (recorded["dataset"], task.dataset))
         raise ValueError(f"data: this run was given {now}, but {path} was trained on {was}")
 
 

@@ -137,6 +137,11 @@ def test_it_is_evaluated_slimmed_again_and_fine_tuned(pretrained, slim, start, s
     assert {line["k"] for line in lines(tuned).values()} == {8}
     record = result(tuned)
     assert (record["config"]["num_experts"], record["config"]["output_scale"]) == (8, 16.0)
+    other = write_sentences(tmp_path / "other", {"train": 60, "valid": 20}) / "meta.json"
+    other.write_text(json.dumps(json.loads(other.read_text()) | {"sha256": "1" * 64}))
+    for given, words in ((), ""), (("--data", tmp_path / "other"), f"warning: {tmp_path}/other holds other data than"):
+        evaluated = start("transformer_xl.evaluate", tuned, *given)
+        assert evaluated.wait() == 0 and evaluated.err.startswith(words) and bool(evaluated.err) == bool(words)
     # In reports it is half of what was trained, k = N/2, also where it loses more.
     started = {"scale": "smoke", "seed": 1, "num_experts": 16, "k_schedule": [8, 16, "linear"]}
     assert started.items() <= record["pretrained"].items()
