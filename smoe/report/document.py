@@ -47,7 +47,9 @@ two one-sided tests (5 %) show that the difference is within the margin; else *w
 the metric, is {margins}.
 Comparisons of fine-tuned runs have an interval with fewer seeds too, where predictions of each example are kept: that
 of a paired bootstrap over the examples; *no difference* is then an interval within the margin. The weakest comparison
-decides what becomes of a finding. Intervals are those of single comparisons; all of them are at the end."""
+decides what becomes of a finding. Intervals are those of single comparisons; all of them are at the end. Methods are
+compared at k = N by the checkpoint that was chosen there, one method over several k by a single checkpoint, so that the
+same k may stand with two values."""
 
 _TABLE1 = """## Table 1
 
