@@ -65,8 +65,9 @@ _FIGURES = {
     "figure1": "Figure 1: over active parameters. Experts: one training at several k. Dense: a training per point. "
     "Bars: the standard deviation over seeds.",
     "figure3": "Figure 3: all methods over active parameters. Bars: the standard deviation over seeds.",
-    "figure4": "Figure 4: after fine-tuning, over kept experts. Bars: the standard deviation over seeds, of one seed "
-    "the Wilson interval.",
+    "figure4": "Figure 4: after fine-tuning, over kept experts, a training per point, or over the experts that one "
+    "training activates. Dense: an MLP as wide as so many experts. Points of one number of experts are drawn beside "
+    "one another. Bars: the standard deviation over seeds, of one seed the Wilson interval.",
     "figure5": "Figure 5: what makes SMoE-Dropout work. (a) and (b) at k = N. Bars: the standard deviation over seeds.",
 }
 
@@ -209,11 +210,10 @@ def _figure(name: str, title: str, plots: Sequence[Plot], figures: str) -> list[
         return [*parts, "Not run."]
     for plot in plots:
         parts.append(f"![{heading}, scale {md(plot.scale)}]({figures}/{plot.stem}.png)")
-        for panel in (panel for row in plot.rows for panel in row):
-            if name == "figure5":
-                parts.append(f"### {panel.title}, {md(panel.context.label)}")
-            else:
-                parts.append(f"### {md(panel.context.label)}")
+        titles = [title for row in plot.titles() for title in row]
+        for panel, title in zip((panel for row in plot.rows for panel in row), titles, strict=True):
+            where = f", {md(panel.context.label)}" if name == "figure5" else ""
+            parts.append(f"### {title if where else md(title)}{where}")
             parts.append("Not run." if is_empty(panel) else _panel(panel))
     return parts
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from smoe.report.groups import Block, Group, blocks_of, plain
+from smoe.report.groups import Block, Group, blocks_of, plain, variant_of
 from smoe.report.records import Record
-from smoe.report.style import FAINT, INK, SPARE, STYLES, clean_axes, new_figure, save
+from smoe.report.style import FAINT, INK, clean_axes, cut_off, new_figure, save, styles_of
 
 
 def plot_slimming(records: Sequence[Record], path: str | Path) -> Path:
@@ -33,14 +33,24 @@ def _draw_panel(axes: Any, block: Block) -> None:
     axes.set_ylabel(plain(block.measure, 60), color=INK, parse_math=False)
     clean_axes(axes)
 
-    ends, styles, spare = [], dict(STYLES), list(SPARE)
-    for group in block.groups:
-        # A run with a label of its own is an ablation: it must look different from the method it varies.
-        style = None if group.own_label else styles.pop(group.method, None)
-        color, marker, dashes = style or (spare.pop(0) if spare else SPARE[-1])
+    ends = []
+    styles = styles_of((group.method, _variant(group)) for group in block.groups)
+    levels = [group for group in block.groups if len(group.keys) == 1]
+    for group, (color, marker, dashes) in zip(block.groups, styles, strict=True):
+        if group in levels:  # levels at one height take turns, so that each of them is seen
+            dashes = (7 * levels.index(group), (4, 7 * len(levels) - 4))
         ends.append((_draw_group(axes, group, color, marker, dashes), plain(group.label, 60), color))
+    cut_off(axes, [[fmean(group.values(key)) for key in group.keys] for group in block.groups], block.direction)
     _mark_experts(axes, block.groups)
     _label_ends(axes, ends)
+
+
+def _variant(group: Group) -> str:
+    """A run with a label of its own is an ablation: it must look different from the method it varies."""
+    settings = group.settings
+    if group.records[0].get("pretrained"):  # how k moves in a fine-tuning is no matter of the method
+        settings = {name: value for name, value in settings.items() if name != "schedule"}
+    return variant_of(group.method, settings) or group.own_label or ""
 
 
 def _draw_group(axes: Any, group: Group, color: str, marker: str, dashes: Any) -> tuple[float, float]:
@@ -50,7 +60,7 @@ def _draw_group(axes: Any, group: Group, color: str, marker: str, dashes: Any) -
     values = [group.values(key) for key in keys]
     means = [fmean(of_seeds) for of_seeds in values]
     if len(xs) == 1:  # one dense model: its dot, and its level carried across for comparison
-        axes.axhline(means[0], color=color, linestyle=(0, (4, 3)), linewidth=1.1, zorder=1.5)
+        axes.axhline(means[0], color=color, linestyle=dashes, linewidth=1.1, zorder=1.5)
     if len(group.records) > 1:
         lows, highs = list(map(min, values)), list(map(max, values))
         if len(xs) > 1:
@@ -67,7 +77,6 @@ def _draw_group(axes: Any, group: Group, color: str, marker: str, dashes: Any) -
         linewidth=1.9,
         markeredgecolor="white",
         markeredgewidth=0.8,
-        clip_on=False,
         zorder=3,
     )
     return xs[-1], means[-1]
@@ -93,6 +102,7 @@ def _label_ends(axes: Any, ends: Sequence[tuple[tuple[float, float], str, str]])
     """Write each label at the height where its line ends, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     gap = 0.062  # of the axes' height: one line of text
+    ends = [((x, min(max(y, low), high)), *rest) for (x, y), *rest in ends]  # a line may end where the axis is cut off
     wanted = sorted(
         (((y - low) / (high - low), x, y, label, color) for (x, y), label, color in ends), key=lambda e: e[0]
     )

@@ -18,6 +18,10 @@ _NO_RESULT |= {"scale_reason", "engine", "expert_parallel", "fsdp"}
 _TOLD_ELSEWHERE = {"seed", "method", "scale", "model", "precision", "sweep"}
 # Fields that take the method's own value when they are null.
 _OWN = {"router", "schedule", "k_min", "k_max", "balance_weight", "consistency_weight"}
+# How experts are weighed and scaled in the released code; it goes without saying.
+AS_RELEASED = {"score": "softmax_after_topk", "output_scale": "1"}
+# In what else a method may depart from itself.
+_VARIED = ("balance_weight", "consistency_weight", "pretrained_k", "router", "layers", "schedule", "k_min", "k_max")
 # Fields that a dense model has no use for.
 _OF_EXPERTS = {"num_experts", "layers", "score", "output_scale", "expert_dropout"} | _OWN
 
@@ -176,6 +180,15 @@ def departures(settings: Sequence[Mapping[str, str]]) -> list[list[str]]:
             elif value is not None and (value != usual or not most):
                 said.append(f"{name} {value}")
     return parts
+
+
+def variant_of(method: str, settings: Mapping[str, str]) -> str:
+    """In which options a run departs from its method as released, e.g. ``output_scale k``; empty if in none."""
+    if method not in METHODS or not METHODS[method].routed:
+        return ""
+    usual = AS_RELEASED | {"router": METHODS[method].router, "layers": "all", "schedule": METHODS[method].schedule}
+    names = [name for name in (*AS_RELEASED, *_VARIED) if settings.get(name) not in (None, usual.get(name))]
+    return ", ".join(f"{name} {settings[name]}" for name in names)
 
 
 def settings_of(record: Record) -> dict[str, str]:

@@ -14,7 +14,7 @@ from smoe.report.groups import plain
 from smoe.report.panels import PRETRAINING, table1
 from smoe.report.records import values_of
 from smoe.report.runs import Cell, Context
-from smoe.report.style import INK, SPARE, STYLES
+from smoe.report.style import INK, styles_of
 
 _SHAPES = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross"]
 
@@ -41,6 +41,7 @@ def _context(context: Context, step_times: list[dict[str, Any]]) -> dict[str, An
             {
                 "label": plain(label, 60),
                 "method": cell.first.method,
+                "variant": cell.first.variant,
                 "seeds": len(cell.runs),
                 "seconds": seconds_of(cell),
                 "interleaved": interleaved,
@@ -72,9 +73,8 @@ def _chart(methods: Sequence[dict[str, Any]], title: str) -> dict[str, Any]:
         for method in methods
         for key, point in method["points"].items()
     ]
-    styles, spare, colors, dashes = dict(STYLES), list(SPARE), [], []
-    for method in methods:
-        color, _, dash = styles.pop(method["method"], None) or (spare.pop(0) if spare else SPARE[-1])
+    colors, dashes = [], []
+    for color, _, dash in styles_of((method["method"], method["variant"]) for method in methods):
         colors.append(color)
         dashes.append([] if dash == "-" else [2 * length for length in dash[1]])
     labels = [method["label"] for method in methods]

@@ -54,11 +54,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """``style`` names the method; a variant of it, among others of one method, has none."""
+    """``style`` names the method; a line that departs from its router, layers or schedule has none."""
 
     label: str
     style: str
     points: list[Point]
+
+    @property
+    def variant(self) -> str:
+        """In which other options it departs from the method as released."""
+        return self.points[0].cell.first.variant
 
 
 @dataclass
@@ -99,9 +104,7 @@ def figure4(context: Context) -> Panel:
 
     A method that was fine-tuned with all of its experts alone is shown over the k of that training.
     """
-    panel = Panel(
-        "Figure 4", context, "experts: kept, or activated of one training (dense: an MLP as wide)", parameters=False
-    )
+    panel = Panel("Figure 4", context, "experts, kept or activated", parameters=False)
     num_layers, d_hidden, num_experts = context.standard
     if num_experts is None:
         return panel

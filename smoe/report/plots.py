@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 from typing import Any
 
 from smoe.report.groups import plain
 from smoe.report.panels import FIGURE5, PRETRAINING, Line, Panel, figure1, figure3, figure4, is_empty
 from smoe.report.runs import Context
-from smoe.report.style import INK, SPARE, STYLES, clean_axes, new_figure, save
-from smoe.report.transfer import DISTILLATION
+from smoe.report.style import INK, Style, clean_axes, cut_off, new_figure, save, styles_of
+from smoe.report.transfer import DISTILLATION, setting_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,20 @@ class Plot:
     def stem(self) -> str:
         """Its file's name without the ending, e.g. ``figure5_cpu``."""
         return f"{self.figure}_{re.sub('[^A-Za-z0-9]', '_', self.scale)[:40]}"
+
+    def titles(self) -> list[list[str]]:
+        """The title of each panel; of Figure 4 with the setting, and with other conditions only to tell two apart."""
+        if self.figure == "figure5":
+            return [[panel.title for panel in row] for row in self.rows]
+        if self.figure != "figure4":
+            return [[panel.context.label for panel in row] for row in self.rows]
+        contexts = [panel.context for panel in self.rows[0]]
+        names = [f"{c.place}, setting {setting_of(c.runs[0])}" for c in contexts]
+        times = Counter(names)
+        rest = [
+            c.label.removeprefix(c.place) if times[name] > 1 else "" for name, c in zip(names, contexts, strict=True)
+        ]
+        return [[name + said for name, said in zip(names, rest, strict=True)]]
 
 
 def plots_of(contexts: Sequence[Context]) -> list[Plot]:
@@ -63,15 +79,15 @@ def draw(plot: Plot, folder: str | Path) -> list[Path]:
     columns = 3 if plot.figure == "figure5" else min(len(plot.rows[0]), 3)
     lines = -(-len(plot.rows[0]) // columns)
     figure = new_figure(5.2 * columns, 4.9 * lines * len(plot.rows))
-    for part, row in zip(figure.subfigures(len(plot.rows), 1, squeeze=False)[:, 0], plot.rows, strict=True):
+    parts = figure.subfigures(len(plot.rows), 1, squeeze=False)[:, 0]
+    for part, row, titles in zip(parts, plot.rows, plot.titles(), strict=True):
         all_axes = part.subplots(lines, columns, squeeze=False).flat
         if plot.figure == "figure5":
             part.suptitle(plain(row[0].context.label, 120), color=INK, fontsize=12, parse_math=False)
         for axes in all_axes[len(row) :]:
             axes.set_visible(False)
-        for axes, panel in zip(all_axes[: len(row)], row, strict=True):
-            title = panel.title if plot.figure == "figure5" else panel.context.label
-            axes.set_title(plain(title, 60), fontsize=11, color=INK, loc="left", parse_math=False)
+        for axes, panel, title in zip(all_axes[: len(row)], row, titles, strict=True):
+            axes.set_title(fill(plain(title, 120), 60), fontsize=11, color=INK, loc="left", parse_math=False)
             _draw_panel(axes, panel)
     return [save(figure, Path(folder) / f"{plot.stem}.{ending}") for ending in ("png", "svg")]
 
@@ -84,11 +100,15 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
         axes.set_xticks([]), axes.set_yticks([])
         axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center", color=INK)
         return
-    styles, spare = dict(STYLES), list(SPARE)
-    for line in panel.lines:
-        # The first line of a method looks as the method does, its variants do not.
-        _draw_line(axes, line, styles.pop(line.style, None) or (spare.pop(0) if spare else SPARE[-1]))
-    if not panel.parameters:
+    styles = styles_of((line.style, line.variant) for line in panel.lines)
+    for number, (line, style) in enumerate(zip(panel.lines, styles, strict=True)):
+        # On a logarithmic axis all lines have points at the same places, whose bars would hide one another.
+        apart = 0 if panel.parameters else (number - (len(styles) - 1) / 2) * min(0.05, 0.25 / len(styles))
+        _draw_line(axes, line, style, 2**apart)
+    if panel.parameters:
+        means = [[fmean(point.values) for point in line.points if point.values] for line in panel.lines]
+        cut_off(axes, means, panel.context.metric["direction"])
+    else:
         axes.set_xscale("log", base=2)
         ticks = sorted({point.x for line in panel.lines for point in line.points})
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
@@ -100,14 +120,14 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
         text.set_parse_math(False)
 
 
-def _draw_line(axes: Any, line: Line, style: tuple[str, str, Any]) -> None:
-    """Means over the seeds, with bars as ``Point.spread`` has them."""
+def _draw_line(axes: Any, line: Line, style: Style, stretch: float = 1) -> None:
+    """Means over the seeds, with bars as ``Point.spread`` has them, each at ``stretch`` times its x."""
     color, marker, dashes = style
     points = [point for point in line.points if point.values]
     values = [point.values for point in points]
     spread = list(zip(*(point.spread for point in points), strict=True))  # below, above
     axes.errorbar(
-        [point.x for point in points],
+        [point.x * stretch for point in points],
         [fmean(of_seeds) for of_seeds in values],
         yerr=spread if any(map(any, spread)) else None,
         color=color,

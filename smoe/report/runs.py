@@ -13,7 +13,7 @@ from typing import Any
 from smoe.methods import METHODS
 from smoe.modulize.layers import chosen_layers
 from smoe.paper import SIZES
-from smoe.report.groups import departures, plain, settings_of, within_a_sentence
+from smoe.report.groups import AS_RELEASED, departures, plain, settings_of, variant_of, within_a_sentence
 from smoe.report.records import Record, dataset_name, split_of, value_at, values_of
 
 _SIZES = {"num_layers", "num_experts", "d_hidden", "d_hidden_bert", "d_hidden_roberta"}
@@ -21,7 +21,6 @@ _ROUTING = {"layers", "router", "schedule", "k_min", "k_max"}
 # What else only experts have: variants of a method, each compared on its own.
 _VOTES = ("keep", "vote_score", "vote_batches")
 _OPTIONS = ("score", "output_scale", "expert_dropout", "balance_weight", "consistency_weight", "pretrained_k", *_VOTES)
-_AS_RELEASED = {"score": "softmax_after_topk", "output_scale": "1"}  # goes without saying
 # Said first where two conditions must be told apart.
 _TELLING = ("steps", "batch_size", "learning_rate")
 
@@ -90,6 +89,11 @@ class Run:
         return self.method, tuple(options.items())
 
     @property
+    def variant(self) -> str:
+        """In which options it departs from its method as released, but for router, layers and schedule; mostly none."""
+        return variant_of(self.method, dict(self.line_over_kept[1]))
+
+    @property
     def full(self) -> str:
         """The key of all its experts: ``dense``, or N as text."""
         return "dense" if self.num_experts is None else str(self.num_experts)
@@ -139,6 +143,11 @@ class Context:
         title = within_a_sentence(self.metric["title"])
         return f"{self.metric['split']} {title} ({self.metric['direction']} is better)"
 
+    @property
+    def place(self) -> str:
+        """What its label begins with, e.g. ``bert on csqa, scale cpu``."""
+        return f"{self.model} on {self.dataset}, scale {self.scale}"
+
     @cached_property
     def standard(self) -> tuple[int, int, int | None]:
         """(layers, MLP width, experts) of most kinds of runs: Table 1's, from which panels depart in one respect."""
@@ -184,7 +193,7 @@ def read_run(record: Record, name: str) -> Run:
         k_max = _own_or(config, "k_max", METHODS[method].k_max(num_experts), int, name)
         k_min = _own_or(config, "k_min", min(METHODS[method].k_min(num_experts), k_max), int, name)
         schedule = (k_min, k_max, _own_or(config, "schedule", METHODS[method].schedule, str, name))
-    known = _AS_RELEASED | settings
+    known = AS_RELEASED | settings
     options = tuple((name, known[name]) for name in _OPTIONS if name in known) if num_experts else ()
     _check_parts(record, name)
     conditions = {name: value for name, value in settings.items() if name not in {*_SIZES, *_ROUTING, *_OPTIONS}}
@@ -219,10 +228,10 @@ def cells_of(runs: Iterable[Run]) -> list[Cell]:
 def variant_names(cells: Sequence[Cell]) -> list[str]:
     """For each cell, the options that are not the release's, and others in which it departs from most; mostly none."""
     routed = [dict(cell.first.options) for cell in cells if cell.first.num_experts is not None]
-    others = departures([{name: options[name] for name in options.keys() - _AS_RELEASED.keys()} for options in routed])
+    others = departures([{name: options[name] for name in options.keys() - AS_RELEASED.keys()} for options in routed])
     names = []
     for options, said in zip(routed, others, strict=True):
-        own = [f"{name} {options[name]}" for name, usual in _AS_RELEASED.items() if options[name] != usual]
+        own = [f"{name} {options[name]}" for name, usual in AS_RELEASED.items() if options[name] != usual]
         names.append(plain(", ".join(own + said)))
     return ["" if cell.first.num_experts is None else names.pop(0) for cell in cells]
 
@@ -239,8 +248,7 @@ def _name_contexts(contexts: Sequence[Context]) -> None:
             if any(other.get(name) != mine.get(name) for other in others):
                 said.append(f"{name} {mine[name]}" if name in mine else f"{name} not set")
                 others = [other for other in others if other.get(name) == mine.get(name)]
-        place = [f"{context.model} on {context.dataset}", f"scale {context.scale}"]
-        context.label = plain(", ".join([*place, *said]), 200)
+        context.label = plain(", ".join([context.place, *said]), 200)
 
 
 def _place(context: Context) -> tuple:
