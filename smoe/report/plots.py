@@ -102,9 +102,9 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
         return
     styles = styles_of((line.style, line.variant) for line in panel.lines)
     for number, (line, style) in enumerate(zip(panel.lines, styles, strict=True)):
-        # On a logarithmic axis all lines have points at the same places, whose bars would hide one another.
-        apart = 0 if panel.parameters else (number - (len(styles) - 1) / 2) * min(0.05, 0.25 / len(styles))
-        _draw_line(axes, line, style, 2**apart)
+        # Fine-tuned, all lines have points at the same places, whose long bars would hide one another.
+        apart = 0 if panel.context.task in PRETRAINING else min(0.05, 0.25 / len(styles))  # octaves
+        _draw_line(axes, line, style, 2 ** (apart * (number - (len(styles) - 1) / 2)))
     if panel.parameters:
         means = [[fmean(point.values) for point in line.points if point.values] for line in panel.lines]
         cut_off(axes, means, panel.context.metric["direction"])

@@ -60,7 +60,7 @@ def cut_limits(lines: Sequence[Sequence[float]], direction: str) -> tuple[float,
     end = max(best + 4 * (worst_of_best - best), *(line[(len(line) - 1) // 2] for line in ordered))
     if max(line[-1] for line in ordered) - best <= 1.5 * (end - best):
         return None
-    margin = 0.06 * (end - best)  # for markers and bars
+    margin = 0.1 * (end - best)  # for markers and bars
     low, high = sorted((sign * (best - margin), sign * (end + margin)))
     return low, high
 

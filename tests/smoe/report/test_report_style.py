@@ -122,7 +122,7 @@ def test_an_axis_is_cut_off_where_the_best_values_can_be_told_apart(lines, limit
     if limits is None:
         assert found is None
         return
-    margin = 0.06 * (limits[1] - limits[0])
+    margin = 0.1 * (limits[1] - limits[0])
     assert found == pytest.approx((limits[0] - margin, limits[1] + margin))
     mirrored = cut_limits([[10 - value for value in line] for line in lines], "higher")
     assert mirrored == pytest.approx((10 - found[1], 10 - found[0]))
@@ -180,3 +180,6 @@ def test_figure_4_moves_the_points_of_lines_apart(drawn, tmp_path):
     lasts = [container.lines[0].get_xdata()[-1] for container in axes.containers]
     assert len(set(lasts)) == 4 and lasts == sorted(lasts) and lasts == pytest.approx([16] * 4, rel=0.1)
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "4", "16"]
+    depths = [made_up(method, num_layers=n) for n in (2, 4, 8) for method in ("smoe", "smoe_dropout")]
+    axes = figures_of(depths, drawn, tmp_path)["figure5"].axes[0]
+    assert [list(container.lines[0].get_xdata()) for container in axes.containers] == [[2, 4, 8]] * 2
