@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,37 @@ def test_a_run_on_other_text_is_told_apart(tmp_path):
     assert "--text" in panel_runs.other_source(task(*same[:2], f"--text={tmp_path / 'b'}"))
     found = panel_runs.other_source(task("--start-from", tmp_path / "b", *same[2:]))
     assert found == f"starts from the encoder in {tmp_path / 'a'}, not from that of --start_from"
+
+
+@pytest.mark.slow
+def test_a_second_call_with_a_text_is_compared_with_the_finished_run(tmp_path):
+    """In a process of its own, as all.sh starts it: pytest has the checkout's folders on its path anyway."""
+    text, runs = tmp_path / "text", tmp_path / "runs"
+    text.mkdir()
+    (text / "book.txt").write_text("Once. " * 50)
+    flags = ("--scale", "smoke", "--source", str(text))
+    config = config_of("table1/bert/smoe", *flags, config_class=PretrainConfig)
+    folder = runs / Path(config.run_dir).relative_to("runs")
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"seed": 1}))
+    from data.bookcorpus.corpus import from_files, text_files
+
+    dataset = {"name": "text", "origin": from_files(text_files([text])[0], "text").origin}
+    seconds = {"training": 1, "sweep": 1}
+    (folder / "result.json").write_text(json.dumps({"dataset": dataset, "seconds": seconds}))
+
+    def state():
+        options = ["table1", "--only", "table1/bert/smoe", *flags, "--dry_run"]
+        command = [sys.executable, ROOT / "script/panel.py", *options]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment["RUNS_DIR"] = str(runs)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout.split()[0]
+
+    assert state() == "finished"
+    (text / "book.txt").write_text("Twice. " * 50)
+    assert state() == "changed"
 
 
 def test_records_are_named_after_flags_but_not_after_places(tmp_path):
