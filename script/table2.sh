@@ -13,9 +13,11 @@
 #   --text FILE|FOLDER    the text that it is adapted to, as --source is to script/pretrained.sh; no other one once it is
 #                     adapted
 #   --setting paper   as the paper trains: 3 epochs of batches of 64 at its learning rate; of word problems with bert and
-#                     roberta the fold that its numbers fit. Other flags win over these.
+#                     roberta the fold that its numbers fit
 #   --setting all     until 4 evaluations in a row bring no new best on valid, at most 1200 steps for CSQA and word
 #                     problems, and as many as their scale says for the others
+#                     Other flags win over those of a setting. Given --steps or --epochs, or at scale smoke, it says
+#                     nothing of how long to train.
 #   --source FOLDER   the data set, instead of a download: for data/TASK/prepare.py
 #   --subquestions FILE   hotpotqa: for data/hotpotqa/prepare.py
 #
@@ -104,23 +106,29 @@ if [ "$model" = pretrained ]; then # what knows something forgets it at the rate
     # The decoder of equations starts from random weights.
     [ "$module" != bert.math_word_problems ] || own=(--learning_rate 2e-4)
 fi
+long=() # what the setting says of how long to train
 case "$setting" in
     "") ;;
     paper)
-        own+=(--epochs 3 --batch_size 64 --learning_rate 2e-5 --warmup_steps 0)
-        [ "$model" != transformer_xl ] || own=(--epochs 3 --batch_size 64 --learning_rate 1e-4 --warmup_steps 0)
+        long=(--epochs 3)
+        own+=(--batch_size 64 --learning_rate 2e-5 --warmup_steps 0)
+        [ "$model" != transformer_xl ] || own=(--batch_size 64 --learning_rate 1e-4 --warmup_steps 0)
         [ "$task/$model" != svamp/bert ] || own+=(--fold 4)
         [ "$task/$model" != svamp/roberta ] || own+=(--fold 1)
         ;;
     all)
         own+=(--patience 4)
-        [ "$task" = sst2 ] || [ "$task" = hotpotqa ] || own+=(--steps 1200)
+        [ "$task" = sst2 ] || [ "$task" = hotpotqa ] || long=(--steps 1200)
         ;;
     *)
         echo "error: --setting is $setting; it must be paper or all" >&2
         exit 2
         ;;
 esac
+if [ "$(flag_value scale "$@")" = smoke ] || [ -n "$(flag_value steps "$@")$(flag_value epochs "$@")" ]; then
+    long=()
+fi
+own+=(${long[@]+"${long[@]}"})
 if [ -n "$source$subquestions" ] && [ -n "$data" ]; then
     flag=--source
     [ -n "$source" ] || flag=--subquestions

@@ -113,6 +113,21 @@ def test_a_users_flag_wins_over_the_settings():
     assert last == {"--fold": "challenge", "--epochs": "5", "--batch_size": "64"}
 
 
+@pytest.mark.parametrize("script", ["sst2/smoe.sh", "csqa/bert/smoe.sh"])
+@pytest.mark.parametrize("setting", ["paper", "all"])
+def test_a_setting_says_nothing_of_the_length_that_a_user_or_scale_smoke_decides(script, setting):
+    def length(*flags):
+        shown = bash(TABLE2 / script, "--setting", setting, *flags, SHOW_FLAGS="1").stdout.splitlines()
+        return [(word, shown[i + 1]) for i, word in enumerate(shown) if word in ("--steps", "--epochs")]
+
+    assert length("--steps", 100) == [("--steps", "100")]
+    assert length("--scale", "cpu", "--epochs", 2) == [("--epochs", "2")]
+    assert length("--scale", "smoke") == []
+    assert length("--scale", "smoke", "--steps", 100) == [("--steps", "100")]
+    long = {"paper": [("--epochs", "3")], "all": [("--steps", "1200")] if "csqa" in script else []}
+    assert length("--scale", "cpu") == long[setting]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -171,7 +186,7 @@ def test_script_fine_tunes_a_bert(column, start, prepared, tmp_path, quick_bash)
     assert done.returncode == 0, done.stderr
     record = json.loads((run / "result.json").read_text())
     assert (record["method"], record["model"]) == (METHOD_OF[method], model)
-    assert "n = 23" in done.stdout and record["config"]["epochs"] == 3
+    assert "n = 23" in done.stdout and (record["config"]["epochs"], record["config"]["batch_size"]) == (None, 64)
     assert (run / "slimming.png").exists() and (run / "predictions.jsonl").exists()
 
 
