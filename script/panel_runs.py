@@ -1,4 +1,10 @@
-"""The runs of a table or figure: what its runs.yaml lists, with the flags of the command line. For script/panel.py."""
+"""The runs of a table or figure: what its runs.yaml lists, with the flags of the command line. For script/panel.py.
+
+    python script/panel_runs.py RUN ENCODER TEXT     # for script/table2.sh
+
+ends with a line and exit code 2 if RUN starts from another encoder than the folder ENCODER, or was trained on other
+text than TEXT; an empty word asks for nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +15,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -145,28 +151,80 @@ def other_source(run: Run) -> str | None:
     """What a finished run was trained on, in words, where its flags say something else than that; else None.
 
     Its folder names neither the text of a BERT or RoBERTa (--source) nor that of an adapted encoder (--text), and of
-    the encoder (--start_from) the name alone.
+    the encoder (--start_from) the name alone; nor where the questions of HotpotQA are from.
     """
-    flags, trained, text = given_flags(run.flags), run.folder, "source"
+    given = dict(given_flags(run.flags))
     if run.name.startswith("pretrained/"):  # a task: its text is that of the run that it starts from
-        trained, text = ROOT / dict(given_flags(run.all_flags))["run"][0], "text"
-    elif config_class(run).__name__ != "PretrainConfig":
-        return None
-    if not (trained / "result.json").is_file():
-        return None
-    encoder = [ROOT / value for name, values in flags for value in values if name == "start_from"]
-    if encoder:
+        adapted = ROOT / dict(given_flags(run.all_flags))["run"][0]
+        return other_start(adapted, given.get("start_from", []), given.get("text", []), "text")
+    if run.name.startswith("tablea6/"):
+        return other_questions(run, given)
+    if config_class(run).__name__ == "PretrainConfig":
+        return other_start(run.folder, [], given.get("source", []), "source")
+    return None
+
+
+def other_start(trained: Path, encoders: Sequence[str], texts: Sequence[str], flag: str) -> str | None:
+    """From which encoder the run in ``trained`` starts, in words, if it is not the last of ``encoders``; or that it was
+    trained on other text than ``texts``, which ``flag`` names; else None. None of them: whichever it was.
+
+    Raises ValueError for a text that is not there.
+    """
+    recorded, result = trained / "config.yaml", trained / "result.json"
+    if encoders and recorded.is_file():
         from smoe.yaml_files import load_yaml
 
-        before = load_yaml(trained / "config.yaml").get("start_from")
-        if before is not None and Path(before).resolve() != encoder[-1].resolve():
-            return f"starts from the encoder in {before}, not from that of --start_from"
-    sources = [ROOT / value for name, values in flags for value in values if name == text]
-    if not sources:
-        return None
-    from data.bookcorpus.corpus import from_files, text_files  # as data/bookcorpus/prepare.py reads them
+        before, now = load_yaml(recorded).get("start_from"), ROOT / encoders[-1]
+        if before is not None and (ROOT / before).resolve() != now.resolve():
+            return f"starts from the encoder in {before}, not from {now}"
+    if texts and result.is_file():
+        from data.bookcorpus.corpus import from_files, text_files  # as data/bookcorpus/prepare.py reads them
 
-    dataset = json.loads((trained / "result.json").read_text(encoding="utf-8"))["dataset"]
-    if dataset.get("origin") == json.loads(json.dumps(from_files(text_files(sources)[0], "").origin)):
+        files, _ = text_files([ROOT / text for text in texts])
+        was = json.loads(result.read_text(encoding="utf-8"))["dataset"].get("origin")
+        if was != json.loads(json.dumps(from_files(files, "").origin)):
+            return f"is a run on other text than --{flag} names"
+    return None
+
+
+def other_questions(run: Run, given: Mapping[str, Sequence[str]]) -> str | None:
+    """That a finished run on HotpotQA, whose questions may be any, is not known to be on those that its flags name.
+
+    Its record has their hash, and the folder of the prepared ones says where these are from.
+    """
+    source, subquestions = (
+        Path(os.path.abspath(ROOT / given[flag][-1])) if given.get(flag) else None
+        for flag in ("source", "subquestions")
+    )
+    if source is None and subquestions is None:
         return None
-    return f"is a run on other text than --{text} names"
+    from data.hotpotqa.prepare import hotpotqa
+
+    folder = ROOT / dict(given_flags(run.all_flags))["data"][0]
+    if not hotpotqa(subquestions).is_prepared(folder, source=source):
+        places = {"--source": source, "--subquestions": subquestions}
+        asked = shlex.join(str(word) for place in places.items() if place[1] for word in place)
+        return f"is compared with {asked} only after python data/hotpotqa/prepare.py {asked}"
+    prepared, record = (
+        json.loads(file.read_text(encoding="utf-8")) for file in (folder / "meta.json", run.folder / "result.json")
+    )
+    if prepared["sha256"] != record["dataset"]["sha256"]:
+        return "is a run on other questions than --source and --subquestions name"
+    return None
+
+
+def main(run: str, encoder: str, text: str) -> int:
+    """The command line; returns the exit code."""
+    try:
+        other = other_start(Path(run), [encoder] if encoder else [], [text] if text else [], "text")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if other is not None:
+        print(f"error: {run} {other}; give that, or move the run away", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

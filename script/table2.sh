@@ -10,8 +10,8 @@
 #   RUN      the run folder (or one of its checkpoints) to start from; without it, that of METHOD's script in table1/ at
 #            the same scale and seed, or of pretrained/ with --start_from, which is trained first if there is none
 #   --start_from FOLDER   with MODEL pretrained and no RUN: the encoder, as for script/pretrained.sh
-#   --text FILE|FOLDER    the text that it is adapted to, as --source is to script/pretrained.sh; no other one once it is
-#                     adapted
+#   --text FILE|FOLDER    the text that it is adapted to, as --source is to script/pretrained.sh; once it is adapted, no
+#                     other one
 #   --setting paper   as the paper trains: 3 epochs of batches of 64 at its learning rate; of word problems with bert and
 #                     roberta the fold that its numbers fit
 #   --setting all     until 4 evaluations in a row bring no new best on valid, at most 1200 steps for CSQA and word
@@ -159,11 +159,8 @@ if [ "$train_first" = yes ]; then
         [[ $folder == /* ]] || folder=$called_from/$folder
         [[ -z $text || $text == /* ]] || text=$called_from/$text
         same+=(--start_from "$folder" ${text:+--source "$text"})
-        was=$(sed -n 's/^start_from: *//p' "$pretrained/config.yaml" 2>/dev/null || true)
-        if [ -n "$was" ] && ! [ "$was" -ef "$folder" ]; then # two encoders whose folders have one name
-            echo "error: $pretrained starts from the encoder in $was, not from $folder; give that, or move the run away" >&2
-            exit 2
-        fi
+        # The run's name has neither the text nor where the encoder is.
+        [ ! -d "$pretrained" ] || python script/panel_runs.py "$pretrained" "$folder" "$text"
     fi
     run_first "$pretrained" "script/$first.sh" ${same[@]+"${same[@]}"}
 fi

@@ -164,7 +164,33 @@ def test_a_run_on_other_text_is_told_apart(tmp_path):
     assert panel_runs.other_source(task(*same, "--source", tmp_path / "b")) is None  # CSQA's
     assert "--text" in panel_runs.other_source(task(*same[:2], f"--text={tmp_path / 'b'}"))
     found = panel_runs.other_source(task("--start-from", tmp_path / "b", *same[2:]))
-    assert found == f"starts from the encoder in {tmp_path / 'a'}, not from that of --start_from"
+    assert found == f"starts from the encoder in {tmp_path / 'a'}, not from {tmp_path / 'b'}"
+
+
+def test_a_run_on_other_questions_is_told_apart(tmp_path):
+    """HotpotQA may be any questions in its format; the folder is the same."""
+    panel_runs = load("panel_runs", "script/panel_runs.py")
+    data, mine, parts = tmp_path / "data", tmp_path / "mine.json", {}
+    data.mkdir()
+    mine.write_text("[]")
+    for split in ("train", "test", "multi_hop", "single_hop"):
+        (data / f"{split}.jsonl").write_text("{}\n")
+        parts[split] = {"file": f"{split}.jsonl", "bytes": 3}
+    parts["multi_hop"]["named_sha256"] = None
+    (data / "meta.json").write_text(json.dumps({"sha256": "aa", "source": str(mine), "splits": parts}))
+
+    def found(*flags, sha256="aa"):
+        (tmp_path / "result.json").write_text(json.dumps({"dataset": {"name": "hotpotqa", "sha256": sha256}}))
+        all_flags = ("--data", str(data), "--run_dir", str(tmp_path))
+        return panel_runs.other_source(panel_runs.Run("tablea6/smoe", (*map(str, flags), "--seed", "1"), all_flags))
+
+    assert found("--source", mine) is None and found(f"--source={tmp_path}/x/../mine.json") is None
+    assert found() is None and found(sha256="bb") is None  # whichever they were
+    assert found("--source", mine, sha256="bb") == "is a run on other questions than --source and --subquestions name"
+    other = tmp_path / "others.json"
+    for flag in ("--source", "--subquestions"):
+        message = f"is compared with {flag} {other} only after python data/hotpotqa/prepare.py {flag} {other}"
+        assert found(flag, other) == message
 
 
 @pytest.mark.slow

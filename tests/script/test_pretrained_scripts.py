@@ -73,6 +73,10 @@ def test_the_encoder_is_adapted_first_and_only_once(encoder, quick_bash, tmp_pat
     other = shutil.copytree(encoder, tmp_path / "elsewhere" / encoder.name)
     done = quick_bash(script, "--start_from", other, *flags[2:], "--keep", 2, RUNS_DIR=str(tmp_path / "runs"))
     assert done.returncode == 2 and f"starts from the encoder in {encoder}, not from {other}" in done.stderr
+    (text / "0.txt").write_text(stories(11)[-1])
+    done = quick_bash(script, *flags, "--keep", 2, RUNS_DIR=str(tmp_path / "runs"))
+    assert done.returncode == 2 and "is a run on other text than --text names" in done.stderr
+    assert done.stderr.count("\nerror: ") + done.stderr.startswith("error: ") == 1
     assert adapted.name == f"from-{encoder.name}_scale-smoke_seed-1"
     runs = [*(tmp_path / "runs" / "pretrained" / "sst2" / "smoe_dropout").iterdir()]
     records = [json.loads((run / "result.json").read_text()) for run in runs]
