@@ -34,14 +34,13 @@ for word in "$@"; do
             for_prepare=yes
             ;;
         --*) for_prepare=no ;;
-        /*) ;;
-        *) # a path relative to where the script was called
-            if [ "$for_prepare" = yes ] && [ -e "$called_from/$word" ]; then
-                word=$called_from/$word
-            fi
-            ;;
     esac
     if [ "$for_prepare" = yes ]; then
+        flag=""
+        [[ $word != --*=* ]] || flag=${word%%=*}=
+        value=${word#"$flag"}
+        # It may be a path relative to where the script was called.
+        [[ $value == /* ]] || [ ! -e "$called_from/$value" ] || word=$flag$called_from/$value
         prepare+=("$word")
     else
         train+=("$word")

@@ -72,14 +72,31 @@ run_dir_of() {
     printf '%s' "${RUNS_DIR:-runs}/$name/${slug:-default}"
 }
 
+# absolute CALLED_FROM PATH: PATH, which may be relative to CALLED_FROM, in one spelling: without . and .. and a slash at
+# its end, where its folder is there. A run that goes on takes another spelling for another place. Empty if PATH is.
+absolute() {
+    local path=$2 folder
+    [ -n "$path" ] || return 0
+    [[ $path == /* ]] || path=$1/$path
+    folder=$(dirname "$path")
+    if [ -d "$path" ]; then
+        (cd "$path" && pwd)
+    elif [ -d "$folder" ]; then
+        folder=$(cd "$folder" && pwd)
+        printf '%s' "${folder%/}/$(basename "$path")"
+    else
+        printf '%s' "$path"
+    fi
+}
+
 # given_run CALLED_FROM WORD...: the run folder that a script's first word names, if it is no flag: it may be a checkpoint
 # in it, and relative to CALLED_FROM.
 given_run() {
     local run=${2:-}
     if [ -n "$run" ] && [[ $run != --* ]]; then
-        run=${run%%/checkpoints/*}
-        [[ $run == /* ]] || run=$1/$run
-        printf '%s' "$run"
+        run=$(absolute "$1" "$run")
+        [ -f "$run/config.yaml" ] || run=${run%/checkpoints/*}
+        absolute "$1" "$run"
     fi
 }
 

@@ -55,6 +55,7 @@ class Child:
                 stderr=log,
                 pass_fds=[lock],
                 start_new_session=True,
+                cwd=ROOT,  # where relative paths start
                 env=environment,
             )
         os.close(lock)

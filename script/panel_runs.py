@@ -80,7 +80,7 @@ def expanded(line: str) -> list[str]:
 def trainer_flags(name: str, flags: Sequence[str]) -> tuple[str, ...]:
     """What the trainer gets when ``script/NAME.sh`` is called with ``flags``. ValueError: the script refuses them."""
     command = ["bash", str(ROOT / "script" / f"{name}.sh"), *flags]
-    done = subprocess.run(command, env={**os.environ, "SHOW_FLAGS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, "SHOW_FLAGS": "1"}, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise ValueError(done.stderr.strip().removeprefix("error: "))
     return tuple(done.stdout.splitlines())

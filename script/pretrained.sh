@@ -14,7 +14,7 @@ source script/common.sh
 
 method=$1
 shift
-folder=$(flag_value start_from "$@")
+folder=$(absolute "$called_from" "$(flag_value start_from "$@")")
 if [ -z "$folder" ]; then
     echo "error: --start_from is missing; give a folder of a BERT or RoBERTa as Hugging Face stores it" >&2
     exit 2
@@ -35,7 +35,6 @@ if [ -z "$run_dir" ]; then
     run_dir=$(run_dir_of "pretrained/$method" --from "$(basename "$folder")" ${words[@]+"${words[@]}"})
     own+=(--run_dir "$run_dir")
 fi
-[[ $folder == /* ]] || folder=$called_from/$folder
 set -- "${own[@]}" "$@" --start_from "$folder"
 show_flags "$@"
 if [ -z "$(flag_value data "$@")" ]; then

@@ -66,14 +66,14 @@ pretrained=$(given_run "$called_from" "$@")
 [ -z "$pretrained" ] || shift
 data=$(flag_value data "$@")
 run_dir=$(flag_value run_dir "$@")
-source=$(flag_value source "$@")
+source=$(absolute "$called_from" "$(flag_value source "$@")")
 setting=$(flag_value setting "$@")
 without_flag source "$@"
 set -- ${words[@]+"${words[@]}"}
 folder=""
 if [ "$model" = pretrained ]; then
-    folder=$(flag_value start_from "$@")
-    text=$(flag_value text "$@")
+    folder=$(absolute "$called_from" "$(flag_value start_from "$@")")
+    text=$(absolute "$called_from" "$(flag_value text "$@")")
     if [ -n "$pretrained" ] && [ -n "$folder$text" ]; then
         echo "error: $pretrained is given to start from, so --start_from and --text have no effect; leave them out" >&2
         exit 2
@@ -88,7 +88,7 @@ if [ "$model" = pretrained ]; then
 fi
 subquestions=""
 if [ "$task" = hotpotqa ]; then
-    subquestions=$(flag_value subquestions "$@")
+    subquestions=$(absolute "$called_from" "$(flag_value subquestions "$@")")
     without_flag subquestions "$@"
     set -- ${words[@]+"${words[@]}"}
 fi
@@ -150,14 +150,10 @@ show_flags --run "$pretrained" "$@"
 bash script/setup.sh
 source .venv/bin/activate
 if [ -z "$data" ]; then
-    [[ -z $source || $source == /* ]] || source=$called_from/$source
-    [[ -z $subquestions || $subquestions == /* ]] || subquestions=$called_from/$subquestions
     python "data/$task/prepare.py" ${source:+--source "$source"} ${subquestions:+--subquestions "$subquestions"}
 fi
 if [ "$train_first" = yes ]; then
     if [ -n "$folder" ]; then
-        [[ $folder == /* ]] || folder=$called_from/$folder
-        [[ -z $text || $text == /* ]] || text=$called_from/$text
         same+=(--start_from "$folder" ${text:+--source "$text"})
         # The run's name has neither the text nor where the encoder is.
         [ ! -d "$pretrained" ] || python script/panel_runs.py "$pretrained" "$folder" "$text"

@@ -21,12 +21,11 @@ shift
 teacher=$(given_run "$called_from" "$@")
 [ -z "$teacher" ] || shift
 data=$(flag_value data "$@")
-source=$(flag_value source "$@")
+source=$(absolute "$called_from" "$(flag_value source "$@")")
 if [ -n "$source" ] && [ -n "$data" ]; then
     echo "error: --data names data that is prepared already, so --source has no effect; give one of them" >&2
     exit 2
 fi
-[[ -z $source || $source == /* ]] || source=$called_from/$source
 without_flag source "$@"
 set -- ${words[@]+"${words[@]}"}
 if [ -z "$(flag_value run_dir "$@")" ]; then

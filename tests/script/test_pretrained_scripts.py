@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import uuid
 from pathlib import Path
@@ -158,3 +159,40 @@ def test_all_has_dense_and_experts_over_kept_ones_on_every_task():
 def test_flags_that_do_not_fit_are_one_line(script, flags, message, quick_bash):
     done = quick_bash(SCRIPTS / script, *flags, "--scale", "smoke")
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_encoder_and_a_run_have_one_spelling(quick_bash, tmp_path):
+    """A run that goes on knows them by their paths; the scripts may be called from anywhere."""
+    (tmp_path / "here/run/checkpoints/step-00000020").mkdir(parents=True)
+    (tmp_path / "encoder").mkdir()
+
+    def shown(script, *flags, folder=tmp_path / "here"):
+        command = f"cd {shlex.quote(str(folder))} && SHOW_FLAGS=1 bash {SCRIPTS / script} {shlex.join(map(str, flags))}"
+        done = quick_bash("-c", command)
+        assert done.returncode == 0, done.stderr
+        words = done.stdout.splitlines()
+        return dict(zip(words[::2], words[1::2], strict=True))
+
+    for encoder in ("../encoder", "../encoder/", f"{tmp_path}/./here/../encoder", tmp_path / "encoder"):
+        for words in (["--start_from", encoder], [f"--start-from={encoder}"]):
+            given = shown("smoe_dropout.sh", *words, "--data", "x")
+            assert given["--start_from"] == str(tmp_path / "encoder")
+            assert Path(given["--run_dir"]).name == "from-encoder_data-x"
+    inside = shown("smoe_dropout.sh", "--start_from", ".", "--data", "x", folder=tmp_path / "encoder")
+    assert (inside["--start_from"], Path(inside["--run_dir"]).name) == (
+        str(tmp_path / "encoder"),
+        "from-encoder_data-x",
+    )
+
+    run = tmp_path / "here/run"
+    for spelled in (
+        "run",
+        "./run/",
+        "../here/run",
+        run,
+        "run/checkpoints/step-00000020",
+        "run/checkpoints/step-00000020/",
+    ):
+        assert shown("sst2/smoe_dropout.sh", spelled)["--run"] == str(run)
+    assert shown("sst2/smoe_dropout.sh", "step-00000020", folder=run / "checkpoints")["--run"] == str(run)
+    assert shown("../table3/smoe.sh", "./run/")["--teacher"] == str(run)

@@ -88,3 +88,12 @@ def test_bad_input_reaches_the_user_as_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: k_max is 99") and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("words", [["--source=books"], ["--source", "books"]])
+def test_a_text_is_looked_for_where_the_script_is_called(words, tmp_path):
+    (tmp_path / "books").mkdir()  # without text: nothing is prepared
+    script = ROOT / "script/table1/bert/smoe.sh"
+    command = ["bash", str(script), "--scale", "smoke", "--run_dir", str(tmp_path / "run"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and f"file in {tmp_path}/books" in done.stderr and done.stderr.count("\n") == 1
