@@ -100,6 +100,31 @@ given_run() {
     fi
 }
 
+# check_run RUN METHOD MODEL: ends the script with one line if the run's config.yaml has another method or model than the
+# script is of: its run folder and its row are named after these. What is no run its trainer tells.
+check_run() {
+    local run=$1 method=$2 model=$3 was
+    [ -f "$run/config.yaml" ] || return 0
+    case "$method" in
+        dense_model) method=dense_dropout ;;
+        growing_k_smoe) method=smoe ;;
+    esac
+    was=$(sed -n 's/^model: *//p' "$run/config.yaml")
+    was=${was:-transformer_xl}
+    case "$model $was" in
+        "$was $was" | "pretrained bert" | "pretrained roberta") ;;
+        *)
+            echo "error: $run has model $was; it must be ${model/pretrained/bert or roberta}" >&2
+            exit 2
+            ;;
+    esac
+    was=$(sed -n 's/^method: *//p' "$run/config.yaml")
+    if [ "$was" != "$method" ]; then
+        echo "error: $run has method $was; it must be $method" >&2
+        exit 2
+    fi
+}
+
 # same_flags NAME...  -- WORD...: sets the array `words` to those flags, with their values, that WORD... has.
 same_flags() {
     local names=() name value

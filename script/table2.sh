@@ -7,8 +7,9 @@
 #   TASK     sst2, csqa, asdiv_a, mawps, svamp or hotpotqa (Table A6)
 #   MODEL    transformer_xl, bert or roberta; pretrained: an encoder that script/pretrained.sh has adapted
 #   METHOD   dense_model, smoe_dropout, smoe or thor; growing_k_smoe with sst2
-#   RUN      the run folder (or one of its checkpoints) to start from; without it, that of METHOD's script in table1/ at
-#            the same scale and seed, or of pretrained/ with --start_from, which is trained first if there is none
+#   RUN      the run folder (or one of its checkpoints) to start from, of METHOD and MODEL; without it, that of METHOD's
+#            script in table1/ at the same scale and seed, or of pretrained/ with --start_from, which is trained first if
+#            there is none
 #   --start_from FOLDER   with MODEL pretrained and no RUN: the encoder, as for script/pretrained.sh
 #   --text FILE|FOLDER    the text that it is adapted to, as --source is to script/pretrained.sh; once it is adapted, no
 #                     other one
@@ -64,6 +65,7 @@ esac
 
 pretrained=$(given_run "$called_from" "$@")
 [ -z "$pretrained" ] || shift
+check_run "$pretrained" "$method" "$model"
 data=$(flag_value data "$@")
 run_dir=$(flag_value run_dir "$@")
 source=$(absolute "$called_from" "$(flag_value source "$@")")

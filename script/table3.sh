@@ -20,6 +20,7 @@ method=$1
 shift
 teacher=$(given_run "$called_from" "$@")
 [ -z "$teacher" ] || shift
+check_run "$teacher" "$method" transformer_xl
 data=$(flag_value data "$@")
 source=$(absolute "$called_from" "$(flag_value source "$@")")
 if [ -n "$source" ] && [ -n "$data" ]; then

@@ -198,6 +198,38 @@ def test_a_run_that_is_not_there_is_one_line(sentences, tmp_path, quick_bash):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nothing" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("script", "recorded", "message"),
+    [
+        ("table2/sst2/smoe", {"method": "thor"}, "method thor; it must be smoe"),
+        ("table2/csqa/bert/dense_model", {"method": "smoe", "model": "bert"}, "method smoe; it must be dense_dropout"),
+        ("table2/svamp/roberta/smoe", {"method": "smoe", "model": "bert"}, "model bert; it must be roberta"),
+        ("table2/sst2/smoe", {"method": "smoe", "model": "bert"}, "model bert; it must be transformer_xl"),
+        ("table2/mawps/bert/smoe", {"method": "smoe"}, "model transformer_xl; it must be bert"),
+        ("pretrained/sst2/smoe_dropout", {"method": "smoe"}, "model transformer_xl; it must be bert or roberta"),
+        ("table3/smoe", {"method": "thor"}, "method thor; it must be smoe"),
+    ],
+)
+def test_a_run_of_another_method_or_model_is_one_line(script, recorded, message, tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"seed": 1, **recorded}))
+    done = bash(ROOT / "script" / f"{script}.sh", tmp_path, "--scale", "smoke")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {tmp_path} has {message}\n"
+
+
+def test_a_run_of_the_scripts_method_and_model_is_taken(tmp_path):
+    for script, recorded in (
+        ("table2/sst2/dense_model.sh", {"method": "dense_dropout"}),
+        ("tablea5/growing_k_smoe.sh", {"method": "smoe"}),
+        ("tablea6/smoe.sh", {"method": "smoe", "model": "bert"}),
+        ("pretrained/csqa/smoe_dropout.sh", {"method": "smoe_dropout", "model": "roberta"}),
+        ("table3/dense_model.sh", {"method": "dense_dropout"}),
+    ):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(recorded))
+        done = bash(ROOT / "script" / script, tmp_path, SHOW_FLAGS="1")
+        assert done.returncode == 0 and str(tmp_path) in done.stdout.splitlines(), done.stderr
+
+
 def test_a_finished_run_is_not_pretrained_again(tmp_path):
     """It may be of a text that its script, called without --source, would not take."""
     first, run = tmp_path / "first.sh", tmp_path / "run"
