@@ -59,6 +59,7 @@ show_flags "${train[@]}"
 
 bash script/setup.sh
 source .venv/bin/activate
+check_flags bert.pretrain "$run_dir" "${train[@]}"
 if [ -z "$data" ]; then
     data=$(python data/bookcorpus/prepare.py --model "${model:-bert}" --scale "${scale:-auto}" ${prepare[@]+"${prepare[@]}"})
     train+=(--data "$data")

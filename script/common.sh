@@ -161,6 +161,19 @@ show_flags() {
     fi
 }
 
+# check_flags MODULE RUN_DIR FLAG...: ends the script with one line if the trainer would not take the flags, and after its
+# --help. To be called before data are prepared and other runs are trained, which may take hours; a run that has begun had
+# good flags.
+check_flags() {
+    local module=$1 run_dir=$2
+    shift 2
+    [ ! -f "$run_dir/config.yaml" ] || return 0
+    python script/panel_runs.py flags "$module" "$@"
+    case " $* " in
+        *" --help "*) exit ;;
+    esac
+}
+
 # train_and_report MODULE RUN_DIR FLAG...: trains on every GPU there is (else on the CPU), goes on where it stopped,
 # prints the table over k, and draws it and the learning curve. With several processes torchrun starts them, and starts
 # them again, from the newest good checkpoint, when one of them dies. What may be set in the environment:

@@ -1,9 +1,12 @@
 """The runs of a table or figure: what its runs.yaml lists, with the flags of the command line. For script/panel.py.
 
-    python script/panel_runs.py RUN ENCODER TEXT     # for script/table2.sh
+The scripts call it too, before they prepare data or train what they start from:
 
-ends with a line and exit code 2 if RUN starts from another encoder than the folder ENCODER, or was trained on other
-text than TEXT; an empty word asks for nothing.
+    python script/panel_runs.py flags TRAINER FLAG ...    # would TRAINER, such as bert.classify, take these flags?
+    python script/panel_runs.py start RUN ENCODER TEXT    # does RUN start from the encoder in that folder, and was it
+                                                          # trained on TEXT? An empty word asks nothing
+
+If not, it ends with a line and exit code 2.
 """
 
 from __future__ import annotations
@@ -18,12 +21,24 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from importlib import import_module
 from pathlib import Path
 
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script of a checkout: `data` is not installed
+
+CONFIGS = {
+    "transformer_xl.train": "LanguageModelConfig",
+    "transformer_xl.classify": "ClassifyConfig",
+    "transformer_xl.distil": "DistilConfig",
+    "bert.pretrain": "PretrainConfig",
+    "bert.classify": "ClassifyConfig",
+    "bert.multiple_choice": "MultipleChoiceConfig",
+    "bert.math_word_problems": "MathConfig",
+    "bert.question_answering": "QuestionAnsweringConfig",
+}
 
 
 @dataclass(frozen=True)
@@ -117,22 +132,27 @@ def config_class(run: Run) -> type:
     """The configuration of the run's trainer."""
     figure, task, *_ = run.name.split("/")
     if figure == "table3":
-        from transformer_xl.distil import DistilConfig as Config
+        trainer = "transformer_xl.distil"
     elif figure == "tablea5" or (figure, task) == ("table2", "sst2"):
-        from transformer_xl.classify import ClassifyConfig as Config
+        trainer = "transformer_xl.classify"
     elif (figure, task) == ("pretrained", "sst2"):
-        from bert.classify import ClassifyConfig as Config
+        trainer = "bert.classify"
     elif figure == "tablea6":
-        from bert.question_answering import QuestionAnsweringConfig as Config
+        trainer = "bert.question_answering"
     elif (figure, task) in (("table1", "bert"), ("table1", "roberta")):
-        from bert.config import PretrainConfig as Config
+        trainer = "bert.pretrain"
     elif figure not in ("table2", "pretrained"):
-        from transformer_xl.config import LanguageModelConfig as Config
+        trainer = "transformer_xl.train"
     elif task == "csqa":
-        from bert.multiple_choice import MultipleChoiceConfig as Config
+        trainer = "bert.multiple_choice"
     else:
-        from bert.math_word_problems import MathConfig as Config
-    return Config
+        trainer = "bert.math_word_problems"
+    return config_of(trainer)
+
+
+def config_of(trainer: str) -> type:
+    """The configuration of a trainer, which is called by its module."""
+    return getattr(import_module(trainer), CONFIGS[trainer])
 
 
 def given_flags(words: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -213,15 +233,30 @@ def other_questions(run: Run, given: Mapping[str, Sequence[str]]) -> str | None:
     return None
 
 
-def main(run: str, encoder: str, text: str) -> int:
+def check_flags(trainer: str, *flags: str) -> None:
+    """Raises ValueError for flags that the trainer would not take, as far as they don't depend on a run to come."""
+    from smoe.train.command import parse_config
+
+    try:
+        parse_config(config_of(trainer), flags, prog=f"python -m {trainer}")
+    except ValueError as error:
+        if "is not a run folder" not in str(error):  # the run to start from, which is trained after this
+            raise
+
+
+def check_start(run: str, encoder: str, text: str) -> None:
+    """Raises ValueError if the run starts from another encoder, or was trained on other text."""
+    other = other_start(Path(run), [encoder] if encoder else [], [text] if text else [], "text")
+    if other is not None:
+        raise ValueError(f"{run} {other}; give that, or move the run away")
+
+
+def main(command: str, *arguments: str) -> int:
     """The command line; returns the exit code."""
     try:
-        other = other_start(Path(run), [encoder] if encoder else [], [text] if text else [], "text")
+        {"flags": check_flags, "start": check_start}[command](*arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    if other is not None:
-        print(f"error: {run} {other}; give that, or move the run away", file=sys.stderr)
         return 2
     return 0
 

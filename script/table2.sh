@@ -151,14 +151,16 @@ show_flags --run "$pretrained" "$@"
 
 bash script/setup.sh
 source .venv/bin/activate
+check_flags "$module" "$run_dir" --run "$pretrained" "$@"
+if [ -n "$folder" ] && [ -d "$pretrained" ]; then # its name has neither the text nor where the encoder is
+    python script/panel_runs.py start "$pretrained" "$folder" "$text"
+fi
 if [ -z "$data" ]; then
     python "data/$task/prepare.py" ${source:+--source "$source"} ${subquestions:+--subquestions "$subquestions"}
 fi
 if [ "$train_first" = yes ]; then
     if [ -n "$folder" ]; then
         same+=(--start_from "$folder" ${text:+--source "$text"})
-        # The run's name has neither the text nor where the encoder is.
-        [ ! -d "$pretrained" ] || python script/panel_runs.py "$pretrained" "$folder" "$text"
     fi
     run_first "$pretrained" "script/$first.sh" ${same[@]+"${same[@]}"}
 fi

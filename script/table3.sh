@@ -44,6 +44,7 @@ show_flags --teacher "$teacher" "$@"
 
 bash script/setup.sh
 source .venv/bin/activate
+check_flags transformer_xl.distil "$run_dir" --teacher "$teacher" "$@"
 [ -n "$data" ] || python data/sst2/prepare.py ${source:+--source "$source"}
 if [ -n "$first" ]; then
     run_first "$teacher" "$first" ${same[@]+"${same[@]}"} ${data:+--data "$data"}

@@ -230,6 +230,18 @@ def test_a_run_of_the_scripts_method_and_model_is_taken(tmp_path):
         assert done.returncode == 0 and str(tmp_path) in done.stdout.splitlines(), done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["table2/csqa/bert/smoe.sh", "table1/roberta/smoe.sh", "table3/smoe.sh"])
+def test_a_mistyped_flag_is_found_before_anything_is_done(script, tmp_path):
+    flags = ["--scale", "smoke", "--source", tmp_path / "missing", "--lerning_rate", "1"]
+    done = bash(ROOT / "script" / script, *flags, RUNS_DIR=str(tmp_path / "runs"))
+    assert done.returncode == 2 and done.stderr.startswith("error: --lerning_rate") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+    if script.startswith("table1"):
+        done = bash(ROOT / "script" / script, *flags[:-2], "--help", RUNS_DIR=str(tmp_path / "runs"))
+        assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("usage: python -m bert.pretrain") == 1
+
+
 def test_a_finished_run_is_not_pretrained_again(tmp_path):
     """It may be of a text that its script, called without --source, would not take."""
     first, run = tmp_path / "first.sh", tmp_path / "run"
