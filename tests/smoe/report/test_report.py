@@ -156,28 +156,6 @@ def test_the_papers_numbers_stand_beside_its_own_scale_only(results):
     assert slimming_table([accuracy]).endswith("k=16: 0.7998")
 
 
-def test_the_papers_numbers_are_those_of_what_was_fine_tuned():
-    def tuned(method, *ks, **fields):
-        values = dict.fromkeys(ks, 0.8)
-        record = classified(valid=values) | {"scale": "paper", "method": method}
-        record["parameters"] = {"total": 7, "active_per_k": {k: int(k) for k in ks if k != "dense"}}
-        return record | fields
-
-    def last(record):
-        return slimming_table([record]).splitlines()[-1].split("  ")[-1].strip()
-
-    whole, half = {"scale": "paper", "seed": 1}, {"scale": "paper", "seed": 1, "num_experts": 16}
-    assert last(tuned("smoe_dropout", "8", "16", pretrained=whole)) == "k=16: 0.8241"
-    assert last(tuned("smoe_dropout", "4", "8", pretrained=half)) == "k=8: 0.8160"
-    assert last(tuned("smoe_dropout", "2", "4", pretrained=half)) == "0.8000"  # the paper has no such row
-    assert last(tuned("dense_dropout", "dense", pretrained=whole)) == "0.8194"
-    student = {"task": "distillation", "teacher": {"method": "smoe_dropout"}}
-    assert last(tuned("dense_dropout", "dense", **student)) == "0.8201"
-    assert last(tuned("dense_dropout", "dense", pretrained=whole | {"start_from": "MiniLM"})) == "0.8000"
-    scaled = tuned("smoe_dropout", "16", pretrained=whole)
-    assert last(scaled | {"config": {"output_scale": "num_experts"}}) == "0.8000"
-
-
 def test_models_and_scales_are_never_mixed(results):
     text = slimming_table([*results, result("thor", 5, 4, 3, 2, 1, scale="smoke"), result("thor", 9.0, model="bert")])
     assert text.count("Test BPC") == 3

@@ -6,11 +6,12 @@ import json
 from statistics import fmean, stdev
 
 import pytest
+from made_up import fine_tuned
 from made_up_transfer import ALL, COLUMNS, KINDS, PAPER, TASK, report_of, rows_of, run, table2, write
 
 from bert.question_answering import compositionality
 from smoe.paper import paper_results
-from smoe.report import main
+from smoe.report import main, slimming_table
 from smoe.report.collect import collect
 from smoe.report.plots import plots_of
 from smoe.report.runs import contexts_of
@@ -118,6 +119,21 @@ def test_values_of_a_comparison_are_of_the_folds_that_both_have(tmp_path):
     right = [[x for r in records[part] for x in next(iter(r["said"].values()))] for part in (slice(5, 7), slice(0, 2))]
     assert check.at == pytest.approx([fmean(side) for side in right])
     assert check.difference.mean == pytest.approx(check.at[0] - check.at[1])
+
+
+def test_the_papers_numbers_are_those_of_what_was_fine_tuned():
+    def last(method, *ks, start_from=None, **fields):
+        record = fine_tuned(method, right={k: [True, True, True, True, False] for k in ks}, scale="paper", **fields)
+        record["pretrained"] |= {"start_from": start_from}
+        return slimming_table([record]).splitlines()[-1].split("  ")[-1].strip()
+
+    assert last("smoe_dropout", "8", "16") == "k=16: 0.8241"
+    assert last("smoe_dropout", "4", "8", keep=8) == "k=8: 0.8160"
+    assert last("smoe_dropout", "2", "4", keep=4) == "0.8000"  # the paper has no such row
+    assert last("dense_dropout", "dense") == "0.8194"
+    assert last("dense_dropout", "dense", teacher="smoe_dropout") == "0.8201"
+    assert last("dense_dropout", "dense", start_from="MiniLM") == "0.8000"
+    assert last("smoe_dropout", "16", output_scale="num_experts") == "0.8000"
 
 
 def test_table_2_as_text_has_means_over_seeds_and_says_which_folds_there_are(tmp_path, capsys):
