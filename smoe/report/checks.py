@@ -30,7 +30,7 @@ class Status(IntEnum):
 class Check:
     """One comparison: ``better`` is said to be better than ``worse``; ``difference`` is positive where it is.
 
-    at: the means of the two, over the seeds that both have.
+    at: the means of the two, over the seeds that both have. note: what the status does not say.
     """
 
     better: str
@@ -38,6 +38,7 @@ class Check:
     status: Status
     at: tuple[float, float] | None = None
     difference: Difference | None = None
+    note: str = ""
 
 
 @dataclass
@@ -78,11 +79,12 @@ def status_words(status: Status) -> str:
 
 def check_words(check: Check) -> str:
     """The status of one check as text."""
+    words = status_words(check.status)
     if check.status is Status.FEW_SEEDS and check.difference is not None:
         mean = check.difference.mean
         seen = "as claimed" if mean > 0 else "against the claim" if mean < 0 else "a tie"
-        return f"{_seeds(len(check.difference.seeds))}, no interval: {seen}"
-    return status_words(check.status)
+        words = f"{_seeds(len(check.difference.seeds))}, no interval: {seen}"
+    return f"{words} ({check.note})" if check.note else words
 
 
 def compare(

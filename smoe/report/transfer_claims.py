@@ -12,6 +12,7 @@ from smoe.report.checks import Check, Finding, Status, compare, status_of, statu
 from smoe.report.transfer import DISTILLATION, QUESTIONS, ROWS, Column, Kind, Tuned, difference, paired_scores
 
 OURS, HALF, DENSE = ROWS[4], ROWS[3], ROWS[0]
+BELOW = "neither beats its floor"  # so that it says nothing of the methods
 FIGURE4 = (1, 2, 4, 8, 12, 16)  # the kept experts that script/figure4 runs
 
 
@@ -165,6 +166,8 @@ def summary(findings: Sequence[Finding]) -> str:
         counts = {status: sum(check.status is status for check in finding.checks) for status in reversed(Status)}
         told = ", ".join(f"{status_words(status)} in {count}" for status, count in counts.items() if count)
         told = told.replace("few seeds", "no interval") + (f" of {len(finding.checks)} comparisons" if run else "")
+        if idle := sum(check.note == BELOW for check in run):
+            told += f", {BELOW} in {idle}"
         status = min((check.status for check in run), default=Status.NOT_RUN)
         verdict = _AS_FAR_AS_RUN if status is Status.HELD and len(run) < len(finding.checks) else _VERDICTS[status]
         parts.setdefault(verdict, []).append(f"{finding.statement}{where}{': ' + told if run else ''})")
@@ -238,4 +241,5 @@ def _check(column: Column, better: str, a: Tuned | None, worse: str, b: Tuned | 
         return Check(*names, Status.NOT_RUN)
     ours, theirs = zip(*paired_scores(a, b), strict=True)  # on the folds that both have, as the difference is
     means = tuple(fmean(score.share for score in side) for side in (ours, theirs))
-    return Check(*names, status_of(found), (means[0], means[1]), found)
+    idle = all(score.floors and score.share <= max(score.floors.values()) for score in (*ours, *theirs))
+    return Check(*names, status_of(found), (means[0], means[1]), found, BELOW if idle else "")

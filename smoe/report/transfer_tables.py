@@ -314,4 +314,4 @@ def _text_cell(printed: float | None, tuned: Tuned | None) -> str:
 
 
 def _wrapped(text: str, width: int = 120) -> str:
-    return "\n".join(textwrap.wrap(text, width))
+    return "\n".join(textwrap.wrap(text, width, break_on_hyphens=False))

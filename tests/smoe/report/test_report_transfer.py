@@ -12,6 +12,7 @@ from made_up_transfer import ALL, COLUMNS, KINDS, PAPER, TASK, report_of, rows_o
 from bert.question_answering import compositionality
 from smoe.paper import paper_results
 from smoe.report import main, slimming_table
+from smoe.report.checks import check_words
 from smoe.report.collect import collect
 from smoe.report.plots import plots_of
 from smoe.report.runs import contexts_of
@@ -285,6 +286,16 @@ def test_claims_that_do_not_hold_or_drown(share, status, tmp_path):
     assert found["transfer_dense"].checks[0].status.name.lower().replace("_", " ") == status
     verdict = "Not held" if status == "not held" else "Within noise"
     assert f"{verdict}, in some comparison at least: Fine-tuned, SMoE-Dropout at k = N is better than dense" in text
+
+
+def test_a_comparison_of_models_that_have_learned_nothing_says_so(tmp_path):
+    records = [run(method, 0.0, 150, **PAPER) for method in ("dense_dropout", "smoe", "smoe_dropout")]
+    found, text = findings(tmp_path / "nothing", records)
+    assert check_words(found["transfer_dense"].checks[0]) == "no difference (neither beats its floor)"
+    assert "not run in 7 of 8 comparisons, neither beats its floor in 1)" in text
+    records[2] = run("smoe_dropout", 0.9, 150, **PAPER)
+    found, text = findings(tmp_path / "one", records)
+    assert check_words(found["transfer_dense"].checks[0]) == "held" and "floor" not in text
 
 
 def test_without_predictions_and_seeds_nothing_is_said_to_hold(tmp_path):
