@@ -64,7 +64,7 @@ def test_a_teacher_is_distilled_stopped_and_measured_without_it(teacher, distil,
     assert (record["task"], record["method"], record["metric"]) == ("distillation", "dense_dropout", "accuracy")
     assert record["teacher"] == {
         "method": "smoe_dropout", "d_hidden": 128, "scale": "smoke", "seed": 1, "step": 80,
-        "k_schedule": [16, 16, "constant"],
+        "k_schedule": [16, 16, "constant"], "num_experts": 16, "score": "softmax_after_topk", "output_scale": 1,
     }  # fmt: skip
     assert record["config"]["d_hidden"] == 128 // 16 and "teacher" not in record["config"]
     assert str(tmp_path) not in json.dumps(record)
