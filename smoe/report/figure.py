@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from smoe.report.groups import Block, Group, blocks_of, plain, variant_of
+from smoe.report.groups import Block, Group, blocks_of, plain
 from smoe.report.records import Record
 from smoe.report.style import FAINT, INK, clean_axes, cut_off, new_figure, save, styles_of
 
@@ -34,7 +34,8 @@ def _draw_panel(axes: Any, block: Block) -> None:
     clean_axes(axes)
 
     ends = []
-    styles = styles_of((group.method, _variant(group)) for group in block.groups)
+    # A run with a label of its own is an ablation: it must look different from the method it varies.
+    styles = styles_of((group.method, group.variant) for group in block.groups)
     levels = [group for group in block.groups if len(group.keys) == 1]
     for group, (color, marker, dashes) in zip(block.groups, styles, strict=True):
         if group in levels:  # levels at one height take turns, so that each of them is seen
@@ -43,14 +44,6 @@ def _draw_panel(axes: Any, block: Block) -> None:
     cut_off(axes, [[fmean(group.values(key)) for key in group.keys] for group in block.groups], block.direction)
     _mark_experts(axes, block.groups)
     _label_ends(axes, ends)
-
-
-def _variant(group: Group) -> str:
-    """A run with a label of its own is an ablation: it must look different from the method it varies."""
-    settings = group.settings
-    if group.records[0].get("pretrained"):  # how k moves in a fine-tuning is no matter of the method
-        settings = {name: value for name, value in settings.items() if name != "schedule"}
-    return variant_of(group.method, settings) or group.own_label or ""
 
 
 def _draw_group(axes: Any, group: Group, color: str, marker: str, dashes: Any) -> tuple[float, float]:

@@ -48,6 +48,14 @@ class Group:
         return self.own_label or (METHODS[self.method].title if self.method in METHODS else self.method)
 
     @property
+    def variant(self) -> str:
+        """In which options it departs from its method as released, or that it has a label of its own; mostly none."""
+        settings = self.settings
+        if self.records[0].get("pretrained"):  # how k moves in a fine-tuning is no matter of the method
+            settings = {name: value for name, value in settings.items() if name != "schedule"}
+        return variant_of(self.method, settings) or self.own_label or ""
+
+    @property
     def seeds(self) -> list[int]:
         """The seeds of its runs, as far as they say."""
         return [record["seed"] for record in self.records if record.get("seed") is not None]
@@ -231,8 +239,8 @@ def teacher_of(record: Record) -> str:
     teacher = record.get("teacher")
     if not isinstance(teacher, Mapping):
         return ""
-    usual = {"score": "softmax_after_topk", "output_scale": 1}
-    said = [f"{name} {_text(teacher[name])}" for name in usual if teacher.get(name) not in (None, usual[name])]
+    given = {name: _text(teacher[name]) for name in AS_RELEASED if teacher.get(name) is not None}
+    said = [f"{name} {value}" for name, value in given.items() if value != AS_RELEASED[name]]
     return ", ".join([str(teacher.get("method", "")), *said])
 
 

@@ -10,8 +10,6 @@ from smoe.report.groups import Block, Group, blocks_of, teacher_of
 from smoe.report.markdown import mean_and_deviation
 from smoe.report.records import Record
 
-_AS_RELEASED = {"output_scale": "1", "score": "softmax_after_topk", "layers": "all"}
-
 
 def slimming_table(records: Sequence[Record]) -> str:
     """The deciding metric of every group of runs (rows) at every number k of activated experts (columns).
@@ -29,11 +27,10 @@ def paper_values(block: Block, group: Group) -> dict[str, float]:
     It has no variants of a method and no encoders of somebody else's. Of a fine-tuning with half of the experts that it
     was pretrained with it prints one number, of one with all of them another.
     """
-    record, settings, results = group.records[0], group.settings, paper_results()
+    record, results = group.records[0], paper_results()
     pretrained = record.get("pretrained")
     pretrained = pretrained if isinstance(pretrained, Mapping) else {}
-    usual = all(settings.get(name, value) == value for name, value in _AS_RELEASED.items())
-    if block.scale != "paper" or group.own_label or not usual or "router" in settings or pretrained.get("start_from"):
+    if block.scale != "paper" or group.variant or pretrained.get("start_from"):
         return {}
     if teacher := teacher_of(record):
         printed = results["table3"].get(block.dataset, {}).get(teacher)

@@ -11,7 +11,7 @@ from typing import Any
 from smoe.methods import METHODS
 from smoe.paper import SIZES, paper_results
 from smoe.report.checks import DEFAULT_MARGIN, MARGINS
-from smoe.report.groups import plain, teacher_of
+from smoe.report.groups import AS_RELEASED, plain, teacher_of
 from smoe.report.predictions import compare_right
 from smoe.report.records import dataset_name, examples_of, split_of, value_at, values_of
 from smoe.report.runs import Run
@@ -56,11 +56,11 @@ class Kind:
     @property
     def as_released(self) -> bool:
         """Whether its layers weigh and scale experts as the release does, and so as the paper's numbers."""
-        return all(option in _UNSAID for option in self.options if option[0] in ("score", "output_scale"))
+        return all(option in _UNSAID for option in self.options if option[0] in AS_RELEASED)
 
 
-_ALWAYS_SAID = ("score", "output_scale", "vote_score", "vote_batches")
-_UNSAID = {("score", "softmax_after_topk"), ("output_scale", "1")}
+_ALWAYS_SAID = (*AS_RELEASED, "vote_score", "vote_batches")
+_UNSAID = set(AS_RELEASED.items())
 _USUAL_VOTE = {("vote_score", "count"), ("vote_batches", "64")}  # what null stands for
 
 
