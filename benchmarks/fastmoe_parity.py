@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -168,7 +169,9 @@ def _rank(rank: int, processes: int, device: str, store: str, queue: Any) -> Non
     torch.distributed.init_process_group(backend, f"file://{store}", rank=rank, world_size=processes)
     queue.put(_run(ParallelGroups.create(processes), device))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    queue.close()
+    queue.join_thread()  # what was put there is on its way
+    os._exit(0)  # destroying the group can hang: see smoe.errors
 
 
 def _run(groups: ParallelGroups, device: str) -> list[dict[str, float]]:

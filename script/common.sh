@@ -101,7 +101,8 @@ given_run() {
 }
 
 # check_run RUN METHOD MODEL: ends the script with one line if the run's config.yaml has another method or model than the
-# script is of: its run folder and its row are named after these. What is no run its trainer tells.
+# script is of, or no pretrained encoder where MODEL is `pretrained`: its run folder and its row are named after these.
+# What is no run its trainer tells.
 check_run() {
     local run=$1 method=$2 model=$3 was
     [ -f "$run/config.yaml" ] || return 0
@@ -121,6 +122,11 @@ check_run() {
     was=$(sed -n 's/^method: *//p' "$run/config.yaml")
     if [ "$was" != "$method" ]; then
         echo "error: $run has method $was; it must be $method" >&2
+        exit 2
+    fi
+    was=$(sed -n 's/^start_from: *//p' "$run/config.yaml")
+    if [ "$model" = pretrained ] && [ "${was:-null}" = null ]; then
+        echo "error: $run was not adapted from a pretrained encoder; it must be of script/pretrained/$2.sh" >&2
         exit 2
     fi
 }

@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from panel_runs import ROOT, Run, chosen_runs, config_class, given_flags, other_source
+from panel_runs import PLACES, ROOT, Run, chosen_runs, config_class, from_here, given_flags, other_source
 
 BAD_INPUT, STOPPED = 2, 75
 _POLL = 0.2  # seconds
@@ -193,11 +193,12 @@ def changed_since(run: Run) -> str | None:
 
 def collect(run: Run, results: Path) -> None:
     """Copies the run's record to RESULTS/figure5/cpu/8layers_smoe_dropout-seed1.json, and its predictions, if it has
-    some, to 8layers_smoe_dropout-seed1.predictions.jsonl.gz beside it, each in one piece."""
+    some, to 8layers_smoe_dropout-seed1.predictions.jsonl.gz beside it (HotpotQA has two more files), each in one piece.
+    """
     record = json.loads(run.result.read_text(encoding="utf-8"))
     figure, *folders, name = run.name.split("/")
     # In the name already; and where the data are on this machine: what they are is in the record.
-    left_out = ("scale", "seed", "source", "subquestions", "text")
+    left_out = ("scale", "seed", *(place for place in PLACES if place != "start_from"))
     words = [name]
     for flag, values in given_flags(run.flags):
         values = [os.path.basename(value.rstrip("/")) for value in values] if flag == "start_from" else values
@@ -205,10 +206,9 @@ def collect(run: Run, results: Path) -> None:
     name = "_".join(words)
     target = results.joinpath(figure, record["scale"], *folders, f"{name}-seed{record['seed']}.json")
     target.parent.mkdir(parents=True, exist_ok=True)
-    predictions = run.folder / "predictions.jsonl"
-    if predictions.exists():  # first, so that no record is without
+    for predictions in run.folder.glob("predictions*.jsonl"):  # first, so that no record is without
         packed = gzip.compress(predictions.read_bytes(), mtime=0)  # the same predictions give the same bytes
-        _write(target.with_suffix(".predictions.jsonl.gz"), packed)
+        _write(target.with_suffix(f".{predictions.name}.gz"), packed)
     _write(target, run.result.read_bytes())
 
 
@@ -273,8 +273,7 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         usage="bash script/FIGURE/all.sh [flags]",
-        description="Runs all trainings of a table or figure. Other flags go to the trainer of every run; a "
-        "relative path in them starts at the root of the repository.",
+        description="Runs all trainings of a table or figure. Other flags go to the trainer of every run.",
         allow_abbrev=False,
     )
     parser.add_argument("figure", help=argparse.SUPPRESS)
@@ -285,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side; if several, with one core each")
     parser.add_argument("--dry_run", action="store_true", help="say what would run, and how long such runs took")
     collected = "copy the records of finished runs there (default: results)"
-    parser.add_argument("--collect", nargs="?", const="results", metavar="DIR", help=collected)
+    parser.add_argument("--collect", nargs="?", const=ROOT / "results", metavar="DIR", help=collected)
     options, more = parser.parse_known_args(arguments)
     try:
         if options.jobs < 1:
@@ -293,13 +292,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for flag in ("--seed", "--run_dir", "--resume"):
             if any(word.split("=")[0] in (flag, flag.replace("_", "-")) for word in more):
                 raise ValueError(f"{flag} is of a single run; {'give --seeds' if flag == '--seed' else 'leave it out'}")
-        runs = chosen_runs(options, more)
+        here = Path(os.environ.get("CALLED_FROM", os.getcwd()))  # panel.sh has changed the folder
+        runs = chosen_runs(options, from_here(more, here))
     except ValueError as error:
         parser.error(str(error))
     if options.dry_run:
         dry_run(runs, options.jobs)
         return 0
-    return Panel(runs, options.jobs, None if options.collect is None else ROOT / options.collect).work()
+    return Panel(runs, options.jobs, None if options.collect is None else here / options.collect).work()
 
 
 if __name__ == "__main__":

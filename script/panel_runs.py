@@ -12,6 +12,7 @@ If not, it ends with a line and exit code 2.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+PLACES = ("source", "subquestions", "start_from", "text")  # flags that name a file or folder of the user's
 sys.path.insert(0, str(ROOT))  # a script of a checkout: `data` is not installed
 
 CONFIGS = {
@@ -167,6 +169,19 @@ def given_flags(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     return flags
 
 
+def from_here(words: Sequence[str], here: Path) -> list[str]:
+    """``words`` with the paths in them, which the scripts take from where they are called, from ``here``."""
+    flag, found = "", []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            flag = name[2:].replace("-", "_")
+            found.append(f"{name}={here / value}" if equals and flag in PLACES else word)
+        else:
+            found.append(str(here / word) if flag in PLACES else word)
+    return found
+
+
 def other_source(run: Run) -> str | None:
     """What a finished run was trained on, in words, where its flags say something else than that; else None.
 
@@ -236,12 +251,10 @@ def other_questions(run: Run, given: Mapping[str, Sequence[str]]) -> str | None:
 def check_flags(trainer: str, *flags: str) -> None:
     """Raises ValueError for flags that the trainer would not take, as far as they don't depend on a run to come."""
     from smoe.train.command import parse_config
+    from smoe.train.resume import NoRunError
 
-    try:
+    with contextlib.suppress(NoRunError):  # the run to start from, which is trained after this
         parse_config(config_of(trainer), flags, prog=f"python -m {trainer}")
-    except ValueError as error:
-        if "is not a run folder" not in str(error):  # the run to start from, which is trained after this
-            raise
 
 
 def check_start(run: str, encoder: str, text: str) -> None:

@@ -31,11 +31,15 @@ MAY_CHANGE = ("data", "scale", "save_interval", "log_interval", "progress", "res
 MAY_CHANGE += ("engine", "expert_parallel", "fsdp", "process_timeout", "skip_nonfinite")
 
 
+class NoRunError(ValueError):
+    """A path that is to be a run folder is none."""
+
+
 def read_config(run: str | Path) -> dict[str, Any]:
-    """The recorded configuration of a run as plain data. ValueError when there is no run here, or it is damaged."""
+    """The recorded configuration of a run as plain data. NoRunError: there is none; ValueError: it is damaged."""
     path = Path(run) / "config.yaml"
     if not path.is_file():
-        raise ValueError(f"run: {run} is not a run folder (no config.yaml in it)")
+        raise NoRunError(f"run: {run} is not a run folder (no config.yaml in it)")
     return load_yaml(path)
 
 

@@ -55,11 +55,11 @@ def checkout(tmp_path):
     return tmp_path
 
 
-def start(checkout, *flags, steps=4):
-    """`steps`: tenths of a second that each run takes."""
+def start(checkout, *flags, steps=4, **variables):
+    """`steps`: tenths of a second that each run takes; `variables`: of the environment."""
     command = [sys.executable, checkout / "script/panel.py", "figure", *flags]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    environment["STEPS"] = str(steps)
+    environment |= {"STEPS": str(steps)} | {name: str(value) for name, value in variables.items()}
     pipe = subprocess.PIPE
     return subprocess.Popen([*map(str, command)], stdout=pipe, stderr=pipe, text=True, env=environment)
 
@@ -234,18 +234,32 @@ def test_dry_run_says_what_is_left_and_how_long_the_last_one_took(checkout):
 def test_records_are_collected_only_when_asked_for(checkout):
     assert call(checkout, "--scale", "smoke", "--seeds", 1)[0] == 0
     assert not (checkout / "results").exists()
-    said = '{"id": "0", "16": ["1", 1]}\n'
-    (next((checkout / "runs/figure/two").glob("*/result.json")).parent / "predictions.jsonl").write_text(said)
+    said, folder = '{"id": "0", "16": ["1", 1]}\n', next((checkout / "runs/figure/two").glob("*/result.json")).parent
+    for name in ("predictions.jsonl", "predictions_multi_hop.jsonl"):
+        (folder / name).write_text(said)
     assert call(checkout, "--scale", "smoke", "--seeds", 1, "--collect")[0] == 0
     files = sorted(path.name for path in (checkout / "results/figure/smoke").iterdir())
     assert files == ["four_flag_x-y-seed1.json", "one-seed1.json", "three-seed1.json", "two-seed1.json",
-                     "two-seed1.predictions.jsonl.gz"]  # fmt: skip
-    assert gzip.decompress((checkout / "results/figure/smoke" / files[-1]).read_bytes()).decode() == said
+                     "two-seed1.predictions.jsonl.gz", "two-seed1.predictions_multi_hop.jsonl.gz"]  # fmt: skip
+    for name in files[-2:]:
+        assert gzip.decompress((checkout / "results/figure/smoke" / name).read_bytes()).decode() == said
     record = checkout / "results/figure/smoke/one-seed1.json"
     assert record.read_text() == next((checkout / "runs/figure/one").glob("*/result.json")).read_text()
     # Where the data are on this machine is in no name.
     assert call(checkout, "--scale", "smoke", "--seeds", 1, "--collect", "--source", "/some/where", "else")[0] == 0
     assert sorted(path.name for path in (checkout / "results/figure/smoke").iterdir()) == files
+
+
+def test_paths_start_where_all_sh_is_called(checkout):
+    here = checkout / "else where"
+    here.mkdir()
+    flags = ["--only", "one", "--source", "a", "../b", "--start-from=c", "--flag", "a", "--text", "/d"]
+    flags += ["--collect", "kept"]
+    process = start(checkout, *flags, CALLED_FROM=here)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    places = f"--source '{here}/a' '{here}/../b' '--start-from={here}/c' --flag a --text /d"
+    assert f"finished: figure/one {places}, in " in out and len([*(here / "kept").rglob("*.json")]) == 1
 
 
 # ---- for real -------------------------------------------------------------------------------------------------------

@@ -211,10 +211,22 @@ def test_a_run_that_is_not_there_is_one_line(sentences, tmp_path, quick_bash):
     ],
 )
 def test_a_run_of_another_method_or_model_is_one_line(script, recorded, message, tmp_path):
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"seed": 1, **recorded}))
-    done = bash(ROOT / "script" / f"{script}.sh", tmp_path, "--scale", "smoke")
+    assert refused(script, recorded, tmp_path) == f"error: {tmp_path} has {message}\n"
+
+
+def refused(script, recorded, run):
+    """What a script says of the run to start from, which it can't take."""
+    (run / "config.yaml").write_text(yaml.safe_dump({"seed": 1, **recorded}))
+    done = bash(ROOT / "script" / f"{script}.sh", run, "--scale", "smoke")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {tmp_path} has {message}\n"
+    return done.stderr
+
+
+@pytest.mark.parametrize("start_from", [{}, {"start_from": None}])
+def test_a_run_without_a_pretrained_encoder_is_one_line(start_from, tmp_path):
+    said = refused("pretrained/csqa/smoe_dropout", {"method": "smoe_dropout", "model": "bert", **start_from}, tmp_path)
+    what = "was not adapted from a pretrained encoder; it must be of script/pretrained/smoe_dropout.sh"
+    assert said == f"error: {tmp_path} {what}\n"
 
 
 def test_a_run_of_the_scripts_method_and_model_is_taken(tmp_path):
@@ -222,7 +234,10 @@ def test_a_run_of_the_scripts_method_and_model_is_taken(tmp_path):
         ("table2/sst2/dense_model.sh", {"method": "dense_dropout"}),
         ("tablea5/growing_k_smoe.sh", {"method": "smoe"}),
         ("tablea6/smoe.sh", {"method": "smoe", "model": "bert"}),
-        ("pretrained/csqa/smoe_dropout.sh", {"method": "smoe_dropout", "model": "roberta"}),
+        (
+            "pretrained/csqa/smoe_dropout.sh",
+            {"method": "smoe_dropout", "model": "roberta", "start_from": "encoders/a b"},
+        ),
         ("table3/dense_model.sh", {"method": "dense_dropout"}),
     ):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(recorded))
