@@ -1,6 +1,6 @@
-"""Seconds per training step of every method of Table 1, at a scale of the trainers, FLOPs beside them.
+"""Seconds per training step of every method of Table 1, at scales of the trainers, FLOPs beside them.
 
-    python -m benchmarks.methods [--model transformer_xl] [--scale cpu] [--json results/step_times.json]
+    python -m benchmarks.methods [--model transformer_xl] [--scale cpu hour] [--json results/step_times.json]
 
 A step is the method's loss (two passes for THOR), backward, gradient clipping and the optimizer step, on random tokens,
 new ones at every step, with the sizes, batch and precision of the scale. All methods take turns within one process, so
@@ -11,6 +11,7 @@ counts for training is the mean over the schedule: its ends weigh a quarter each
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,25 +98,26 @@ def rows_of(model: str, scale: str, found: list[Contender], seconds: dict[str, l
 def main() -> None:
     parser = timing_parser(__doc__)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["transformer_xl"])
-    parser.add_argument("--scale", default="cpu", help="of the trainers' configurations: paper, cpu, smoke, ...")
+    scales = "of the trainers' configurations: paper, hour, cpu or smoke"
+    parser.add_argument("--scale", nargs="+", default=["cpu"], help=scales)
     options, clock = parse(parser)
     rows = []
-    print(f"{'model':<16}{'method':<24}{'k':>8}{'median ms':>11}{'GFLOPs':>9}")
-    for model in options.model:
+    print(f"{'model':<16}{'scale':<7}{'method':<24}{'k':>8}{'median ms':>11}{'GFLOPs':>9}")
+    for model, scale in itertools.product(options.model, options.scale):
         found: list[Contender] = []
         for method in METHODS:
             try:
-                config, own = contenders(model, options.scale, method, options.device)
+                config, own = contenders(model, scale, method, options.device)
             except ValueError as error:
                 parser.exit(2, f"error: {error}\n")
             found += own
         steps = {_name(contender): contender.run for contender in found}
-        here = rows_of(model, options.scale, found, measure(steps, options.repeats, clock, options.device))
+        here = rows_of(model, scale, found, measure(steps, options.repeats, clock, options.device))
         rows += [{**row, "precision": config.precision} for row in here]
         for row in here:
             k = "-" if row["k"] is None else row["k"]
             costs = f"{row['seconds_per_step'] * 1e3:>11.1f}{row['flops_per_step'] / 1e9:>9.2f}"
-            print(f"{model:<16}{row['method']:<24}{k:>8}{costs}", flush=True)
+            print(f"{model:<16}{scale:<7}{row['method']:<24}{k:>8}{costs}", flush=True)
         what = "a training step of each method, all taking turns in one process; medians in seconds"
         write_record(options, what, records=rows)
 

@@ -169,9 +169,14 @@ def summary(findings: Sequence[Finding]) -> str:
         if idle := sum(check.note == BELOW for check in run):
             told += f", {BELOW} in {idle}"
         status = min((check.status for check in run), default=Status.NOT_RUN)
-        verdict = _AS_FAR_AS_RUN if status is Status.HELD and len(run) < len(finding.checks) else _VERDICTS[status]
+        if run and idle == len(run):
+            verdict = _SAYS_NOTHING
+        elif status is Status.HELD and len(run) < len(finding.checks):
+            verdict = _AS_FAR_AS_RUN
+        else:
+            verdict = _VERDICTS[status]
         parts.setdefault(verdict, []).append(f"{finding.statement}{where}{': ' + told if run else ''})")
-    order = dict.fromkeys([_VERDICTS[Status.HELD], _AS_FAR_AS_RUN, *_VERDICTS.values()])
+    order = dict.fromkeys([_VERDICTS[Status.HELD], _AS_FAR_AS_RUN, *_VERDICTS.values(), _SAYS_NOTHING])
     found = [f"{verdict}: {'; '.join(parts[verdict])}." for verdict in order if verdict in parts]
     return "Of what the paper says of transfer: " + " ".join(found)
 
@@ -185,6 +190,7 @@ _VERDICTS = {
     Status.NOT_RUN: "Not run",
 }
 _AS_FAR_AS_RUN = "Held, as far as it was run"
+_SAYS_NOTHING = "Nothing can be said yet, as all runs are at or below their floor"
 
 
 def kept_of(column: Column, method: str, *, growing: bool = False) -> dict[int, Tuned]:
