@@ -53,7 +53,8 @@ def read_step_times(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]
     """The rows of ``step_times.json`` in a folder, none if there is no such file; and what is wrong with it, by line.
 
     A row has ``model``, ``scale``, ``method``, ``k`` (a number, text for a whole schedule, or null), ``as_trained``
-    (whether the method is trained at this k), ``seconds_per_step`` and ``flops_per_step``.
+    (whether the method is trained at this k), ``seconds_per_step`` and ``flops_per_step``; and, where they are known,
+    ``processor``, ``threads`` and ``precision``.
     """
     return _read_rows(folder, STEP_TIMES, ("model", "scale", "method"), ("seconds_per_step", "flops_per_step"))
 
@@ -86,7 +87,8 @@ def _read_rows(
         return [], [f"{name}: {error.args[0]} is missing"]
     except (OSError, ValueError, TypeError) as error:
         return [], [f"{name}: {error}"]
-    return list(rows), []
+    machine = {field: content[field] for field in ("processor", "threads") if field in content}
+    return [machine | row for row in rows], []
 
 
 def measured_seconds(rows: list[dict[str, Any]], model: str, scale: str, method: str) -> float | None:

@@ -56,7 +56,7 @@ _TABLE1 = """## Table 1
 Means over the seeds and their standard deviation. SMoE and THOR at k = N are those of the checkpoint that was chosen at
 k = N; *to dense* is the mean difference to dense training with dropout over the seeds that both have. FLOPs are those
 at the row's k: of a forward pass over an evaluation batch as the paper counts (linear layers), of a training step all.
-Seconds are those of the runs' own clocks, on whatever machine they ran, beside whatever else ran there; only
+Seconds are the medians of the runs' own clocks, on whatever machine they ran, beside whatever else ran there; only
 *interleaved* seconds, measured by `python -m benchmarks.methods` in one process, compare speed. *Without a model*: the
 bits that counting in train reaches on the same masked tokens, by how frequent a token is (`unigram`) and how often it
 stands between its two neighbours (`two_sided_bigram`); `_shown`: also by what is shown in the token's place."""
@@ -275,4 +275,6 @@ def _step_times(rows: list[dict]) -> list[str]:
         + [number(row["seconds_per_step"]), number(row["flops_per_step"] / 1e9, 2)]
         for row in rows
     ]
-    return [head, table(["method", "model", "scale", "k", "median seconds", "GFLOPs"], cells)]
+    known = [[row.get(name, "unknown") for name in ("processor", "threads", "precision")] for row in rows]
+    where = "; ".join(dict.fromkeys(f"{md(on)}, threads: {md(threads)}, {md(how)}" for on, threads, how in known))
+    return [head, f"On {where}.", table(["method", "model", "scale", "k", "median seconds", "GFLOPs"], cells)]

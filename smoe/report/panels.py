@@ -122,7 +122,8 @@ def figure4(context: Context) -> Panel:
         style = points[0].first.method
         if len(points) == 1:
             keys = sorted(values_of(points[0].first.record), key=int)
-            panel.lines.append(Line(label, style, [Point(int(key), points[0], key, swept=True) for key in keys]))
+            swept = [Point(int(key), points[0], key, swept=True) for key in keys]
+            panel.lines.append(Line(f"{label}, activated experts", style, swept))
             continue
         kept = [Point(c.first.num_experts, c, c.first.full) for c in points]
         panel.lines.append(Line(f"{label}, kept experts", style, kept))

@@ -38,7 +38,7 @@ def improves_with_kept(columns: Sequence[Column]) -> list[Check]:
         if len(kept) > 1:
             ks = [k for k in FIGURE4 if k <= max(kept)]
             steps = zip(ks[:-1], ks[1:], strict=True)
-            checks += [_check(column, f"k = {b}", kept.get(b), f"k = {a}", kept.get(a)) for a, b in steps]
+            checks += [_check(column, f"{b} kept", kept.get(b), f"{a} kept", kept.get(a)) for a, b in steps]
     return checks
 
 
@@ -52,7 +52,7 @@ def surpasses_from_half(columns: Sequence[Column]) -> list[Check]:
         most = max(k for of_method in kept.values() for k in of_method)
         for method in ("smoe", "thor"):
             for k in (k for k in FIGURE4 if most <= 2 * k <= 2 * most):
-                names = [f"{METHODS[name].title}, k = {k}" for name in ("smoe_dropout", method)]
+                names = [f"{METHODS[name].title}, {k} kept" for name in ("smoe_dropout", method)]
                 checks.append(_check(column, names[0], kept["smoe_dropout"].get(k), names[1], kept[method].get(k)))
     return checks
 
@@ -157,12 +157,12 @@ def transfer_findings(columns: Iterable[Column]) -> list[Finding]:
     return findings
 
 
-def summary(findings: Sequence[Finding]) -> str:
-    """One paragraph: which claims hold, which do not, which drown in noise, which were not run."""
+def summary(findings: Sequence[Finding]) -> tuple[str, list[str]]:
+    """How many claims hold, do not, drown in noise, were not run, in a sentence; and a line on each of them."""
     parts: dict[str, list[str]] = {}
     for finding in findings:
         run = [check for check in finding.checks if check.status is not Status.NOT_RUN]
-        where = f" ({finding.where}; {finding.subject}, {finding.context}" if run else f" ({finding.where}"
+        where = f" ({finding.where}, {finding.subject}, {finding.context}" if run else f" ({finding.where}"
         counts = {status: sum(check.status is status for check in finding.checks) for status in reversed(Status)}
         told = ", ".join(f"{status_words(status)} in {count}" for status, count in counts.items() if count)
         told = told.replace("few seeds", "no interval") + (f" of {len(finding.checks)} comparisons" if run else "")
@@ -176,9 +176,12 @@ def summary(findings: Sequence[Finding]) -> str:
         else:
             verdict = _VERDICTS[status]
         parts.setdefault(verdict, []).append(f"{finding.statement}{where}{': ' + told if run else ''})")
-    order = dict.fromkeys([_VERDICTS[Status.HELD], _AS_FAR_AS_RUN, *_VERDICTS.values(), _SAYS_NOTHING])
-    found = [f"{verdict}: {'; '.join(parts[verdict])}." for verdict in order if verdict in parts]
-    return "Of what the paper says of transfer: " + " ".join(found)
+    held, *others, not_run = _VERDICTS.values()
+    order = [held, _AS_FAR_AS_RUN, *others, _SAYS_NOTHING, not_run]
+    said = {verdict: parts[verdict] for verdict in order if verdict in parts}
+    counts = "; ".join(f"{verdict[0].lower()}{verdict[1:]}: {len(lines)}" for verdict, lines in said.items())
+    lines = [f"{verdict}: {line}" for verdict, lines in said.items() for line in lines]
+    return f"What the paper says of transfer, in each setting and scale that was run: {counts}.", lines
 
 
 _VERDICTS = {

@@ -31,7 +31,8 @@ _HEAD += ["beats its floor", "over seeds"]
 
 def transfer_parts(columns: Sequence[Column], findings: Sequence[Finding]) -> list[str]:
     """The section of REPORT.md about transfer. Every cell without a run says that it is missing."""
-    parts = [_TRANSFER, md(summary(findings), 10_000)]
+    counted, lines = summary(findings)
+    parts = [_TRANSFER, md(counted, 10_000), "\n".join(f"- {md(line, 10_000)}" for line in lines)]
     for name, make in (("2", _table2), ("3", _table3), ("A4", _table_a4), ("A5", _table_a5), ("A6", _table_a6)):
         parts.append(f"## Table {name}")
         parts += make(columns) or ["Not run."]
@@ -55,7 +56,9 @@ def table2_text(columns: Sequence[Column], findings: Sequence[Finding]) -> str:
         several = any(len(t.runs) > 1 for column in found for row in ROWS if (t := column.of(row)))
         head = f"{heading}: paper / ours [95 %]{', or mean ± deviation over seeds' if several else ''}, %"
         blocks.append("\n".join([head, "", lines[0], "-" * len(lines[0]), *lines[1:]]))
-    return "\n\n".join([*blocks, _wrapped(summary(findings))])
+    counted, lines = summary(findings)
+    said = [_wrapped(counted), "", *(_wrapped(f"- {line}", indent="  ") for line in lines)]
+    return "\n\n".join([*blocks, "\n".join(said)])
 
 
 def shown_of(column: Column) -> list[Tuned]:
@@ -313,5 +316,5 @@ def _text_cell(printed: float | None, tuned: Tuned | None) -> str:
     return f"{'-' if printed is None else f'{printed:.2f}'} / {ours}" + (f" ({missing})" if missing else "")
 
 
-def _wrapped(text: str, width: int = 120) -> str:
-    return "\n".join(textwrap.wrap(text, width, break_on_hyphens=False))
+def _wrapped(text: str, width: int = 120, indent: str = "") -> str:
+    return "\n".join(textwrap.wrap(text, width, break_on_hyphens=False, subsequent_indent=indent))

@@ -96,7 +96,7 @@ def test_figure_4_is_over_the_experts_that_were_kept():
     lines = {line.label: line for line in figure4(context(records)).lines}
     assert {label: [point.key for point in line.points] for label, line in lines.items()} == {
         "Dense w. Dropout": ["dense"],
-        "THOR": ["1", "2", "4", "8", "12", "16"],
+        "THOR, activated experts": ["1", "2", "4", "8", "12", "16"],
         "SMoE, kept experts": ["2", "8", "16"],
         "SMoE-Dropout, output_scale num_experts, kept experts": ["2", "8", "16"],
     }
@@ -242,15 +242,16 @@ def test_step_times_stand_beside(folders):
     write(results / "table1", [made_up("dense_dropout"), made_up("smoe_dropout")])
     row = {"model": "transformer_xl", "scale": "cpu", "method": "smoe_dropout", "flops_per_step": 2e9}
     rows = [row | {"k": 8, "as_trained": False, "seconds_per_step": 0.5}]
-    rows += [row | {"k": "8..16", "as_trained": True, "seconds_per_step": 0.625}]
+    rows += [row | {"k": "8..16", "as_trained": True, "seconds_per_step": 0.625, "precision": "bf16"}]
     file = results / "step_times.json"
-    file.write_text(json.dumps({"what": "steps", "records": rows}))
+    file.write_text(json.dumps({"what": "steps", "processor": "A *fast* one", "threads": 2, "records": rows}))
     _, problems = write_report(results, figures)
     report = (results / "REPORT.md").read_text()
     assert problems == []
     assert all(row[-1] == "0.625" for row in rows_of(report, "### transformer\\_xl on enwik8, scale cpu")[3:5])
     times = rows_of(report, "## Seconds per training step, measured interleaved")
     assert times[-1] == ["smoe\\_dropout", "transformer\\_xl", "cpu", "8..16", "0.6250", "2.00"]
+    assert "\nOn A \\*fast\\* one, threads: 2, unknown; A \\*fast\\* one, threads: 2, bf16.\n" in report
     for broken in ("{", '{"records": 3}', '{"rows": []}', json.dumps({"records": [row | {"seconds_per_step": "x"}]})):
         file.write_text(broken)
         _, problems = write_report(results, figures)

@@ -157,7 +157,7 @@ def test_table_2_as_text_goes_into_a_document(tmp_path, capsys):
     right = records[0]["said"]["dense"]
     low, high = (100 * value for value in wilson_interval(sum(right), len(right)))
     assert f"transformer_xl, sst2  150  81.94 / {100 * fmean(right):.1f} [{low:.1f}, {high:.1f}]  81.13 / " in text
-    assert "bert, csqa" in text and "30.44 / missing" in text and "Of what the paper says of transfer: " in text
+    assert "bert, csqa" in text and "30.44 / missing" in text and "What the paper says of transfer, in each" in text
     assert readme.read_text() == f"<!-- table2: -->\n```\n{text}```\n<!-- end -->\n"
 
 
@@ -254,7 +254,8 @@ def findings(folder, records: list[dict]):
     runs, problems = collect(folder)
     assert problems == []
     found = transfer_findings(columns_of(runs))
-    return {finding.key: finding for finding in found}, summary(found)
+    counted, lines = summary(found)
+    return {finding.key: finding for finding in found}, "\n".join([counted, *lines])
 
 
 def test_claims_hold_where_the_records_bear_them(of_sst2, tmp_path):
@@ -271,10 +272,11 @@ def test_claims_hold_where_the_records_bear_them(of_sst2, tmp_path):
         found["seeds"].checks
     ) == 6
     assert (
-        "Held, as far as it was run: Fine-tuned, SMoE-Dropout at k = N is better than dense training (Table 2; setting "
+        "Held, as far as it was run: Fine-tuned, SMoE-Dropout at k = N is better than dense training (Table 2, setting "
         "paper, scale cpu: held in 1, not run in 7 of 8 comparisons)" in text
     )
-    assert "Not run: SMoE-Dropout answers multi-hop questions best (Table A6)." in text
+    assert text.endswith("\nNot run: SMoE-Dropout answers multi-hop questions best (Table A6)")
+    assert "held: 2; held, as far as it was run: 4; " in text and text.splitlines()[0].endswith("not run: 1.")
 
 
 @pytest.mark.parametrize(("share", "status"), [(0.5, "within noise"), (0.35, "not held")])
