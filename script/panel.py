@@ -273,7 +273,9 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         usage="bash script/FIGURE/all.sh [flags]",
-        description="Runs all trainings of a table or figure. Other flags go to the trainer of every run.",
+        description="Runs all trainings of a table or figure. Other flags go to the trainer of every run. A relative "
+        f"path of {', '.join(f'--{place}' for place in PLACES)} and --collect starts where this is called, any other "
+        "at the root of the repository.",
         allow_abbrev=False,
     )
     parser.add_argument("figure", help=argparse.SUPPRESS)

@@ -262,6 +262,13 @@ def test_paths_start_where_all_sh_is_called(checkout):
     assert f"finished: figure/one {places}, in " in out and len([*(here / "kept").rglob("*.json")]) == 1
 
 
+def test_all_sh_says_where_it_is_called(tmp_path):
+    command = ["bash", ROOT / "script/table1/all.sh", "--only", "table1/bert/smoe", "--source", "a", "--dry_run"]
+    environment = {name: value for name, value in os.environ.items() if name != "CALLED_FROM"}
+    done = subprocess.run([*map(str, command)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and f"table1/bert/smoe --source {tmp_path}/a\n" in done.stdout, done.stderr
+
+
 # ---- for real -------------------------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_killed_in_the_middle_of_a_training_all_sh_finishes_the_rest(data_dir, tmp_path):
