@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, RobertaConfig, RobertaForMaskedLM
 
+from bert import attention
 from bert.config import RunConfig
 from bert.data import Vocabulary
 from smoe import SMoE
@@ -65,8 +66,8 @@ def build_model(config: RunConfig, vocabulary: Vocabulary) -> PreTrainedModel:
         layer.output.dense = nn.Identity()
         _initialise(layer.intermediate, config.init_std)
         if config.key_init == "query":
-            attention = layer.attention.self
-            attention.key.load_state_dict(attention.query.state_dict())
+            projections = layer.attention.self
+            projections.key.load_state_dict(projections.query.state_dict())
     if config.position_init == "sinusoid":
         _to_sinusoids(model.base_model.embeddings.position_embeddings)
     _use_fast_dropout(model)
@@ -87,6 +88,7 @@ def _dense(config: RunConfig, vocabulary: Vocabulary) -> PreTrainedModel:
         "pad_token_id": vocabulary.pad,
         "bos_token_id": vocabulary.start,
         "eos_token_id": vocabulary.end,
+        "attn_implementation": attention.NAME,
     }
     if config.model == "bert":
         model = BertForMaskedLM(BertConfig(max_position_embeddings=config.seq_len, **sizes))
