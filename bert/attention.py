@@ -1,8 +1,7 @@
 """Attention of BERT and RoBERTa: PyTorch's fused kernel, or plain matrix products where those are faster.
 
-On a CPU in bfloat16 the backward pass of the fused kernel is slow for short sequences. For 64 sequences of 4 heads of
-width 32 on one core, forward and backward take 36 ms with it and 9 ms without at 64 tokens; at 512 tokens the fused
-kernel is ahead (``python -m benchmarks.attention``).
+On a CPU in bfloat16 the backward pass of the fused kernel is slow for short sequences; ``python -m
+benchmarks.attention`` measures both (figures in results/attention.json).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from smoe.dropout import dropout as drop
 
 NAME = "sdpa_or_products"  # what Transformers knows it by, as ``attn_implementation``
-LONGEST = 192  # tokens of a sequence up to which products are faster on a CPU in bfloat16
+LONGEST = 256  # tokens of a sequence up to which products are faster on a CPU in bfloat16
 
 
 def attend(
@@ -39,13 +38,24 @@ def attend(
     short = query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= LONGEST
     if not short:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
-    scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(2, 3)
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return by_products(query, key, value, attention_mask, scaling, dropout), None
+
+
+def by_products(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float = 0.0
+) -> Tensor:
+    """The same as plain matrix products, in the dtype of ``query``."""
+    scores = (query * scaling) @ key.transpose(2, 3)
+    if mask is not None:  # added, not filled in, so that backward has nothing to do for it
+        hidden = torch.finfo(scores.dtype).min
+        scores = scores.add_(scores.new_zeros(mask.shape).masked_fill_(~mask, hidden))
+    # Autocast would copy the scores to float32 and back. PyTorch's softmax adds up in float32 by itself.
+    with torch.autocast(query.device.type, enabled=False):
+        weights = scores.softmax(dim=-1)
     if dropout:
         weights = drop(weights, dropout)
-    return (weights @ value).transpose(1, 2), None
+    return (weights @ value).transpose(1, 2)
 
 
 AttentionInterface.register(NAME, attend)
