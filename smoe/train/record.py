@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ def make_record(
             other["metrics"] = {metric.key: _of_metric(metric, swept[other["step"]]) for metric in task.metrics}
     with torch.device("meta"):
         model = task.build_model()
+    flops = flops_at_k(task, model)
     return {
         "model": task.architecture,
         "task": task.name,
@@ -56,9 +59,9 @@ def make_record(
         "best": best[0],
         **({"best_at_other_k": best[1:]} if best[1:] else {}),
         "parameters": parameter_counts(model, filter(None, config.sweep_ks())),
-        "flops": {k_name(k): task.flops(model, k) for k in config.sweep_ks()},
+        "flops": {k_name(k): flops((k or 0) * len(config.smoe_layers())) for k in config.sweep_ks()},
         "steps": steps,
-        "training_flops": training_flops(task, model, steps),
+        "training_flops": training_flops(config, flops, steps),
         "tokens_per_step": task.tokens_per_step,
         **{name: getattr(config, name) for name in ("expert_parallel", "fsdp", "precision")},
         "config": {field: value for field, value in to_dict(config).items() if field not in PLACES},
@@ -79,15 +82,25 @@ def label(config: TrainConfig) -> dict[str, str]:
     return {"label": ", ".join([config.get_method().title, *changed])} if changed else {}
 
 
-def training_flops(task: Task, model: nn.Module, steps: int) -> int:
-    """True FLOPs of so many training steps, at the k that each layer had at each.
+FlopsAtK = Callable[[int], dict[str, int]]
 
-    A step's FLOPs are a constant plus a multiple of the sum of its layers' k, since all SMoE layers are of one size.
+
+def flops_at_k(task: Task, model: nn.Module) -> FlopsAtK:
+    """What ``task.flops`` counts, from the sum of k over the layers with experts (any number for a dense model).
+
+    It is a constant plus a multiple of that sum, since all SMoE layers of a task are of one size: two counts give all,
+    and take little of a short run's time. ``model`` is the task's, on meta.
     """
-    config = task.config
-    if not config.smoe_layers():
-        return steps * task.flops(model, None)["training_step"]
-    layers, n = len(config.smoe_layers()), config.num_experts
-    least, most = (task.flops(model, k)["training_step"] for k in (1, n))
-    more = sum(sum(config.ks_at(step)) - layers for step in range(steps))
-    return steps * least + more * (most - least) // max(layers * (n - 1), 1)
+    layers, n = len(task.config.smoe_layers()), task.config.num_experts
+    if not layers:
+        dense = task.flops(model, None)
+        return lambda sum_k: dense
+    least, most = task.flops(model, 1), task.flops(model, n)
+    steps = max(layers * (n - 1), 1)
+    return lambda sum_k: {key: f + (sum_k - layers) * (most[key] - f) // steps for key, f in least.items()}
+
+
+def training_flops(config: TrainConfig, flops: FlopsAtK, steps: int) -> int:
+    """True FLOPs of so many training steps, at the k that each layer had at each."""
+    sums = Counter(sum(config.ks_at(step)) for step in range(steps))
+    return sum(times * flops(sum_k)["training_step"] for sum_k, times in sums.items())

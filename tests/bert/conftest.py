@@ -13,7 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def pretrain_argv(prepared):
     """pretrain_argv(model) -> flags of the trainer at smoke scale in fp32.
 
-    The sweep has two k: counting FLOPs takes most of such a run's time.
+    The sweep has two k, to be short.
     """
 
     def pretrain_argv(model: str) -> list[object]:

@@ -13,7 +13,7 @@ from toy_task import toy, toy_config
 import smoe
 from smoe.report import check_result
 from smoe.train.evaluation import Measured, sweep
-from smoe.train.record import label, make_record, parameter_counts, training_flops
+from smoe.train.record import flops_at_k, label, make_record, parameter_counts, training_flops
 
 
 def model() -> nn.Sequential:
@@ -71,17 +71,27 @@ def test_training_flops_are_those_of_all_steps(fields, tmp_path):
     with torch.device("meta"):
         meta = task.build_model()
     each = [task.flops(meta, config.ks_at(step) or None)["training_step"] for step in range(config.steps)]
-    assert training_flops(task, meta, config.steps) == sum(each) > 0
-    assert training_flops(task, meta, 5) == sum(each[:5])
+    flops = flops_at_k(task, meta)
+    assert training_flops(config, flops, config.steps) == sum(each) > 0
+    assert training_flops(config, flops, 5) == sum(each[:5])
     if config.schedule in ("random", "random_per_layer"):
         assert statistics.pstdev(each) > 0
+
+
+@pytest.mark.parametrize("fields", [{}, {"layers": "later"}, {"method": "smoe"}, {"method": "thor"}])
+def test_flops_at_any_k_are_what_a_count_at_that_k_gives(fields, tmp_path):
+    task, _ = toy(toy_config(tmp_path, **fields))
+    flops, layers = flops_at_k(task, task.model), len(task.config.smoe_layers())
+    counted = [task.flops(task.model, k) for k in range(1, 5)]
+    assert [flops(k * layers) for k in range(1, 5)] == counted
+    assert all(a[key] < b[key] for a, b in zip(counted, counted[1:], strict=False) for key in ("paper", "true"))
 
 
 def test_one_pass_of_thor_costs_half(tmp_path):
     flops = []
     for weight in (None, 2.0, 0.0):
         task, _ = toy(toy_config(tmp_path, "thor", consistency_weight=weight))
-        flops.append(training_flops(task, task.build_model(), task.config.steps))
+        flops.append(training_flops(task.config, flops_at_k(task, task.build_model()), task.config.steps))
     assert flops[0] == flops[1] == 2 * flops[2]
 
 
