@@ -1,10 +1,12 @@
-"""Scripts whose `python -m module` starts at once: the server of commands runs it instead of a new interpreter, which
-would import PyTorch anew, a matter of seconds. Everything else about a script is as a user calls it.
+"""Scripts whose `python -m module`, prepare.py and panel_runs.py start at once: the server of commands runs them, not a
+new interpreter, which would import PyTorch anew, a matter of seconds. Everything else about a script is as a user calls
+it.
 """
 
 import importlib
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -23,11 +25,11 @@ ROOT = Path(__file__).parents[1]
 # What `python` is in these scripts. It imports next to nothing, and so takes milliseconds.
 CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
-if sys.argv[1:2] != ["-m"]:
+if sys.argv[1:2] != ["-m"] and not "".join(sys.argv[1:2]).endswith(("/panel_runs.py", "/prepare.py")):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
-request = {{"argv": sys.argv[2:], "environment": dict(os.environ), "folder": os.getcwd()}}
+request = {{"argv": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}}
 socket.send_fds(server, [json.dumps(request).encode() + b"\\n"], [0, 1, 2])
 answers = server.makefile()
 pid = int(answers.readline())
@@ -50,8 +52,13 @@ def _child(request: dict, descriptors: list[DupFd]) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    sys.argv = request["argv"]
-    run_main(importlib.import_module(sys.argv[0]).main)
+    if request["argv"][0] == "-m":
+        sys.argv = request["argv"][1:]
+        run_main(importlib.import_module(sys.argv[0]).main)
+    else:
+        sys.argv = request["argv"]
+        sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def _serve(connection: socket.socket) -> None:
