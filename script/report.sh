@@ -11,9 +11,11 @@ bash script/setup.sh
 source .venv/bin/activate
 python -m smoe.report results/table1/cpu/*.json --plot Figs/table1_cpu.png --into README.md --block table1-cpu
 python -m smoe.report results/table1/hour/*.json --plot Figs/table1_hour.png --into README.md --block table1-hour
-for model in bert roberta; do
-    python -m smoe.report results/table1/cpu/$model/*.json --plot Figs/table1_cpu_$model.png \
-        --into README.md --block table1-cpu-$model
+for scale in cpu hour; do
+    for model in bert roberta; do
+        python -m smoe.report results/table1/$scale/$model/*.json --plot Figs/table1_${scale}_$model.png \
+            --into README.md --block table1-$scale-$model
+    done
 done
 python -m smoe.report --table2 --into README.md --block table2 >/dev/null
 python -m smoe.report --all
