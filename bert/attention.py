@@ -1,7 +1,8 @@
 """Attention of BERT and RoBERTa: PyTorch's fused kernel, or plain matrix products where those are faster.
 
 On a CPU in bfloat16 the backward pass of the fused kernel is slow for short sequences; ``python -m
-benchmarks.attention`` measures both (figures in results/attention.json).
+benchmarks.attention`` measures both (figures in results/attention.json). Transformers has products too, its "eager"
+attention, which copies the scores to float32 and back under autocast.
 """
 
 from __future__ import annotations

@@ -96,8 +96,8 @@ def flops_at_k(task: Task, model: nn.Module) -> FlopsAtK:
         dense = task.flops(model, None)
         return lambda sum_k: dense
     least, most = task.flops(model, 1), task.flops(model, n)
-    steps = max(layers * (n - 1), 1)
-    return lambda sum_k: {key: f + (sum_k - layers) * (most[key] - f) // steps for key, f in least.items()}
+    span = max(layers * (n - 1), 1)  # of the sum, between the two counts
+    return lambda sum_k: {key: f + (sum_k - layers) * (most[key] - f) // span for key, f in least.items()}
 
 
 def training_flops(config: TrainConfig, flops: FlopsAtK, steps: int) -> int:
