@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TRAIN = ["accelerate>=1.0", "jsonargparse[signatures]>=4.30", "pyyaml>=6", "safetensors>=0.4", "tensorboard", "tqdm"]
-HF = ["datasets>=3.0", "safetensors>=0.4", "tokenizers>=0.20", "transformers>=4.45"]
+HF = ["datasets>=3.0", "safetensors>=0.4", "tokenizers>=0.20", "transformers>=5.0"]
 EXPORT = ["onnx", "onnxruntime>=1.20", "onnxscript", "torchao>=0.18"]
 REPORT = ["matplotlib>=3.7", "pyyaml>=6", "scipy>=1.15", "vl-convert-python>=1.9"]
 TEST = ["grimp", "hypothesis", "import-linter>=2.6", "markdown-it-py>=3", "peft>=0.18"]

@@ -1,10 +1,10 @@
-"""Attention of short sequences on a CPU: plain matrix products beside PyTorch's fused kernel.
+"""Attention of short sequences on a CPU: plain matrix products beside PyTorch's kernel.
 
     python -m benchmarks.attention [--threads 1] [--json results/attention.json]
 
-2048 tokens in rows of one length, a multi-head attention of BERT's at scale cpu (4 heads of width 32), with padding
-masked. One line per length and dtype: medians in milliseconds of forward and backward together, and of forward alone.
-``bert/attention.py`` chooses between the two by these figures.
+2048 tokens in rows of one length, a multi-head attention of BERT's at scale cpu (4 heads of width 32), laid out as the
+model lays it out, with padding masked. One line per length and dtype: medians in milliseconds of forward and backward
+together, and of forward alone. The limits in ``bert/attention.py`` come from these figures.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from benchmarks.options import medians, parse, timing_parser, write_record
+from benchmarks.options import medians, parse, stop, timing_parser, write_record
 from bert.attention import by_products
 
 TOKENS, HEADS, WIDTH = 2048, 4, 32
@@ -27,7 +27,8 @@ def measure(length: int, dtype: torch.dtype, repeats: int, clock) -> dict[str, d
     module.is_causal = False
     torch.manual_seed(0)
     rows = TOKENS // length
-    given = [torch.randn(rows, HEADS, length, WIDTH, dtype=dtype, requires_grad=True) for _ in range(3)]
+    drawn = [torch.randn(rows, length, HEADS, WIDTH, dtype=dtype).transpose(1, 2) for _ in range(3)]
+    given = [x.requires_grad_() for x in drawn]
     there = torch.arange(length).expand(rows, 1, 1, length) < torch.randint(1, length + 1, (rows, 1, 1, 1))
     contenders = {
         "products": lambda q, k, v: by_products(q, k, v, there, WIDTH**-0.5),
@@ -49,7 +50,7 @@ def measure(length: int, dtype: torch.dtype, repeats: int, clock) -> dict[str, d
 def main() -> None:
     options, clock = parse(timing_parser(__doc__))
     if options.device != "cpu":
-        raise SystemExit("error: --device is cuda; there the fused kernel is always used, and nothing is to compare")
+        stop("--device is cuda, where PyTorch's kernel is always used; there is nothing to compare")
     records = []
     for name, dtype in DTYPES.items():
         for length in LENGTHS:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.options import stop
 from smoe import SMoE, record_routing
 from smoe.fastmoe_available import fastmoe_obstacle, kernels_are_compiled
 from smoe.parallel import ParallelGroups, gather_state, parallelize, shard_state, sync_expert_gradients
@@ -205,7 +206,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the record here")
     options = parser.parse_args()
     if obstacle := fastmoe_obstacle():
-        parser.exit(2, f"error: {obstacle}; docs/fastmoe.md says how to install it\n")
+        stop(f"{obstacle}; docs/fastmoe.md says how to install it")
     record = {
         "what": "largest differences |a - b| / (1 + |b|) between SMoE on FMoE and SMoE on PyTorch, float32",
         "fmoe": fmoe_record(),

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import smoe
-from benchmarks.options import parse, timing_parser, write_record
+from benchmarks.options import parse, stop, timing_parser, write_record
 from smoe.control import smoe_layers
 
 NUM_EXPERTS = 16
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 24, 64])
     options, clock = parse(parser, tokens=64)
     if options.device != "cpu":
-        parser.exit(2, f"error: --device is {options.device}; few tokens have a path of their own on the CPU alone\n")
+        stop(f"--device is {options.device}; few tokens have a path of their own on the CPU alone")
     records: list[dict] = []
     for threads in [options.threads] if options.threads else [1, 2]:
         torch.set_num_threads(threads)

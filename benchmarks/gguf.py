@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 import smoe
-from benchmarks.options import parse, timing_parser, write_record
+from benchmarks.options import parse, stop, timing_parser, write_record
 
 EXPERT_COUNT = "llama.expert_used_count"  # GGUF's name for k; a Mixtral's architecture is called llama there
 
@@ -41,7 +41,7 @@ def convert(folder: Path, source: Path, gguf: Path) -> None:
     """A Hugging Face folder -> a GGUF file in float32, by llama.cpp's converter."""
     script = source / "vendor" / "llama.cpp" / "convert_hf_to_gguf.py"
     if not script.is_file():
-        raise SystemExit(f"error: --source is {source}; it must be the unpacked sdist of llama-cpp-python")
+        stop(f"--source is {source}; it must be the unpacked sdist of llama-cpp-python")
     command = [sys.executable, str(script), str(folder), "--outtype", "f32", "--outfile", str(gguf)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=0.02, help="of the mean difference (default: 0.02)")
     args, clock = parse(parser, tokens=None, k=None)
     if args.device != "cpu":
-        parser.exit(2, f"error: --device is {args.device}; llama.cpp runs on the CPU here\n")
+        stop(f"--device is {args.device}; llama.cpp runs on the CPU here")
     result = measure(args, clock)
     write_record(args, "log-probabilities of next tokens by llama.cpp (GGUF, float32) and by smoe; its speed", **result)
     for row in result["by_k"]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.options import parse, timing_parser, write_record
+from benchmarks.options import parse, stop, timing_parser, write_record
 from benchmarks.step import SHARES, VOCABULARY, Step, measure, training_step
 from smoe import set_top_k
 from smoe.flops import count_step
@@ -109,7 +109,7 @@ def main() -> None:
             try:
                 config, own = contenders(model, scale, method, options.device)
             except ValueError as error:
-                parser.exit(2, f"error: {error}\n")
+                stop(str(error))
             found += own
         steps = {_name(contender): contender.run for contender in found}
         here = rows_of(model, scale, found, measure(steps, options.repeats, clock, options.device))

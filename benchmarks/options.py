@@ -6,14 +6,21 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from smoe.environment import cpu_model
+
+
+def stop(message: str) -> NoReturn:
+    """Ends the program with one line and exit code 2: what was asked for cannot be measured."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def timing_parser(description: str) -> argparse.ArgumentParser:
@@ -43,9 +50,9 @@ def parse(parser: argparse.ArgumentParser, **largest: int | None) -> tuple[argpa
         for value in values if isinstance(values, list) else [values]:
             if value is not None and not 1 <= value <= (most or value):
                 fitting = f"from 1 to {most}" if most else "at least 1"
-                parser.exit(2, f"error: --{name} is {value}; it must be {fitting}\n")
+                stop(f"--{name} is {value}; it must be {fitting}")
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.exit(2, "error: --device is cuda, but PyTorch finds no CUDA device here; leave it out to use the CPU\n")
+        stop("--device is cuda, but PyTorch finds no CUDA device here; leave it out to use the CPU")
     if options.threads:
         torch.set_num_threads(options.threads)
     return options, time.process_time if options.clock == "cpu" else time.perf_counter

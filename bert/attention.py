@@ -1,7 +1,7 @@
-"""Attention of BERT and RoBERTa: PyTorch's fused kernel, or plain matrix products where those are faster.
+"""Attention of BERT and RoBERTa: PyTorch's ``scaled_dot_product_attention``, or plain matrix products.
 
-On a CPU in bfloat16 the backward pass of the fused kernel is slow for short sequences; ``python -m
-benchmarks.attention`` measures both (figures in results/attention.json). Transformers has products too, its "eager"
+On a CPU in bfloat16 the backward pass of PyTorch's kernel is slow for short sequences, so those use products; ``python
+-m benchmarks.attention`` measures both (figures in results/attention.json). Transformers has products too, its "eager"
 attention, which copies the scores to float32 and back under autocast.
 """
 
@@ -18,7 +18,8 @@ from transformers.masking_utils import sdpa_mask
 from smoe.dropout import dropout as drop
 
 NAME = "sdpa_or_products"  # what Transformers knows it by, as ``attn_implementation``
-LONGEST = 256  # tokens of a sequence up to which products are faster on a CPU in bfloat16
+LONGEST = 256  # tokens of a sequence up to which a CPU uses products in bfloat16 where gradients are needed
+LONGEST_FORWARD = 64  # and where they are not
 
 
 def attend(
@@ -33,14 +34,17 @@ def attend(
 ) -> tuple[Tensor, None]:
     """``query``, ``key`` and ``value`` (B, H, T, d_head) -> (B, T, H, d_head), as Transformers calls it.
 
-    ``attention_mask``: None, or booleans that spread to (B, H, T, T), true where a query sees a key. The second value
-    stands for the attention weights, which are not kept.
+    ``attention_mask``: None, or booleans that spread to (B, H, T, T), true where a query sees a key; a query sees at
+    least one. What else Transformers can ask for (a causal layer, a mask of numbers, a bias of positions) goes to its
+    own ``sdpa_attention_forward``. The second value stands for the attention weights, which are not kept.
     """
-    short = query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= LONGEST
-    if not short:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return by_products(query, key, value, attention_mask, scaling, dropout), None
+    longest = LONGEST if torch.is_grad_enabled() else LONGEST_FORWARD
+    short = query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= longest
+    plain = not getattr(module, "is_causal", True) and all(value is None for value in options.values())
+    if short and plain and (attention_mask is None or attention_mask.dtype == torch.bool):
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return by_products(query, key, value, attention_mask, scaling, dropout), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
 
 
 def by_products(

@@ -36,7 +36,7 @@ PRELOAD = [
 PRELOAD += ["transformers.models.bert.modeling_bert", "transformers.models.roberta.modeling_roberta", "torch._dynamo"]
 PRELOAD += ["sklearn.feature_extraction.text", "sklearn.linear_model"]
 PRELOAD += ["torch.utils.flop_counter", "torch.utils.tensorboard", "matplotlib.pyplot"]
-PRELOAD += ["frozen_server"]
+PRELOAD += ["pytest", "tests.frozen_server"]  # a server finds modules from where it starts, and passes over others
 SERVER.set_forkserver_preload(PRELOAD)
 
 

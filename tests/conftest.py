@@ -1,6 +1,7 @@
 """One thread and one seed for every test: the same numbers on every run, and no fight over a small machine's cores."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +17,14 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: of several processes none is left alone with a long file at the end."""
-    long = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("distributed")}
-    items.sort(key=lambda item: item.path not in long)
+    """Files with the most slow tests and commands first: no process is left alone with a long file at the end."""
+    commands = {"start", "start_ranks", "quick_bash"}
+    long = Counter(
+        item.path
+        for item in items
+        if item.get_closest_marker("slow") or item.get_closest_marker("distributed") or commands & {*item.fixturenames}
+    )
+    items.sort(key=lambda item: -long[item.path])
 
 
 @pytest.fixture(autouse=True)

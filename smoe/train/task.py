@@ -73,7 +73,11 @@ class Task(ABC):
 
     @abstractmethod
     def flops(self, model: nn.Module, k: int | list[int] | None) -> dict[str, int]:
-        """``paper`` and ``true`` FLOPs of an evaluation pass, and of a ``training_step``; ``model`` is on meta."""
+        """``paper`` and ``true`` FLOPs of an evaluation pass, and of a ``training_step``; ``model`` is on meta.
+
+        They must be a constant plus a multiple of the sum of k over the layers: a record counts them at k = 1 and k = N
+        and takes what lies between from these two.
+        """
 
     @classmethod
     def reported_split(cls) -> str:

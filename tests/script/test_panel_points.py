@@ -1,5 +1,7 @@
 """Which runs all.sh of tables and figures has: the paper's points, each script in a panel, none twice."""
 
+import dataclasses
+import functools
 import json
 import os
 import re
@@ -29,6 +31,7 @@ POINTS = {tuple(line) for lines in PANELS.values() for line in lines}
 SCALES = [scale for scale in yaml.safe_load(LanguageModelConfig.scales_file.read_text()) if scale != "smoke"]
 
 
+@functools.cache
 def config_of(name: str, *flags: str, config_class: type = LanguageModelConfig) -> LanguageModelConfig | PretrainConfig:
     """What the trainer makes of the flags that the script gives it."""
     command = ["bash", ROOT / "script" / f"{name}.sh", *flags]
@@ -98,7 +101,7 @@ def test_panels_are_the_papers():
 
 def test_no_two_scripts_train_the_same():
     """Else one training would be paid twice."""
-    configs = {point: config_of(*point, "--scale", "paper", "--run_dir", "x") for point in POINTS}
+    configs = {point: dataclasses.replace(config_of(*point, "--scale", "paper"), run_dir="x") for point in POINTS}
     assert len(set(map(str, configs.values()))) == len(configs) > 35
 
 

@@ -56,7 +56,7 @@ def test_a_slurm_job_on_two_machines_is_stopped_queues_again_and_ends(flags, tmp
         (tmp_path / name).chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
     env |= {"SLURM_JOB_NODELIST": "two", "RDZV_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    job = ["bash", ROOT / "script/slurm/train.sbatch", SCRIPT, *flags, "--steps", "300", "--eval_interval", "300"]
+    job = ["bash", ROOT / "script/slurm/train.sbatch", SCRIPT, *flags, "--steps", "120", "--eval_interval", "120"]
     run, log = tmp_path / "run", tmp_path / "log"
 
     with open(log, "w") as file:

@@ -247,13 +247,13 @@ def test_a_run_of_the_scripts_method_and_model_is_taken(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["table2/csqa/bert/smoe.sh", "table1/roberta/smoe.sh", "table3/smoe.sh"])
-def test_a_mistyped_flag_is_found_before_anything_is_done(script, tmp_path):
+def test_a_mistyped_flag_is_found_before_anything_is_done(script, tmp_path, quick_bash):
     flags = ["--scale", "smoke", "--source", tmp_path / "missing", "--lerning_rate", "1"]
-    done = bash(ROOT / "script" / script, *flags, RUNS_DIR=str(tmp_path / "runs"))
+    done = quick_bash(ROOT / "script" / script, *flags, RUNS_DIR=str(tmp_path / "runs"))
     assert done.returncode == 2 and done.stderr.startswith("error: --lerning_rate") and done.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
     if script.startswith("table1"):
-        done = bash(ROOT / "script" / script, *flags[:-2], "--help", RUNS_DIR=str(tmp_path / "runs"))
+        done = quick_bash(ROOT / "script" / script, *flags[:-2], "--help", RUNS_DIR=str(tmp_path / "runs"))
         assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("usage: python -m bert.pretrain") == 1
 
 
