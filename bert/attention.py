@@ -1,8 +1,8 @@
 """Attention of BERT and RoBERTa: PyTorch's ``scaled_dot_product_attention``, or plain matrix products.
 
-On a CPU in bfloat16 the backward pass of PyTorch's kernel is slow for short sequences, so those use products; ``python
--m benchmarks.attention`` measures both (figures in results/attention.json). Transformers has products too, its "eager"
-attention, which copies the scores to float32 and back under autocast.
+On a CPU in bfloat16 the backward pass of PyTorch's kernel is slow for short sequences, so their training uses products;
+``python -m benchmarks.attention`` measures both (figures in results/attention.json). Transformers has products too, its
+"eager" attention, which copies the scores to float32 and back under autocast.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from smoe.dropout import dropout as drop
 
 NAME = "sdpa_or_products"  # what Transformers knows it by, as ``attn_implementation``
-LONGEST = 256  # tokens of a sequence up to which a CPU uses products in bfloat16 where gradients are needed
-LONGEST_FORWARD = 64  # and where they are not
+LONGEST = 256  # tokens of a sequence up to which a training step is faster with products, on a CPU in bfloat16
 
 
 def attend(
@@ -38,10 +37,10 @@ def attend(
     least one. What else Transformers can ask for (a causal layer, a mask of numbers, a bias of positions) goes to its
     own ``sdpa_attention_forward``. The second value stands for the attention weights, which are not kept.
     """
-    longest = LONGEST if torch.is_grad_enabled() else LONGEST_FORWARD
-    short = query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= longest
+    short = query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= LONGEST
+    trained = torch.is_grad_enabled()  # the forward pass alone is faster with PyTorch's kernel
     plain = not getattr(module, "is_causal", True) and all(value is None for value in options.values())
-    if short and plain and (attention_mask is None or attention_mask.dtype == torch.bool):
+    if short and trained and plain and (attention_mask is None or attention_mask.dtype == torch.bool):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return by_products(query, key, value, attention_mask, scaling, dropout), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
