@@ -81,21 +81,17 @@ def test_command_gives_what_the_run_recorded(train, start, tmp_path):
     assert config.method == "smoe_dropout" and len(list(model.layers)) == 2
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
+def test_a_bad_value_is_one_line(train, start, tmp_path):
+    run = tmp_path / "run"
+    assert train("smoe_dropout", run, "--steps", 2).wait() == 0
+    for flags, words in (
         (["--k", 17], ["17", "16"]),
         (["--k", 0], ["0"]),
         (["--k", "all"], ["k", "all"]),
         (["--tokens", -1], ["tokens", "-1"]),
         (["--tokens", 2], ["eval_tokens", "2", "4"]),
-    ],
-)
-def test_bad_k_is_one_line(flags, words, train, start, tmp_path):
-    run = tmp_path / "run"
-    assert train("smoe_dropout", run, "--steps", 2).wait() == 0
-    command = start("transformer_xl.evaluate", run, *flags)
-    assert_one_line(command, 2, *words)
+    ):
+        assert_one_line(start("transformer_xl.evaluate", run, *flags), 2, *words)
 
 
 def test_a_folder_without_a_run_is_one_line(start, tmp_path):

@@ -124,39 +124,39 @@ def test_records_are_found_anywhere_and_other_json_is_passed_over(folders):
     assert [run.seed for run in runs] == [1, 2] and problems == []
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"metrics": None}, "metrics is None"),
-        ({"method": "mixture"}, "method is 'mixture'; it must be one of dense_dropout"),
-        ({"config": {"num_layers": "four"}}, "config.num_layers is 'four'; it must be a whole number"),
-        ({"config": {"num_layers": 4, "d_hidden": 1000, "num_experts": 16}}, "d_hidden is 1000; it must be a multiple"),
-        ({"config": {"num_layers": 4, "d_hidden": 64, "num_experts": 16, "layers": "odd"}}, "config.layers is 'odd'"),
-        ({"config": {"num_layers": 4, "d_hidden": 64, "num_experts": 16, "layers": 7}}, "config.layers is 7"),
-        ({"config": {"num_layers": 4, "d_hidden": 64, "num_experts": 16, "router": 7}}, "config.router is 7"),
-        ({"config": None}, "config.num_layers is None"),
-        ({"task": ["x"]}, "task is ['x']; it must be text"),
-        ({"flops": {"16": {"paper": "many"}}}, "flops.16.paper is 'many'; it must be a number"),
-        ({"flops": {"1\n6": 3}}, "flops.1 6 is 3; it must be numbers by name"),
-        ({"seconds": 3}, "seconds is 3; it must be numbers by name"),
-        ({"floors": {"unigram": {"test": float("inf")}}}, "floors.unigram is {'test': inf}; it must be a number of at"),
-        ({"best_at_other_k": [{"k": 16, "metrics": {}}]}, "best_at_other_k.0.metrics.bpc.test is None"),
-        ({"best_at_other_k": {"k": 16}}, "best_at_other_k is {'k': 16}; it must be a list"),
-        ({"method": "dense_dropout"}, "dense_dropout was measured at 1, 2, 4, 8, 12, 16; it must have one number"),
-    ],
-)
-def test_a_damaged_record_is_named_and_left_out(folders, capsys, change, words):
+DAMAGED = [  # what is changed in a record, and words of the warning
+    ({"metrics": None}, "metrics is None"),
+    ({"method": "mixture"}, "method is 'mixture'; it must be one of dense_dropout"),
+    ({"config": {"num_layers": "four"}}, "config.num_layers is 'four'; it must be a whole number"),
+    ({"config": {"num_layers": 4, "d_hidden": 1000, "num_experts": 16}}, "d_hidden is 1000; it must be a multiple"),
+    ({"config": {"num_layers": 4, "d_hidden": 64, "num_experts": 16, "layers": "odd"}}, "config.layers is 'odd'"),
+    ({"config": {"num_layers": 4, "d_hidden": 64, "num_experts": 16, "layers": 7}}, "config.layers is 7"),
+    ({"config": {"num_layers": 4, "d_hidden": 64, "num_experts": 16, "router": 7}}, "config.router is 7"),
+    ({"config": None}, "config.num_layers is None"),
+    ({"task": ["x"]}, "task is ['x']; it must be text"),
+    ({"flops": {"16": {"paper": "many"}}}, "flops.16.paper is 'many'; it must be a number"),
+    ({"flops": {"1\n6": 3}}, "flops.1 6 is 3; it must be numbers by name"),
+    ({"seconds": 3}, "seconds is 3; it must be numbers by name"),
+    ({"floors": {"unigram": {"test": float("inf")}}}, "floors.unigram is {'test': inf}; it must be a number of at"),
+    ({"best_at_other_k": [{"k": 16, "metrics": {}}]}, "best_at_other_k.0.metrics.bpc.test is None"),
+    ({"best_at_other_k": {"k": 16}}, "best_at_other_k is {'k': 16}; it must be a list"),
+    ({"method": "dense_dropout"}, "dense_dropout was measured at 1, 2, 4, 8, 12, 16; it must have one number"),
+]
+
+
+def test_a_damaged_record_is_named_and_left_out(folders, capsys):
     results, figures = folders
     write(results / "good", [made_up("dense_dropout"), made_up("smoe_dropout")])
-    write(results / "bad", [made_up("smoe_dropout", 2)])
-    (file,) = (results / "bad").iterdir()
-    file.write_text(json.dumps(made_up("smoe_dropout", 2) | change))
+    (results / "bad").mkdir()
+    for i, (change, _) in enumerate(DAMAGED):
+        (results / f"bad/{i:02}.json").write_text(json.dumps(made_up("smoe_dropout", 2) | change))
     main(["--all", "--results", str(results), "--figures", str(figures)])
     out, err = capsys.readouterr()
-    assert err.startswith(f"warning: left out: bad/{file.name}: ") and err.count("\n") == 1
-    assert words in err
-    report = (results / "REPORT.md").read_text()
-    assert "Records: 2 runs. 1 left out:" in report
+    warnings = err.splitlines()
+    assert len(warnings) == len(DAMAGED)
+    for i, (warning, (_, words)) in enumerate(zip(warnings, DAMAGED, strict=True)):
+        assert warning.startswith(f"warning: left out: bad/{i:02}.json: ") and words in warning
+    assert f"Records: 2 runs. {len(DAMAGED)} left out:" in (results / "REPORT.md").read_text()
     assert str(results / "REPORT.md") in out
 
 
