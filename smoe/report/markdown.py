@@ -28,6 +28,11 @@ def number(value: float | None, digits: int = 4) -> str:
     return MISSING if value is None else f"{value:.{digits}f}"
 
 
+def p_value(value: float | None) -> str:
+    """A probability to four digits; a smaller one is no 0."""
+    return "< 0.0001" if value is not None and value < 0.0001 else number(value)
+
+
 def mean_and_deviation(values: Sequence[float]) -> str:
     """``2.1494 ± 0.0012``: mean and sample standard deviation; the number alone where there is one."""
     if not values:

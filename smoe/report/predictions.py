@@ -15,6 +15,7 @@ from typing import Any
 
 from smoe.json_files import parse_json
 from smoe.report.groups import plain
+from smoe.report.markdown import p_value
 from smoe.report.records import Record, check_result, dataset_name, read_result, split_of, value_at, values_of
 from smoe.report.statistics import mcnemar, paired_bootstrap, wilson_interval
 
@@ -145,5 +146,6 @@ def comparison_text(found: Mapping[str, Any]) -> str:
     lines.append(f"only a is right {found['only_a']} times, only b {found['only_b']} times")
     interval = f"{100 * found['low']:+.2f} to {100 * found['high']:+.2f}"
     lines.append(f"a - b: {100 * found['difference']:+.2f} points, paired bootstrap {interval}")
-    lines.append(f"McNemar's exact test: p = {found['p']:.4f}")
+    p = p_value(found["p"])
+    lines.append(f"McNemar's exact test: p {'' if p.startswith('<') else '= '}{p}")
     return "\n".join(lines)

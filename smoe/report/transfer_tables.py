@@ -9,7 +9,7 @@ from typing import Any
 
 from smoe.paper import paper_results
 from smoe.report.checks import Finding
-from smoe.report.markdown import MISSING, md, number, table
+from smoe.report.markdown import MISSING, md, number, p_value, table
 from smoe.report.statistics import mean_interval, paired_difference
 from smoe.report.transfer import DISTILLATION, QUESTIONS, ROWS, SETTINGS, Column, Score, Tuned, complete, mcnemar_p
 from smoe.report.transfer import difference as difference_of
@@ -114,7 +114,7 @@ def to_dense(column: Column, tuned: Tuned) -> list[str]:
     if dense is None or found is None:
         return [MISSING, MISSING, MISSING]
     interval = MISSING if found.low is None or found.high is None else span(found.low, found.high, "+.2f")
-    return [f"{100 * found.mean:+.2f}", interval, number(mcnemar_p(tuned, dense))]
+    return [f"{100 * found.mean:+.2f}", interval, p_value(mcnemar_p(tuned, dense))]
 
 
 def _floor(score: Score) -> list[str]:
@@ -154,7 +154,7 @@ def _table3(columns: Sequence[Column]) -> list[str]:
             rows.append([label, "-" if paper is None else f"{paper:.2f}", f"{100 * score.share:.2f}",
                          span(*score.interval), _minus(score.share, paper), f"{score.n:,}",
                          f"{100 * found.mean:+.2f}" if found else "-", interval,
-                         number(mcnemar_p(tuned, dense)) if found else "-", over_seeds(tuned.values())])  # fmt: skip
+                         p_value(mcnemar_p(tuned, dense)) if found else "-", over_seeds(tuned.values())])  # fmt: skip
         parts += [_heading(column), table(head, rows)]
     return parts
 
@@ -238,7 +238,7 @@ def _table_a6(columns: Sequence[Column]) -> list[str]:
             paper = [cell if whole and name in printed["exact_match"] else "-" for cell in paper]
             for tuned in column.of_row(row):
                 score, dense = _first(tuned), column.of("dense_dropout")
-                p = number(mcnemar_p(tuned, dense)) if dense and dense is not tuned else "-"
+                p = p_value(mcnemar_p(tuned, dense)) if dense and dense is not tuned else "-"
                 values = [number(None if (v := tuned.other(key)) is None else 100 * v, 2) for key in others]
                 ours = [f"{100 * score.share:.2f}", span(*score.interval), f"{score.n:,}"]
                 shown = [*paper, *ours, p, *values, *(_gap(tuned, form) for form in _GAPS)]

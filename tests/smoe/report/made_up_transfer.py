@@ -12,6 +12,7 @@ from smoe.paper import paper_results
 from smoe.report.collect import collect
 from smoe.report.document import document
 from smoe.report.runs import contexts_of
+from smoe.report.statistics import mcnemar
 from smoe.report.transfer import FOLDS, columns_of
 from smoe.report.transfer_claims import transfer_findings
 
@@ -82,6 +83,12 @@ def report_of(folder, records: list[dict]) -> str:
     assert problems == []
     columns, encoders = columns_of(runs), columns_of(runs, encoders=True)
     return document(contexts_of(runs), transfer_findings(columns), [], problems, [], "Figs", columns, encoders)
+
+
+def shown_p(a: list[bool], b: list[bool]) -> str:
+    """McNemar's p as tables have it."""
+    p = mcnemar(a, b)
+    return f"{p:.4f}" if p >= 0.0001 else "< 0.0001"
 
 
 def rows_of(report: str, section: str, heading: str) -> list[dict[str, str]]:

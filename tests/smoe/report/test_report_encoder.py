@@ -6,7 +6,7 @@ import json
 from statistics import fmean, stdev
 
 import pytest
-from made_up_transfer import ALL, answers, report_of, rows_of, run, table2, write
+from made_up_transfer import ALL, answers, report_of, rows_of, run, shown_p, table2, write
 from markdown_it import MarkdownIt
 
 from smoe.report import write_report
@@ -14,7 +14,7 @@ from smoe.report.collect import collect
 from smoe.report.encoder import encoder_plots
 from smoe.report.plots import plots_of
 from smoe.report.runs import contexts_of
-from smoe.report.statistics import mcnemar, wilson_interval
+from smoe.report.statistics import wilson_interval
 from smoe.report.transfer import FOLDS, columns_of
 
 
@@ -64,7 +64,7 @@ def test_a_pretrained_encoder_has_a_section_and_a_plot_of_its_own(tmp_path):
         assert row["over seeds"] == f"{fmean(shares):.2f} ± {stdev(shares):.2f} (n = 3)"
         if place[0] == place[1] != "-":
             difference = fmean(shares) - 100 * fmean(map(fmean, dense))
-            assert row["to dense"] == f"{difference:+.2f}" and row["p"] == f"{mcnemar(said[place][0], dense[0]):.4f}"
+            assert row["to dense"] == f"{difference:+.2f}" and row["p"] == shown_p(said[place][0], dense[0])
         else:
             assert row["to dense"] == "-"
     costs = {place: (row["MB"], row["ms"]) for row, place in zip(rows, places, strict=True)}

@@ -52,7 +52,16 @@ def test_two_runs_are_compared_example_by_example(right, tmp_path, capsys):
     main(["--compare", str(a), str(b), "--k", "8", "16"])
     text = capsys.readouterr().out
     assert f"k = 8): {sum(right[0]['8'])} of 200 right" in text and f"k = 16): {sum(of_b)} of 200 right" in text
-    assert "McNemar's exact test: p = " in text and text.count("\n") == 5
+    assert "McNemar's exact test: p < 0.0001" in text and text.count("\n") == 5
+
+
+@pytest.mark.parametrize("differ, shown", [(13, "p = 0.0002"), (15, "p < 0.0001"), (40, "p < 0.0001")])
+def test_a_tiny_p_is_no_zero(differ, shown, tmp_path, capsys):
+    """2 / 2**13 is 0.0002, 2 / 2**15 is 0.00006, which four digits would round to 0.0001."""
+    every, some = [True] * 100, [i >= differ for i in range(100)]
+    a, b = (write_run(tmp_path, name, {"16": values}) for name, values in (("a", every), ("b", some)))
+    main(["--compare", str(a), str(b)])
+    assert f"McNemar's exact test: {shown}\n" in capsys.readouterr().out
 
 
 def test_a_run_folder_has_them_too(right, tmp_path, capsys):
