@@ -7,8 +7,8 @@ What differs from the classes' defaults:
 - A dense MLP drops hidden units between its two linear layers (``DenseMLP``). Hugging Face's BERT has no dropout there.
   Table 1's rows "Dense w. Dropout", "w. Concrete Dropout" and "w. DropBlock" differ in this dropout alone, so it stays;
   ``dropout=0`` with ``residual_dropout=0.1`` is Hugging Face's model.
-- Short sequences on a CPU in bfloat16 have an attention of their own, which rounds its scores to bfloat16
-  (``bert/attention.py``).
+- Trained on short sequences on a CPU in bfloat16, attention is computed by products whose scores are rounded to
+  bfloat16 (``bert/attention.py``).
 """
 
 from __future__ import annotations

@@ -96,12 +96,12 @@ def test_a_bad_answer_is_one_printable_line(name, words, site, tmp_path, capfd):
 @pytest.mark.parametrize("name", ["byte-by-byte", "endless-header", "endless-headers", "endless-continue"])
 def test_a_trickle_ends_at_the_deadline_and_the_next_mirror_is_tried(name, site, tmp_path):
     start = time.monotonic()
-    mirrors = [Url(f"{site}/{name}", MAX_BYTES, timeout=0.4), Url(f"{site}/good", MAX_BYTES)]
+    mirrors = [Url(f"{site}/{name}", MAX_BYTES, timeout=1.0), Url(f"{site}/good", MAX_BYTES)]
     content, source = first_that_works(mirrors, Path.read_bytes, tmp_path)
     assert content == CONTENT and source == f"{site}/good"
     assert time.monotonic() - start < 10
-    with pytest.raises(SourceError, match="^took longer than 0.2 s$"):
-        fetch(f"{site}/{name}", tmp_path, timeout=0.2)
+    with pytest.raises(SourceError, match="^took longer than 0.5 s$"):
+        fetch(f"{site}/{name}", tmp_path, timeout=0.5)
 
 
 def test_an_error_in_use_is_not_taken_for_a_bad_source(tmp_path):

@@ -140,7 +140,7 @@ def test_bad_flags_are_one_line(checkout, flags, words):
 
 
 def test_side_by_side_on_a_core_each(checkout):
-    process = start(checkout, "--jobs", 4, steps=10)
+    process = start(checkout, "--jobs", 4, steps=20)
     wait_for(lambda: len(starts(checkout)) == 4)
     assert finished(checkout) == {} and process.wait(60) == 0
     assert {file.read_text() for file in checkout.rglob("starts")} == {"threads 1\n"}
@@ -159,7 +159,7 @@ def test_two_at_once_share_the_work(checkout):
 
 
 def test_what_a_killed_one_had_started_is_waited_for(checkout):
-    first = start(checkout, steps=20)
+    first = start(checkout, steps=30)
     wait_for(lambda: starts(checkout) == {"one": 1})
     first.kill()
     assert "waiting for 1 that" in call(checkout, "--only", "one")[1]
@@ -207,7 +207,7 @@ def test_dry_run_says_what_is_left_and_how_long_the_last_one_took(checkout):
     assert call(checkout, "--only", "one", "two", "--seeds", 1)[0] == 0
     (checkout / "runs/figure/three/seed-2").mkdir(parents=True)
     (checkout / "runs/figure/three/seed-2/config.yaml").touch()
-    running = start(checkout, "--only", "one", "--seeds", 2, steps=20)
+    running = start(checkout, "--only", "one", "--seeds", 2, steps=30)
     wait_for(lambda: (checkout / "runs/figure/one/seed-2/starts").exists())
     before = sorted(checkout.rglob("*"))
     code, out = call(checkout, "--seeds", 1, 2, "--dry_run", "--jobs", 2)
