@@ -35,13 +35,10 @@ def test_import_needs_torch_alone_and_no_time():
     packages = {name.partition(".")[0] for name in runs[0]["new"]}
     foreign = packages - {"smoe", "torch"} - set(sys.stdlib_module_names)
     assert not foreign, f"import smoe also imports {sorted(foreign)}"
+    command_line = {"smoe.cli", "smoe.flops", "smoe.paper", "smoe.report"} & {*runs[0]["new"]}
+    assert not command_line, f"import smoe also imports {sorted(command_line)}"
     assert "torch._dynamo" not in runs[0]["new"], "import smoe also imports torch's compiler, which takes a second"
     assert statistics.median(run["seconds"] for run in runs) < 0.3
-
-
-def test_importing_smoe_needs_no_transformers():
-    code = "import sys, smoe; assert callable(smoe.modulize); assert 'transformers' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 SMOE = Path(smoe.__file__).parent
