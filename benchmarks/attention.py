@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from benchmarks.options import medians, parse, stop, timing_parser, write_record
+from benchmarks.options import medians, parse, timing_parser, write_record
 from bert.attention import by_products
+from smoe.errors import run_main
 
 TOKENS, HEADS, WIDTH = 2048, 4, 32
 LENGTHS = (32, 64, 128, 192, 256, 512)
@@ -50,7 +51,7 @@ def measure(length: int, dtype: torch.dtype, repeats: int, clock) -> dict[str, d
 def main() -> None:
     options, clock = parse(timing_parser(__doc__))
     if options.device != "cpu":
-        stop("--device is cuda, where PyTorch's kernel is always used; there is nothing to compare")
+        raise ValueError("--device is cuda, where PyTorch's kernel is always used; there is nothing to compare")
     records = []
     for name, dtype in DTYPES.items():
         for length in LENGTHS:
@@ -62,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import smoe
+from smoe.errors import run_main
 from smoe.flops import count
 from smoe.train.evaluation import measure
 from smoe.train.processes import Processes
@@ -81,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

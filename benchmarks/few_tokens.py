@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 import smoe
-from benchmarks.options import parse, stop, timing_parser, write_record
+from benchmarks.options import parse, timing_parser, write_record
 from smoe.control import smoe_layers
+from smoe.errors import run_main
 
 NUM_EXPERTS = 16
 KS = (1, 2, 4, 8, 16)
@@ -114,7 +115,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 24, 64])
     options, clock = parse(parser, tokens=64)
     if options.device != "cpu":
-        stop(f"--device is {options.device}; few tokens have a path of their own on the CPU alone")
+        raise ValueError(f"--device is {options.device}; few tokens have a path of their own on the CPU alone")
     records: list[dict] = []
     for threads in [options.threads] if options.threads else [1, 2]:
         torch.set_num_threads(threads)
@@ -132,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -32,7 +32,8 @@ import numpy as np
 import torch
 
 import smoe
-from benchmarks.options import parse, stop, timing_parser, write_record
+from benchmarks.options import parse, timing_parser, write_record
+from smoe.errors import RunError, run_main
 
 EXPERT_COUNT = "llama.expert_used_count"  # GGUF's name for k; a Mixtral's architecture is called llama there
 
@@ -41,11 +42,11 @@ def convert(folder: Path, source: Path, gguf: Path) -> None:
     """A Hugging Face folder -> a GGUF file in float32, by llama.cpp's converter."""
     script = source / "vendor" / "llama.cpp" / "convert_hf_to_gguf.py"
     if not script.is_file():
-        stop(f"--source is {source}; it must be the unpacked sdist of llama-cpp-python")
+        raise ValueError(f"--source is {source}; it must be the unpacked sdist of llama-cpp-python")
     command = [sys.executable, str(script), str(folder), "--outtype", "f32", "--outfile", str(gguf)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"error: the converter failed: {done.stderr.strip().splitlines()[-1]}")
+        raise RunError(f"the converter failed: {done.stderr.strip().splitlines()[-1]}")
 
 
 def load(gguf: Path, k: int, tokens: int, threads: int) -> Any:
@@ -154,17 +155,17 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=0.02, help="of the mean difference (default: 0.02)")
     args, clock = parse(parser, tokens=None, k=None)
     if args.device != "cpu":
-        stop(f"--device is {args.device}; llama.cpp runs on the CPU here")
+        raise ValueError(f"--device is {args.device}; llama.cpp runs on the CPU here")
     result = measure(args, clock)
     write_record(args, "log-probabilities of next tokens by llama.cpp (GGUF, float32) and by smoe; its speed", **result)
     for row in result["by_k"]:
         print("  ".join(f"{key} {value:.6g}" for key, value in row.items()))
     if not result["same_tokenization"]:
-        raise SystemExit("error: llama.cpp cuts the text into other tokens")
+        raise RunError("llama.cpp cuts the text into other tokens")
     worst = max(row["mean_difference"] for row in result["by_k"])
     if not worst < args.tolerance:
-        raise SystemExit(f"error: the mean difference is {worst:.4f}; it must be below {args.tolerance}")
+        raise RunError(f"the mean difference is {worst:.4f}; it must be below {args.tolerance}")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 import smoe
-from benchmarks.options import medians, parse, stop, timing_parser, write_record
+from benchmarks.options import medians, parse, timing_parser, write_record
+from smoe.errors import run_main
 
 SIZES = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 NUM_EXPERTS = 16
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--aoti", type=int, nargs="*", default=[], metavar="K", help="compile ahead of time at these k")
     options, clock = parse(parser, k=NUM_EXPERTS, layers=None, aoti=NUM_EXPERTS)
     if options.aoti and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        stop("--aoti needs a C++ compiler, and none of c++, g++ and clang++ is on the PATH")
+        raise ValueError("--aoti needs a C++ compiler, and none of c++, g++ and clang++ is on the PATH")
     model, records = encoder(num_hidden_layers=options.layers), []
     for k in options.k:
         for record in measure(model, k, k in options.aoti, options, clock):
@@ -129,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import smoe
 from benchmarks.graphs import NUM_EXPERTS, SHAPES, batch_of, encoder
 from benchmarks.options import medians, parse, timing_parser, write_record
+from smoe.errors import run_main
 from smoe.export import to_int8
 
 
@@ -101,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

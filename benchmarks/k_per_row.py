@@ -23,6 +23,7 @@ from torch import Tensor
 import smoe
 from benchmarks.layer import DTYPES, NAMES, SHAPES, infer, step
 from benchmarks.options import parse, timing_parser, write_record
+from smoe.errors import run_main
 
 ROWS = 16
 # The k of all 16 rows; each mix has a whole number as its mean.
@@ -95,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -33,6 +33,7 @@ from torch import Tensor, nn  # noqa: E402
 from benchmarks.options import parse, timing_parser, write_record  # noqa: E402
 from benchmarks.peers import peers  # noqa: E402
 from smoe import SMoE  # noqa: E402
+from smoe.errors import run_main
 from smoe.flops import count  # noqa: E402
 
 # name: (d, N, h, T, activation), sizes of the paper
@@ -269,4 +270,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

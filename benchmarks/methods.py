@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.options import parse, stop, timing_parser, write_record
+from benchmarks.options import parse, timing_parser, write_record
 from benchmarks.step import SHARES, VOCABULARY, Step, measure, training_step
 from smoe import set_top_k
+from smoe.errors import run_main
 from smoe.flops import count_step
 from smoe.methods import METHODS
 from smoe.train.command import parse_config
@@ -106,10 +107,7 @@ def main() -> None:
     for model, scale in itertools.product(options.model, options.scale):
         found: list[Contender] = []
         for method in METHODS:
-            try:
-                config, own = contenders(model, scale, method, options.device)
-            except ValueError as error:
-                stop(str(error))
+            config, own = contenders(model, scale, method, options.device)
             found += own
         steps = {_name(contender): contender.run for contender in found}
         here = rows_of(model, scale, found, measure(steps, options.repeats, clock, options.device))
@@ -168,4 +166,4 @@ def _masked_lm(model: str, scale: str, method: str, device: str) -> Built:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

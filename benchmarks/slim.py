@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.layer import peak_bytes
-from benchmarks.options import parse, stop, timing_parser, write_record
+from benchmarks.options import parse, timing_parser, write_record
 from benchmarks.step import measure as time_in_turns
 from smoe import set_top_k
 from smoe.errors import run_main
@@ -105,7 +105,7 @@ def main() -> None:
     if options.data is not None:
         config = dataclasses.replace(config, data=options.data)
     if max(options.keep) > config.num_experts:
-        stop(f"--keep is {max(options.keep)}; it must be at most {config.num_experts}")
+        raise ValueError(f"--keep is {max(options.keep)}; it must be at most {config.num_experts}")
     processes = Processes()
     task = load_task(LanguageModel, config, checkpoint, processes)
     task.model.eval()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from benchmarks.options import parse, timing_parser, write_record
 from benchmarks.transformer_xl_reference import build_reference, run_reference
 from smoe import set_top_k
+from smoe.errors import run_main
 from smoe.flops import count_step
 from transformer_xl.config import LanguageModelConfig
 from transformer_xl.cost import meta_inputs
@@ -214,4 +215,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.layer import SHAPES
 from smoe import SMoE, record_routing
+from smoe.errors import run_main
 from smoe.parallel import ParallelGroups, parallelize, wire_bytes
 from smoe.parallel.wire import count_pairs
 
@@ -235,4 +236,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -212,7 +212,7 @@ def test_what_cannot_have_a_k_per_row_says_so():
 @pytest.mark.slow
 def test_compiled_in_one_graph():
     layer = make(activation="relu")
-    options = {"cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False}  # compiles faster
+    options = {"cpp_cache_precompile_headers": False}  # compiles faster
     compiled, x = torch.compile(layer, fullgraph=True, options=options), torch.randn(B, L, D)
     for k in ([1, 8, 3, 2, 8], [8, 8, 1, 1, 2], [4, 1, 4, 2, 3]):
         with activated(layer, torch.tensor(k)):
