@@ -10,6 +10,7 @@ from torch import Tensor
 from ..experts import Experts
 from ..router import Routing
 from . import dense, few, grouped, grouped_mm, int8, plain, reference
+from .products import product_dtype
 
 ComputePath = Callable[[Tensor, Experts, Routing], Tensor]
 
@@ -24,9 +25,20 @@ PATHS: dict[str, ComputePath] = {
 # Not by name: it computes quantised experts, and nothing else does.
 INT8: ComputePath = int8.compute
 
-# Up to this many weights, the matrix products of one expert cost more to start than to compute: at 64 x 128 weights and
-# 1024 tokens a training step took 0.38 s with `grouped` at k = 8 and 0.22 s with `dense`.
+# Up to this many weights, the matrix products of one expert cost more to start than to compute, on a GPU.
 TINY_EXPERT = 1 << 14
+
+# What `grouped` does on a CPU beside its products, in the multiply-adds that take as long: for each number of a row
+# that it gathers and sums again, for each expert that it starts products for, and what `dense` does beside its own for
+# each hidden unit. Fitted to 367 forward and training passes on one core of a Zen 5 in bf16 and float32, 64 to 8192
+# tokens, 4 to 64 experts of 16 to 512 units; on 78 others the path that they choose takes 1.003 of the faster one's
+# time on average, and 1.21 at most.
+ROW = 55
+START = 10_000_000
+UNIT = 256
+# Where AMX multiplies in bf16, everything but the products counts twice: `benchmarks/LOG.md` has `dense` ahead at 12 of
+# 16 experts of 192 units there.
+AMX = 2
 
 
 def choose(name: str, x: Tensor, experts: Experts, routing: Routing) -> ComputePath:
@@ -50,10 +62,23 @@ def choose(name: str, x: Tensor, experts: Experts, routing: Routing) -> ComputeP
         return PATHS[name]
     if few.usable(x, experts, routing):
         return PATHS["few"]
-    all_experts = routing.indices.shape[1] == experts.num_experts and not routing.absent
-    if all_experts or experts.d_model * experts.d_expert <= TINY_EXPERT:
+    k = routing.indices.shape[1]
+    all_experts = k == experts.num_experts and not routing.absent
+    if all_experts or dense_pays(x, k, experts):
         return PATHS["dense"]
     return PATHS["grouped_mm" if grouped_mm.usable(x, experts) else "grouped"]
+
+
+def dense_pays(x: Tensor, k: int, experts: Experts) -> bool:
+    """Whether all experts for all tokens of x (T, d) take less time than the k that each has chosen."""
+    d, h, num_experts = experts.d_model, experts.d_expert, experts.num_experts
+    if x.device.type != "cpu":
+        return d * h <= TINY_EXPERT
+    superfluous = (num_experts - k) * h * (d + UNIT)  # of one token
+    factor = AMX if product_dtype(x) == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else 1
+    # A second thread halves the products, not the starts. A compiled graph is for any number of tokens.
+    starts = 0 if torch.compiler.is_compiling() else num_experts * START * torch.get_num_threads()
+    return x.shape[0] * (superfluous - factor * k * d * ROW) <= factor * starts
 
 
 def _refuse_vmap() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from smoe import Routing, SMoE
 from smoe.compute import PATHS, choose, dense, few, grouped_mm, grouping, products
+from smoe.compute.choose import dense_pays
 from smoe.compute.fast_path import FAST_PATHS
 from smoe.compute.grouping import PADDING, group
 from smoe.router import ROUTERS, SCORES, PartialRouting
@@ -245,15 +246,17 @@ def test_second_derivative_raises(path):
 
 
 def test_which_path_runs(monkeypatch):
-    """``auto`` is grouped below k = N, dense at k = N and for tiny experts; a name is that path."""
+    """``auto`` is dense at k = N and where the experts that nobody chose cost little; a name is that path."""
     ran = []
     for name in PATHS:
         monkeypatch.setitem(PATHS, name, lambda x, experts, routing, name=name: ran.append(name) or x)
-    x, big = torch.randn(5, 12), torch.randn(5, 128)
+    x, big, many = torch.randn(5, 12), torch.randn(5, 128), torch.randn(8192, 128)
     for k, path in ((1, "grouped"), (2, "grouped"), (4, "dense")):
-        make(d=128, h=256, k=k)(big)
+        make(d=128, h=256, k=k)(many)
         assert ran.pop() == path
     make(k=2)(x)
+    assert ran.pop() == "dense"
+    make(d=128, h=256, k=2)(big)
     assert ran.pop() == "dense"
     with torch.no_grad():
         for k in (1, 2, 4):
@@ -261,7 +264,7 @@ def test_which_path_runs(monkeypatch):
             assert ran.pop() == "few"
             make(d=128, h=256, k=k)(big)
             assert not ran  # in float32 the layer goes straight to what `few` computes: smoe.few_tokens
-        make(d=128, h=256, k=2)(torch.randn(65, 128))
+        make(d=128, h=256, k=2)(many)
         assert ran.pop() == "grouped"
     for name in PATHS:
         make(compute=name)(x)
@@ -270,6 +273,41 @@ def test_which_path_runs(monkeypatch):
     assert choose("reference", x, layer.experts, layer.router(x)) is PATHS["reference"]
     with pytest.raises(ValueError, match="compute is 'fast'; it must be auto or one of"):
         make(compute="fast")
+
+
+# The faster path at 16 experts on a Zen 5, one thread: (tokens, d, h, k) and the time of grouped over that of dense.
+MEASURED = [
+    ((256, 384, 32, 2), 1.4),
+    ((256, 384, 96, 8), 1.3),
+    ((256, 384, 384, 2), 0.6),
+    ((2048, 128, 96, 2), 0.5),
+    ((2048, 128, 32, 12), 1.5),
+    ((2048, 768, 32, 12), 1.45),
+    ((2048, 384, 192, 8), 0.6),
+    ((2048, 768, 192, 12), 0.9),
+]
+
+
+@pytest.mark.parametrize(("shape", "ratio"), MEASURED, ids=str)
+def test_auto_takes_the_path_that_was_faster(shape, ratio, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    tokens, d, h, k = shape
+    x, layer = torch.randn(tokens, d), make(d=d, h=h, n=16, k=k)
+    path = choose("auto", x, layer.experts, layer.router(x))
+    assert path is PATHS["dense" if ratio > 1 else "grouped"]
+
+
+def test_more_threads_and_amx_favour_dense(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    x, experts = torch.randn(800, 384), make(d=384, h=96, n=16, k=8).experts
+    assert not dense_pays(x, 8, experts) and not dense_pays(x.bfloat16(), 8, experts)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert dense_pays(x, 8, experts)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert not dense_pays(x, 8, experts) and dense_pays(x.bfloat16(), 8, experts)
 
 
 def test_padding_limits_the_number_of_kernel_shapes():
