@@ -17,5 +17,8 @@ for scale in cpu hour; do
             --into README.md --block table1-$scale-$model
     done
 done
-python -m smoe.report --table2 --into README.md --block table2 >/dev/null
+python -m smoe.report --part table2 --into README.md --block table2 >/dev/null
+for document in README.md docs/pretrained.md; do
+    python -m smoe.report --part encoder --into "$document" --block encoder >/dev/null
+done
 python -m smoe.report --all

@@ -12,10 +12,7 @@ import pytest
 from runs import assert_close_runs
 
 from smoe.report import read_result, slimming_table, with_block
-from smoe.report.collect import collect
-from smoe.report.transfer import columns_of
-from smoe.report.transfer_claims import transfer_findings
-from smoe.report.transfer_tables import table2_text
+from smoe.report.command import part_text
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -126,6 +123,9 @@ def test_the_drawing_is_what_its_script_writes():
     ElementTree.fromstring(drawing())  # it is XML
 
 
-def test_table_2_is_that_of_the_records():
-    columns = columns_of(collect(ROOT / "results")[0])
-    assert columns and with_block(README, "table2", table2_text(columns, transfer_findings(columns))) == README
+@pytest.mark.parametrize(
+    ("document", "part"), [("README.md", "table2"), ("README.md", "encoder"), ("docs/pretrained.md", "encoder")]
+)
+def test_tables_of_fine_tuning_are_those_of_the_records(document, part):
+    written, text = (ROOT / document).read_text(encoding="utf-8"), part_text(part, str(ROOT / "results"))
+    assert "ours" in text and with_block(written, part, text) == written

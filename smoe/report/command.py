@@ -3,7 +3,7 @@
 python -m smoe.report RUN [RUN ...] [--plot slimming.png] [--json] [--into README.md --block NAME]
 python -m smoe.report RUN --curve curve.png
 python -m smoe.report --compare RUN_A RUN_B [--k 16] [--json]
-python -m smoe.report --table2 [--results results] [--into README.md --block table2]
+python -m smoe.report --part table2 [--results results] [--into README.md --block table2]
 python -m smoe.report --all [--results results] [--figures Figs]
 """
 
@@ -20,7 +20,9 @@ from typing import Any
 from smoe.errors import Parser, one_line
 from smoe.files import write_atomic
 from smoe.report.collect import collect
+from smoe.report.costs import read_encoder_times
 from smoe.report.curve import plot_curve
+from smoe.report.encoder import encoder_text
 from smoe.report.everything import write_report
 from smoe.report.figure import plot_slimming
 from smoe.report.groups import Block, Group, blocks_of
@@ -30,6 +32,8 @@ from smoe.report.tables import slimming_table, with_block
 from smoe.report.transfer import columns_of
 from smoe.report.transfer_claims import transfer_findings
 from smoe.report.transfer_tables import table2_text
+
+PARTS = ("table2", "encoder")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     compare = "instead: two runs on the same examples, of which each has predictions"
     parser.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help=compare)
     parser.add_argument("--k", nargs="+", metavar="K", help="with --compare: of both or of each (all of their experts)")
-    parser.add_argument("--table2", action="store_true", help="instead: Table 2 of all records under --results")
+    parser.add_argument("--part", choices=PARTS, help="instead: Table 2, or pretrained encoders, of all records")
     parser.add_argument("--all", action="store_true", help="instead: report all records under --results")
     parser.add_argument(
         "--results",
         metavar="DIR",
-        help="with --all, --table2: records; --all writes REPORT.md, report.html there (results)",
+        help="with --all, --part: records; --all writes REPORT.md, report.html there (results)",
     )
     parser.add_argument("--figures", metavar="DIR", help="with --all: gets the plots (Figs)")
     options = parser.parse_args(argv)
@@ -60,11 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ks = (options.k or [None]) * (1 if options.k and len(options.k) == 2 else 2)
         found = compare_runs(tuple(options.compare), tuple(ks))
         return print(json.dumps(found, indent=2) if options.json else comparison_text(found))
-    if options.table2:
-        runs, problems = collect(options.results or "results")
-        _say_left_out(problems)
-        columns = columns_of(runs)
-        text = table2_text(columns, transfer_findings(columns))
+    if options.part is not None:
+        text = part_text(options.part, options.results or "results")
         if options.into is not None:
             markdown = with_block(options.into.read_text(encoding="utf-8"), options.block, text)
             write_atomic(options.into, markdown)
@@ -87,10 +88,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n\n".join([table, *(["\n".join(lines)] if lines else [])]))
 
 
+def part_text(part: str, results: str) -> str:
+    """A member of ``PARTS``, of all records in ``results``, as plain text. What is left out is said on stderr."""
+    runs, problems = collect(results)
+    times, wrong = read_encoder_times(results) if part == "encoder" else ([], [])
+    _say_left_out([*problems, *wrong])
+    if part == "encoder":
+        return encoder_text(columns_of(runs, encoders=True), times)
+    columns = columns_of(runs)
+    return table2_text(columns, transfer_findings(columns))
+
+
 def _check(options: argparse.Namespace) -> None:
     """ValueError for options that do not go together."""
     if options.compare is not None:
-        given = {name: getattr(options, name) for name in ("all", "table2", "plot", "curve", "into", "block")}
+        given = {name: getattr(options, name) for name in ("all", "part", "plot", "curve", "into", "block")}
         for name in [*(["RUN"] if options.runs else []), *(f"--{name}" for name, value in given.items() if value)]:
             raise ValueError(f"{name} has no effect with --compare; leave it out")
         if options.k is not None and len(options.k) > 2:
@@ -98,15 +110,15 @@ def _check(options: argparse.Namespace) -> None:
         return
     if options.k is not None:
         raise ValueError("--k has no effect without --compare; leave it out")
-    if options.all or options.table2:
-        mode, others = ("--all", ("into", "block", "table2")) if options.all else ("--table2", ("figures",))
+    if options.all or options.part:
+        mode, others = ("--all", ("into", "block", "part")) if options.all else ("--part", ("figures",))
         given = {name: getattr(options, name) for name in ("plot", "curve", "json", *others)}
         for name in [*(["RUN"] if options.runs else []), *(f"--{name}" for name, value in given.items() if value)]:
             raise ValueError(f"{name} has no effect with {mode}; leave it out")
         return _check_block(options)
     for name in ("results", "figures"):
         if getattr(options, name) is not None:
-            raise ValueError(f"--{name} has no effect without --all or --table2; leave it out")
+            raise ValueError(f"--{name} has no effect without --all or --part; leave it out")
     if not options.runs:
         raise ValueError("the following arguments are required: RUN, or --all")
     _check_block(options)

@@ -1,14 +1,14 @@
-"""An encoder that somebody else has pretrained (docs/pretrained.md): its plot, and its section of REPORT.md."""
+"""An encoder that somebody else has pretrained (docs/pretrained.md): its plot and its tables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import stdev
+from statistics import fmean, stdev
 from typing import Any
 
 from smoe.report.groups import plain
-from smoe.report.markdown import MISSING, md, number, table
+from smoe.report.markdown import MISSING, md, number, table, text_table
 from smoe.report.panels import Line, Panel, Point, is_empty
 from smoe.report.plots import Plot
 from smoe.report.records import parameters_at, split_of, values_of
@@ -27,6 +27,7 @@ batches as the run evaluates them, all models in turns on one machine."""
 
 _HEAD = ["method", "experts", "activated", "ours", "95 %", "n", "to dense", "95 %", "p", "over seeds"]
 _HEAD += ["parameters", "MB", "ms"]
+_TEXT_HEAD = ["method", "experts", "activated", "ours", "to dense", "95 %", "MB", "ms"]
 
 
 @dataclass(frozen=True)
@@ -79,26 +80,57 @@ def encoder_parts(
     return parts
 
 
+def encoder_text(columns: Sequence[Column], times: Sequence[dict[str, Any]]) -> str:
+    """The tables of the section as plain text, with fewer columns; a line where there is none."""
+    blocks = []
+    for column in columns:
+        head = f"{column.name}, scale {column.scale}, setting {column.setting}: "
+        dense = column.of("dense_dropout")
+        several = dense is not None and len(dense.runs) > 1
+        head += f"{column.metric['title'].lower()}, {'mean ± deviation over seeds' if several else 'one seed'}, %"
+        rows = [_TEXT_HEAD, *(_text_row(column, *row, times) for row in _tuned_rows(column))]
+        blocks.append("\n".join([head, "", *text_table(rows)]))
+    return "\n\n".join(blocks) or "Not run."
+
+
+def _text_row(column: Column, tuned: Tuned, key: str | None, times: Sequence[dict[str, Any]]) -> list[str]:
+    kind, values = tuned.kind, [100 * value for value in tuned.values(key)]
+    k = kind.kept if key is None else int(key)
+    shown = f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f} (n = {len(values)})" if len(values) > 1 else "")
+    difference, interval, _ = to_dense(column, tuned) if key is None else ["-"] * 3
+    return [_name(column, kind), *("-" if value is None else str(value) for value in (kind.kept, k)), shown,
+            difference, interval, *_costs(column, kind, k, times)]  # fmt: skip
+
+
 def _rows(column: Column, times: Sequence[dict[str, Any]]) -> list[list[str]]:
-    dense = [tuned for kind, tuned in column.tuned.items() if kind.kept is None]
-    rows = [_row(column, tuned, times) for tuned in [*dense, *_routed(column)]]
+    return [_row(column, tuned, times, key) for tuned, key in _tuned_rows(column)]
+
+
+def _tuned_rows(column: Column) -> list[tuple[Tuned, str | None]]:
+    """What the rows show: a training, and the number of activated experts where not all that there are."""
+    rows: list[tuple[Tuned, str | None]] = [(tuned, None) for kind, tuned in column.tuned.items() if kind.kept is None]
+    rows += [(tuned, None) for tuned in _routed(column)]
     for tuned in _routed(column):
         if tuned.kind.kept == tuned.kind.of:
-            rows += [_row(column, tuned, times, key) for key in reversed(_ks(tuned)) if int(key) != tuned.kind.kept]
+            rows += [(tuned, key) for key in reversed(_ks(tuned)) if int(key) != tuned.kind.kept]
     return rows
 
 
-def _row(column: Column, tuned: Tuned, times: Sequence[dict[str, Any]], key: str | None = None) -> list[str]:
-    """``key``: at so many activated experts, where not at all that there are."""
+def _row(column: Column, tuned: Tuned, times: Sequence[dict[str, Any]], key: str | None) -> list[str]:
     kind, score = tuned.kind, _score(tuned, key)
     record = tuned.all_runs()[0].record
     k = kind.kept if key is None else int(key)
-    found = next((row for row in times if _is_of(row, column, kind, k)), {})
-    costs = [number(found[name], 2) if name in found else MISSING for name in ("megabytes", "milliseconds")]
     return [md(_name(column, kind)), *("-" if value is None else str(value) for value in (kind.kept, k)),
             f"{100 * score.share:.2f}", span(*score.interval), examples(tuned),
             *(to_dense(column, tuned) if key is None else ["-"] * 3), over_seeds(tuned.values(key)),
-            f"{parameters_at(record, 'dense' if k is None else str(k)):,.0f}", *costs]  # fmt: skip
+            f"{parameters_at(record, 'dense' if k is None else str(k)):,.0f}",
+            *_costs(column, kind, k, times)]  # fmt: skip
+
+
+def _costs(column: Column, kind: Kind, k: int | None, times: Sequence[dict[str, Any]]) -> list[str]:
+    """Megabytes and milliseconds."""
+    found = next((row for row in times if _is_of(row, column, kind, k)), {})
+    return [number(found[name], 2) if name in found else MISSING for name in ("megabytes", "milliseconds")]
 
 
 def _name(column: Column, kind: Kind) -> str:

@@ -23,6 +23,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) ->
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table as plain text, aligned to the left: ``rows[0]`` is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """A number, or that it is missing."""
     return MISSING if value is None else f"{value:.{digits}f}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from smoe.paper import paper_results
 from smoe.report.checks import Finding
-from smoe.report.markdown import MISSING, md, number, p_value, table
+from smoe.report.markdown import MISSING, md, number, p_value, table, text_table
 from smoe.report.statistics import mean_interval, paired_difference
 from smoe.report.transfer import DISTILLATION, QUESTIONS, ROWS, SETTINGS, Column, Score, Tuned, complete, mcnemar_p
 from smoe.report.transfer import difference as difference_of
@@ -50,12 +50,10 @@ def table2_text(columns: Sequence[Column], findings: Sequence[Finding]) -> str:
             counts = sorted({_first(tuned).n for tuned in found_of if tuned})
             cells = [_text_cell(printed.get(row), tuned) for row, tuned in zip(ROWS, found_of, strict=True)]
             rows.append([f"{model}, {dataset}", " or ".join(map(str, counts)) or "-", *cells])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         heading = f"Scale {scale}, {SETTINGS[setting].replace('`', '')}"
         several = any(len(t.runs) > 1 for column in found for row in ROWS if (t := column.of(row)))
         head = f"{heading}: paper / ours [95 %]{', or mean ± deviation over seeds' if several else ''}, %"
-        blocks.append("\n".join([head, "", lines[0], "-" * len(lines[0]), *lines[1:]]))
+        blocks.append("\n".join([head, "", *text_table(rows)]))
     counted, lines = summary(findings)
     said = [_wrapped(counted), "", *(_wrapped(f"- {line}", indent="  ") for line in lines)]
     return "\n\n".join([*blocks, "\n".join(said)])

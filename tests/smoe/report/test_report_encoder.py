@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from statistics import fmean, stdev
 
 import pytest
@@ -11,6 +12,7 @@ from markdown_it import MarkdownIt
 
 from smoe.report import write_report
 from smoe.report.collect import collect
+from smoe.report.command import part_text
 from smoe.report.encoder import encoder_plots
 from smoe.report.plots import plots_of
 from smoe.report.runs import contexts_of
@@ -70,6 +72,15 @@ def test_a_pretrained_encoder_has_a_section_and_a_plot_of_its_own(tmp_path):
     costs = {place: (row["MB"], row["ms"]) for row, place in zip(rows, places, strict=True)}
     assert costs["8", "8"] == ("12.50", "1.50")
     assert costs["16", "8"][1] == "2.50" and costs["16", "16"] == ("missing", "missing")
+    text = part_text("encoder", str(results))
+    named = "all-MiniLM-L6-v2, sst2, scale cpu, setting all: accuracy, mean ± deviation over seeds, %"
+    assert text.splitlines()[0] == named
+    lines = [re.split(r" {2,}", line) for line in text.splitlines()[4:]]
+    assert [tuple(line[1:3]) for line in lines] == places
+    for line, row, place in zip(lines, rows, places, strict=True):
+        shares = [100 * fmean(right) for right in said[place]]
+        assert line[3] == f"{fmean(shares):.1f} ± {stdev(shares):.1f} (n = 3)"
+        assert line[4:] == [row["to dense"], row["95 % of the difference"], row["MB"], row["ms"]]
     # Table 2 and its claims are about the paper's models alone.
     cells = rows_of(report, "Table 2", "Scale cpu, setting `all`")
     assert "MiniLM" not in str(cells) and {r["ours"] for r in cells if r["task"] == "transformer\\_xl, sst2"} == {

@@ -141,7 +141,7 @@ def test_table_2_as_text_has_means_over_seeds_and_says_which_folds_there_are(tmp
     records = table2(PAPER, columns=COLUMNS[:1], seeds=(1, 2)) + table2(ALL, columns=[("bert", "mawps")])[:2]
     write(tmp_path, records)
     (tmp_path / "broken.json").write_text("{")
-    main(["--table2", "--results", str(tmp_path)])
+    main(["--part", "table2", "--results", str(tmp_path)])
     text, said = capsys.readouterr()
     assert said.startswith("warning: left out: broken.json: ")
     shares = [100 * fmean(r["said"]["dense"]) for r in records if "dense" in r["said"] and r["model"] != "bert"]
@@ -152,7 +152,7 @@ def test_table_2_as_text_goes_into_a_document(tmp_path, capsys):
     write(tmp_path / "results", records := table2(PAPER, columns=COLUMNS[:1]))
     readme = tmp_path / "README.md"
     readme.write_text("<!-- table2: -->\nold\n<!-- end -->\n")
-    main(["--table2", "--results", str(tmp_path / "results"), "--into", str(readme), "--block", "table2"])
+    main(["--part", "table2", "--results", str(tmp_path / "results"), "--into", str(readme), "--block", "table2"])
     text = capsys.readouterr().out
     right = records[0]["said"]["dense"]
     low, high = (100 * value for value in wilson_interval(sum(right), len(right)))
