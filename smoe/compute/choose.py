@@ -36,9 +36,9 @@ TINY_EXPERT = 1 << 14
 ROW = 55
 START = 10_000_000
 UNIT = 256
-# Where AMX multiplies in bf16, everything but the products counts twice: `benchmarks/LOG.md` has `dense` ahead at 12 of
-# 16 experts of 192 units there.
-AMX = 2
+# Where AMX multiplies in bf16, all else counts twice: `benchmarks/LOG.md` has `dense` ahead at 12 of 16 experts of 192
+# units there. Asked once, since torch.compile can't trace the question.
+BF16_FACTOR = 2 if torch.cpu._is_amx_tile_supported() else 1
 
 
 def choose(name: str, x: Tensor, experts: Experts, routing: Routing) -> ComputePath:
@@ -75,7 +75,7 @@ def dense_pays(x: Tensor, k: int, experts: Experts) -> bool:
     if x.device.type != "cpu":
         return d * h <= TINY_EXPERT
     superfluous = (num_experts - k) * h * (d + UNIT)  # of one token
-    factor = AMX if product_dtype(x) == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else 1
+    factor = BF16_FACTOR if product_dtype(x) == torch.bfloat16 else 1
     # A second thread halves the products, not the starts. A compiled graph is for any number of tokens.
     starts = 0 if torch.compiler.is_compiling() else num_experts * START * torch.get_num_threads()
     return x.shape[0] * (superfluous - factor * k * d * ROW) <= factor * starts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -291,7 +292,6 @@ MEASURED = [
 @pytest.mark.parametrize(("shape", "ratio"), MEASURED, ids=str)
 def test_auto_takes_the_path_that_was_faster(shape, ratio, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     tokens, d, h, k = shape
     x, layer = torch.randn(tokens, d), make(d=d, h=h, n=16, k=k)
     path = choose("auto", x, layer.experts, layer.router(x))
@@ -299,14 +299,15 @@ def test_auto_takes_the_path_that_was_faster(shape, ratio, monkeypatch):
 
 
 def test_more_threads_and_amx_favour_dense(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    choosing = sys.modules["smoe.compute.choose"]
+    monkeypatch.setattr(choosing, "BF16_FACTOR", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     x, experts = torch.randn(800, 384), make(d=384, h=96, n=16, k=8).experts
     assert not dense_pays(x, 8, experts) and not dense_pays(x.bfloat16(), 8, experts)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert dense_pays(x, 8, experts)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(choosing, "BF16_FACTOR", 2)
     assert not dense_pays(x, 8, experts) and dense_pays(x.bfloat16(), 8, experts)
 
 
@@ -386,6 +387,26 @@ def test_on_cuda(path):
         assert (got[name] - value).norm() <= 2e-2 * value.norm(), name
     layer.compute = "auto"
     assert choose("auto", x, layer.experts, layer.router(x)) is grouped_mm.compute
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_choice_compiles_and_takes_any_number_of_tokens(dtype):
+    layer, graphs = make(d=64, h=64, n=16, k=2, dtype=dtype, compute="auto"), []
+    torch.compiler.reset()
+
+    def backend(module, _):
+        graphs.append(module)
+        return module.forward
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    for tokens in (100, 3000):
+        x = torch.randn(tokens, 64).to(dtype)
+        with torch.no_grad():
+            layer.compute = "reference"
+            want = layer(x)
+            layer.compute = "auto"
+        torch.testing.assert_close(compiled(x), want, rtol=2e-2, atol=2e-2)
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
