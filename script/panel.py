@@ -98,11 +98,15 @@ class Panel:
         return STOPPED if left else int(self.failed > 0)
 
     def _start(self) -> None:
-        """Starts what may start. What another process is at work on goes to the end of the queue."""
+        """Starts what may start. What another process is at work on goes to the end of the queue, and so does what
+        would wait for a pretrained run that a child is training."""
         for _ in range(len(self.waiting)):
             if self.stopped or len(self.running) == self.jobs:
                 return
             run = self.waiting.popleft()
+            if run.starts_from in self._pretraining():
+                self.waiting.append(run)
+                continue
             lock = None if run.result.exists() else take_lock(run)
             if run.result.exists():  # asked once more: it may have been finished until we had the lock
                 if lock is not None:
@@ -116,6 +120,11 @@ class Panel:
             else:
                 say(f"started: {run}, log in {os.path.relpath(run.log, ROOT)}")
                 self.running.append(Child(run, lock, self.environment))
+
+    def _pretraining(self) -> set[Path]:
+        """The pretrained runs that children train first."""
+        needed = {child.run.starts_from for child in self.running} - {None}
+        return {folder for folder in needed if not (folder / "result.json").exists()}
 
     def _ended(self, child: Child) -> None:
         took, status = duration(time.monotonic() - child.started), child.process.returncode

@@ -63,6 +63,12 @@ class Run:
     def log(self) -> Path:
         return self.folder / "output.log"
 
+    @property
+    def starts_from(self) -> Path | None:
+        """The pretrained run, which the script trains first if it is missing; None: it needs none."""
+        run = dict(given_flags(self.all_flags)).get("run")
+        return None if run is None else ROOT / run[0]
+
     def __str__(self) -> str:
         return shlex.join([self.name, *self.flags])
 

@@ -148,6 +148,25 @@ def test_side_by_side_on_a_core_each(checkout):
     assert (checkout / "runs/figure/one/seed-7/starts").read_text() == "threads unset\n"
 
 
+def test_what_waits_for_a_pretrained_run_takes_no_place(checkout):
+    lines = ["figure/one --run base", "figure/two --run base", "figure/three --run other", "figure/four"]
+    (checkout / "script/figure/runs.yaml").write_text(yaml.safe_dump({"a": lines}))
+    started = lambda: [*starts(checkout)]  # noqa: E731
+    process = start(checkout, "--jobs", 2, steps=30)
+    wait_for(lambda: len(started()) == 2)
+    time.sleep(0.5)  # `two` would start now
+    assert sorted(started()) == ["one", "three"]
+    assert process.wait(60) == 0 and sorted(started()) == sorted(NAMES)
+    for path in checkout.glob("runs/figure/*"):
+        shutil.rmtree(path)
+    for base in ("base", "other"):
+        (checkout / base).mkdir()
+        (checkout / base / "result.json").write_text("{}")
+    process = start(checkout, "--jobs", 2, steps=10)
+    wait_for(lambda: len(started()) == 2)
+    assert sorted(started()) == ["one", "two"] and process.wait(60) == 0
+
+
 def test_two_at_once_share_the_work(checkout):
     first, second = start(checkout), start(checkout)
     outs = [process.communicate(timeout=60)[0] for process in (first, second)]
