@@ -122,7 +122,7 @@ class Panel:
                 self.running.append(Child(run, lock, self.environment))
 
     def _pretraining(self) -> set[Path]:
-        """The pretrained runs that children train first."""
+        """The pretrained runs that children train first, or wait for."""
         needed = {child.run.starts_from for child in self.running} - {None}
         return {folder for folder in needed if not (folder / "result.json").exists()}
 

@@ -65,8 +65,9 @@ class Run:
 
     @property
     def starts_from(self) -> Path | None:
-        """The pretrained run, which the script trains first if it is missing; None: it needs none."""
-        run = dict(given_flags(self.all_flags)).get("run")
+        """The run that it starts from or learns from, which its script trains first if it is missing; None: neither."""
+        given = dict(given_flags(self.all_flags))
+        run = given.get("run") or given.get("teacher")
         return None if run is None else ROOT / run[0]
 
     def __str__(self) -> str:
@@ -196,8 +197,7 @@ def other_source(run: Run) -> str | None:
     """
     given = dict(given_flags(run.flags))
     if run.name.startswith("pretrained/"):  # a task: its text is that of the run that it starts from
-        adapted = ROOT / dict(given_flags(run.all_flags))["run"][0]
-        return other_start(adapted, given.get("start_from", []), given.get("text", []), "text")
+        return other_start(run.starts_from, given.get("start_from", []), given.get("text", []), "text")
     if run.name.startswith("tablea6/"):
         return other_questions(run, given)
     if config_class(run).__name__ == "PretrainConfig":

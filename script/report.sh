@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Writes results/REPORT.md, results/report.html, the plots in Figs/ and the tables of README.md from the records in
-# results/, and from nothing else.
+# Writes results/REPORT.md, results/report.html, the plots in Figs/ and the tables of README.md and docs/pretrained.md
+# from the records in results/, and from nothing else.
 #
 #   bash script/report.sh
 #

@@ -1,12 +1,14 @@
 """A bad option of a benchmark gives one line, before anything is measured."""
 
 import importlib.util
+import json
 import sys
+from math import prod
 
 import pytest
 import torch
 
-from benchmarks import attention, layer, methods, minilm_slimming, step
+from benchmarks import attention, layer, methods, minilm_slimming, paths, step
 from smoe.errors import run_main
 
 
@@ -20,6 +22,7 @@ from smoe.errors import run_main
         (step, ["--batch", "0"], "--batch is 0; it must be at least 1"),
         (attention, ["--repeats", "0"], "--repeats is 0; it must be at least 1"),
         (methods, ["--scale", "century"], "century"),
+        (paths, ["--seconds", "0"], "--seconds is 0; it must be at least 1"),
     ],
 )
 def test_bad_option(program, option, words, monkeypatch, capsys):
@@ -31,13 +34,28 @@ def test_bad_option(program, option, words, monkeypatch, capsys):
     assert end.value.code == 2 and words in error and error.count("\n") == 1
 
 
-def test_on_cuda_attention_has_nothing_to_compare(monkeypatch, capsys):
+@pytest.mark.parametrize(("program", "words"), [(attention, "where"), (paths, "it must be cpu")])
+def test_on_cuda_there_is_nothing_to_compare(program, words, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sys, "argv", ["benchmark", "--device", "cuda"])
     with pytest.raises(SystemExit) as end:
-        run_main(attention.main)
+        run_main(program.main)
     error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("error: --device is cuda, where") and error.count("\n") == 1
+    assert end.value.code == 2 and error.startswith("error: --device is cuda") and words in error
+    assert error.count("\n") == 1
+
+
+def test_paths_times_drawn_shapes_and_sums_them_up(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(paths, "MOST", 10_000_000)
+    flags = ["--seconds", "1", "--repeats", "1", "--seed", "2", "--json", str(tmp_path / "paths.json")]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *flags])
+    paths.main()
+    rows = json.loads((tmp_path / "paths.json").read_text())["records"]
+    assert all(row["k"] < row["experts"] and row["auto"] in row["seconds"] for row in rows)
+    for line in capsys.readouterr().out.splitlines():
+        mine = [row["seconds"] for row in rows if row["dtype"] == line.split(",")[0]]
+        ratio = prod(times["dense"] / min(times.values()) for times in mine) ** (1 / len(mine))
+        assert f", {len(mine)} shapes, " in line and f"dense {ratio:.3f};" in line
 
 
 def test_a_missing_encoder_is_one_line(monkeypatch, capsys):

@@ -25,19 +25,17 @@ PATHS: dict[str, ComputePath] = {
 # Not by name: it computes quantised experts, and nothing else does.
 INT8: ComputePath = int8.compute
 
-# Up to this many weights, the matrix products of one expert cost more to start than to compute, on a GPU.
+# Weights of one expert's matrix up to which `dense` is taken on a GPU, where that is not measured, and in compiled
+# graphs, whose number of tokens may be open.
 TINY_EXPERT = 1 << 14
 
-# What `grouped` does on a CPU beside its products, in the multiply-adds that take as long: for each number of a row
-# that it gathers and sums again, for each expert that it starts products for, and what `dense` does beside its own for
-# each hidden unit. Fitted to 367 forward and training passes on one core of a Zen 5 in bf16 and float32, 64 to 8192
-# tokens, 4 to 64 experts of 16 to 512 units; on 78 others the path that they choose takes 1.003 of the faster one's
-# time on average, and 1.21 at most.
-ROW = 55
-START = 10_000_000
-UNIT = 256
-# Where AMX multiplies in bf16, all else counts twice: `benchmarks/LOG.md` has `dense` ahead at 12 of 16 experts of 192
-# units there. Asked once, since torch.compile can't trace the question.
+# What `grouped` and `dense` do on a CPU beside the products of the chosen experts, as the multiply-adds that take as
+# long. `python -m benchmarks.paths` measures how well the faster one is chosen; benchmarks/LOG.md says what it found.
+ROW = 55  # `grouped`, per pair and number of a row: gathering it and adding up what the experts made of it
+START = 10_000_000  # `grouped`, per expert: starting its products
+UNIT = 256  # `dense`, per token and hidden unit that it computes in vain, beside its d multiply-adds
+# Products in bf16 take less time with AMX, so that all else counts more. From one shape: `dense` was ahead at 12 of 16
+# experts of 192 units. Asked once, since torch.compile can't trace the question.
 BF16_FACTOR = 2 if torch.cpu._is_amx_tile_supported() else 1
 
 
@@ -62,23 +60,23 @@ def choose(name: str, x: Tensor, experts: Experts, routing: Routing) -> ComputeP
         return PATHS[name]
     if few.usable(x, experts, routing):
         return PATHS["few"]
-    k = routing.indices.shape[1]
-    all_experts = k == experts.num_experts and not routing.absent
-    if all_experts or dense_pays(x, k, experts):
+    all_experts = routing.indices.shape[1] == experts.num_experts and not routing.absent
+    if all_experts or dense_pays(x, experts, routing):
         return PATHS["dense"]
     return PATHS["grouped_mm" if grouped_mm.usable(x, experts) else "grouped"]
 
 
-def dense_pays(x: Tensor, k: int, experts: Experts) -> bool:
-    """Whether all experts for all tokens of x (T, d) take less time than the k that each has chosen."""
-    d, h, num_experts = experts.d_model, experts.d_expert, experts.num_experts
-    if x.device.type != "cpu":
+def dense_pays(x: Tensor, experts: Experts, routing: Routing) -> bool:
+    """Whether all experts for all tokens of x (T, d) take less time than the experts that each token has chosen."""
+    d, h, num_tokens = experts.d_model, experts.d_expert, x.shape[0]
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return d * h <= TINY_EXPERT
-    superfluous = (num_experts - k) * h * (d + UNIT)  # of one token
+    if num_tokens <= few.MOST_TOKENS and few.possible(x, experts):
+        return False  # `few` has a rule of its own for when `grouped` is faster
+    pairs = int((routing.indices >= 0).sum()) if routing.absent else routing.indices.numel()
+    superfluous = (num_tokens * experts.num_experts - pairs) * h * (d + UNIT)
     factor = BF16_FACTOR if product_dtype(x) == torch.bfloat16 else 1
-    # A second thread halves the products, not the starts. A compiled graph is for any number of tokens.
-    starts = 0 if torch.compiler.is_compiling() else num_experts * START * torch.get_num_threads()
-    return x.shape[0] * (superfluous - factor * k * d * ROW) <= factor * starts
+    return superfluous <= factor * (pairs * d * ROW + experts.num_experts * START)
 
 
 def _refuse_vmap() -> None:

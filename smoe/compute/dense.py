@@ -1,7 +1,7 @@
 """Dense: every token goes through all experts, with weight 0 where it has not chosen them. No rows are gathered.
 
 All experts with weights are one dense MLP whose hidden units are scaled. At k = N nothing else has to be computed;
-below, the extra arithmetic is cheaper than gathering where k is near N or experts are tiny.
+below, the extra arithmetic is cheaper than gathering where k is near N, experts are small or tokens few.
 
 It is faster than PyTorch's dense MLP because temporaries are blocks that stay in the cache and are used again, so that
 no fresh pages have to be fetched from the system; because the gradient of the hidden units takes the place of what was

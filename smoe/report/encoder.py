@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import stdev
 from typing import Any
 
 from smoe.report.groups import plain
@@ -27,7 +27,9 @@ batches as the run evaluates them, all models in turns on one machine."""
 
 _HEAD = ["method", "experts", "activated", "ours", "95 %", "n", "to dense", "95 %", "p", "over seeds"]
 _HEAD += ["parameters", "MB", "ms"]
-_TEXT_HEAD = ["method", "experts", "activated", "ours", "to dense", "95 %", "MB", "ms"]
+# Of encoder_text: the cells that it shows -> their heads.
+_PICKED = {name: name for name in ("method", "experts", "activated", "n", "ours", "to dense")}
+_PICKED |= {"95 % of the difference": "95 %", "MB": "MB", "ms": "ms"}
 
 
 @dataclass(frozen=True)
@@ -84,26 +86,23 @@ def encoder_text(columns: Sequence[Column], times: Sequence[dict[str, Any]]) -> 
     """The tables of the section as plain text, with fewer columns; a line where there is none."""
     blocks = []
     for column in columns:
-        head = f"{column.name}, scale {column.scale}, setting {column.setting}: "
-        dense = column.of("dense_dropout")
-        several = dense is not None and len(dense.runs) > 1
-        head += f"{column.metric['title'].lower()}, {'mean ± deviation over seeds' if several else 'one seed'}, %"
-        rows = [_TEXT_HEAD, *(_text_row(column, *row, times) for row in _tuned_rows(column))]
+        cells = [_cells(column, tuned, key, times) for tuned, key in _tuned_rows(column)]
+        for row in cells:
+            row["ours"] = row["over seeds"] if "±" in row["over seeds"] else row["ours"]
+        said = "mean ± deviation over seeds" if any("±" in row["ours"] for row in cells) else "one seed"
+        head = f"{_title(column)}: {column.metric['title'].lower()}, {said}, %"
+        rows = [[*_PICKED.values()], *([row[name] for name in _PICKED] for row in cells)]
         blocks.append("\n".join([head, "", *text_table(rows)]))
     return "\n\n".join(blocks) or "Not run."
 
 
-def _text_row(column: Column, tuned: Tuned, key: str | None, times: Sequence[dict[str, Any]]) -> list[str]:
-    kind, values = tuned.kind, [100 * value for value in tuned.values(key)]
-    k = kind.kept if key is None else int(key)
-    shown = f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f} (n = {len(values)})" if len(values) > 1 else "")
-    difference, interval, _ = to_dense(column, tuned) if key is None else ["-"] * 3
-    return [_name(column, kind), *("-" if value is None else str(value) for value in (kind.kept, k)), shown,
-            difference, interval, *_costs(column, kind, k, times)]  # fmt: skip
-
-
 def _rows(column: Column, times: Sequence[dict[str, Any]]) -> list[list[str]]:
-    return [_row(column, tuned, times, key) for tuned, key in _tuned_rows(column)]
+    rows = [_cells(column, tuned, key, times) for tuned, key in _tuned_rows(column)]
+    return [[md(row.pop("method")), *row.values()] for row in rows]
+
+
+def _title(column: Column) -> str:
+    return f"{column.name}, scale {column.scale}, setting {column.setting}"
 
 
 def _tuned_rows(column: Column) -> list[tuple[Tuned, str | None]]:
@@ -116,15 +115,28 @@ def _tuned_rows(column: Column) -> list[tuple[Tuned, str | None]]:
     return rows
 
 
-def _row(column: Column, tuned: Tuned, times: Sequence[dict[str, Any]], key: str | None) -> list[str]:
+def _cells(column: Column, tuned: Tuned, key: str | None, times: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """A row, in the order of ``_HEAD``."""
     kind, score = tuned.kind, _score(tuned, key)
     record = tuned.all_runs()[0].record
     k = kind.kept if key is None else int(key)
-    return [md(_name(column, kind)), *("-" if value is None else str(value) for value in (kind.kept, k)),
-            f"{100 * score.share:.2f}", span(*score.interval), examples(tuned),
-            *(to_dense(column, tuned) if key is None else ["-"] * 3), over_seeds(tuned.values(key)),
-            f"{parameters_at(record, 'dense' if k is None else str(k)):,.0f}",
-            *_costs(column, kind, k, times)]  # fmt: skip
+    difference, interval, p = to_dense(column, tuned) if key is None else ["-"] * 3
+    megabytes, milliseconds = _costs(column, kind, k, times)
+    return {
+        "method": _name(column, kind),
+        "experts": "-" if kind.kept is None else str(kind.kept),
+        "activated": "-" if k is None else str(k),
+        "ours": f"{100 * score.share:.2f}",
+        "95 %": span(*score.interval),
+        "n": examples(tuned),
+        "to dense": difference,
+        "95 % of the difference": interval,
+        "p": p,
+        "over seeds": over_seeds(tuned.values(key)),
+        "parameters": f"{parameters_at(record, 'dense' if k is None else str(k)):,.0f}",
+        "MB": megabytes,
+        "ms": milliseconds,
+    }
 
 
 def _costs(column: Column, kind: Kind, k: int | None, times: Sequence[dict[str, Any]]) -> list[str]:

@@ -255,7 +255,7 @@ def test_auto_takes_it_for_the_loop_over_experts_on_cuda_alone(fmoe):
     layer, mine = SMoE(128, 8 * 256, 8, 4), FastMoE(8, 128)
 
     def chosen(device: str, dtype: torch.dtype, k: int):
-        x = SimpleNamespace(device=torch.device(device), dtype=dtype)  # the device need not exist
+        x = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(8192, 128))  # the device need not exist
         layer.top_k = k
         return mine.replace(choose("auto", x, layer.experts, layer.router(torch.randn(3, 128))), x)
 

@@ -79,8 +79,8 @@ def test_a_pretrained_encoder_has_a_section_and_a_plot_of_its_own(tmp_path):
     assert [tuple(line[1:3]) for line in lines] == places
     for line, row, place in zip(lines, rows, places, strict=True):
         shares = [100 * fmean(right) for right in said[place]]
-        assert line[3] == f"{fmean(shares):.1f} ± {stdev(shares):.1f} (n = 3)"
-        assert line[4:] == [row["to dense"], row["95 % of the difference"], row["MB"], row["ms"]]
+        assert line[3:5] == ["400", f"{fmean(shares):.2f} ± {stdev(shares):.2f} (n = 3)"]
+        assert line[5:] == [row["to dense"], row["95 % of the difference"], row["MB"], row["ms"]]
     # Table 2 and its claims are about the paper's models alone.
     cells = rows_of(report, "Table 2", "Scale cpu, setting `all`")
     assert "MiniLM" not in str(cells) and {r["ours"] for r in cells if r["task"] == "transformer\\_xl, sst2"} == {
