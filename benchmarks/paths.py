@@ -88,10 +88,10 @@ def main() -> None:
         raise ValueError(f"--device is {options.device}; it must be cpu, where auto chooses by these times")
     rng, rows, end = random.Random(options.seed), [], time.monotonic() + options.seconds
     torch.manual_seed(options.seed)
+    what = "grouped and dense on drawn shapes, median seconds, and which of them auto takes"
     while time.monotonic() < end:
         rows.append(measure(drawn(rng), options.repeats, clock))
-    what = "grouped and dense on drawn shapes, median seconds, and which of them auto takes"
-    write_record(options, what, seed=options.seed, records=rows)
+        write_record(options, what, seed=options.seed, records=rows)
     for dtype in ("bf16", "fp32"):
         if any(row["dtype"] == dtype for row in rows):
             print(summary(rows, dtype))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from math import prod
 
@@ -52,10 +53,16 @@ def test_paths_times_drawn_shapes_and_sums_them_up(monkeypatch, capsys, tmp_path
     paths.main()
     rows = json.loads((tmp_path / "paths.json").read_text())["records"]
     assert all(row["k"] < row["experts"] and row["auto"] in row["seconds"] for row in rows)
-    for line in capsys.readouterr().out.splitlines():
-        mine = [row["seconds"] for row in rows if row["dtype"] == line.split(",")[0]]
-        ratio = prod(times["dense"] / min(times.values()) for times in mine) ** (1 / len(mine))
-        assert f", {len(mine)} shapes, " in line and f"dense {ratio:.3f};" in line
+    lines = capsys.readouterr().out.splitlines()
+    assert rows and len(lines) == len({row["dtype"] for row in rows})
+    for line in lines:
+        mine = [row for row in rows if row["dtype"] == line.split(",")[0]]
+        over = [{name: t / min(row["seconds"].values()) for name, t in row["seconds"].items()} for row in mine]
+        over = [ratios | {"auto": ratios[row["auto"]]} for ratios, row in zip(over, mine, strict=True)]
+        assert f", {len(mine)} shapes, " in line
+        for name, value in re.findall(r"(auto|grouped|dense) ([\d.]+)[,;]", line):
+            assert float(value) == pytest.approx(prod(r[name] for r in over) ** (1 / len(mine)), abs=6e-4)
+        assert line.endswith(f"auto at worst {max(ratios['auto'] for ratios in over):.2f}")
 
 
 def test_a_missing_encoder_is_one_line(monkeypatch, capsys):

@@ -91,9 +91,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def part_text(part: str, results: str) -> str:
     """A member of ``PARTS``, of all records in ``results``, as plain text. What is left out is said on stderr."""
     runs, problems = collect(results)
-    times, wrong = read_encoder_times(results) if part == "encoder" else ([], [])
-    _say_left_out([*problems, *wrong])
+    _say_left_out(problems)
     if part == "encoder":
+        times, problems = read_encoder_times(results)
+        _say_left_out(problems)
         return encoder_text(columns_of(runs, encoders=True), times)
     columns = columns_of(runs)
     return table2_text(columns, transfer_findings(columns))
