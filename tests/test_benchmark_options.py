@@ -48,6 +48,7 @@ def test_on_cuda_there_is_nothing_to_compare(program, words, monkeypatch, capsys
 
 def test_paths_times_drawn_shapes_and_sums_them_up(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(paths, "MOST", 10_000_000)
+    monkeypatch.setattr(paths, "choose", lambda *_: paths.PATHS["grouped"])  # so small a shape is always `dense`
     flags = ["--seconds", "1", "--repeats", "1", "--seed", "2", "--json", str(tmp_path / "paths.json")]
     monkeypatch.setattr(sys, "argv", ["benchmark", *flags])
     paths.main()
