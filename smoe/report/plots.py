@@ -11,11 +11,12 @@ from statistics import fmean
 from textwrap import fill
 from typing import Any
 
+from smoe.report.folds import over_folds
 from smoe.report.groups import plain
 from smoe.report.panels import FIGURE5, PRETRAINING, Line, Panel, figure1, figure3, figure4, is_empty
-from smoe.report.runs import Context
+from smoe.report.runs import Context, contexts_of
 from smoe.report.style import INK, Style, clean_axes, cut_off, new_figure, save, styles_of
-from smoe.report.transfer import DISTILLATION, setting_of
+from smoe.report.transfer import DISTILLATION, FOLDS, setting_of
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,16 @@ class Plot:
         return f"{self.figure}_{re.sub('[^A-Za-z0-9]', '_', self.scale)[:40]}"
 
     def titles(self) -> list[list[str]]:
-        """The title of each panel; of Figure 4 with the setting, and with other conditions only to tell two apart."""
+        """The title of each panel; of Figure 4 with the setting, and with other conditions only to tell two apart.
+
+        Where folds are missing, it says how many there are.
+        """
         if self.figure == "figure5":
             return [[panel.title for panel in row] for row in self.rows]
         if self.figure != "figure4":
             return [[panel.context.label for panel in row] for row in self.rows]
         contexts = [panel.context for panel in self.rows[0]]
-        names = [f"{c.place}, setting {setting_of(c.runs[0])}" for c in contexts]
+        names = [f"{c.place}, setting {setting_of(c.runs[0])}{_folds(c)}" for c in contexts]
         times = Counter(names)
         rest = [
             c.label.removeprefix(c.place) if times[name] > 1 else "" for name, c in zip(names, contexts, strict=True)
@@ -55,7 +59,7 @@ def plots_of(contexts: Sequence[Context]) -> list[Plot]:
         figures = {
             "figure1": [figure1(context) for context in pretrained if context.model == "transformer_xl"],
             "figure3": list(map(figure3, pretrained)),
-            "figure4": [figure4(context) for context in here if _over_kept(context)],
+            "figure4": [figure4(context) for context in _fine_tuned(here)],
         }
         for name, panels in figures.items():
             if panels := [panel for panel in panels if not is_empty(panel)]:
@@ -66,12 +70,16 @@ def plots_of(contexts: Sequence[Context]) -> list[Plot]:
     return sorted(plots, key=lambda plot: plot.figure)
 
 
-def _over_kept(context: Context) -> bool:
-    """Whether Figure 4 has a panel for it: fine-tuned, no fold of several that are only a whole together, and from a
-    run of Table 1, not from somebody else's encoder."""
-    settings = dict(context.runs[0].conditions)
-    pooled = "patience" in settings and "fold" in settings and settings["fold"] != "challenge"
-    return context.task not in (*PRETRAINING, DISTILLATION) and not pooled and "pretrained.start_from" not in settings
+def _fine_tuned(contexts: Sequence[Context]) -> list[Context]:
+    """Those that Figure 4 has panels for: fine-tuned runs of Table 1, not of somebody else's encoder, with the folds of
+    a data set together."""
+    runs = [run for c in contexts if c.task not in (*PRETRAINING, DISTILLATION) for run in c.runs]
+    return contexts_of(over_folds(run for run in runs if "pretrained.start_from" not in dict(run.conditions)))
+
+
+def _folds(context: Context) -> str:
+    folds = dict(context.runs[0].conditions).get("folds", "").split()
+    return f", {len(folds)} of {FOLDS} folds" if 0 < len(folds) < FOLDS else ""
 
 
 def draw(plot: Plot, folder: str | Path) -> list[Path]:

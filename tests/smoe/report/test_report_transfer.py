@@ -7,9 +7,10 @@ from statistics import fmean, stdev
 
 import pytest
 from made_up import fine_tuned
-from made_up_transfer import ALL, COLUMNS, KINDS, PAPER, TASK, report_of, rows_of, run, shown_p, table2, write
+from made_up_transfer import ALL, COLUMNS, KINDS, PAPER, TASK, answers, report_of, rows_of, run, shown_p, table2, write
 
 from bert.question_answering import compositionality
+from smoe.methods import METHODS
 from smoe.paper import paper_results
 from smoe.report import main, slimming_table
 from smoe.report.checks import check_words
@@ -247,6 +248,48 @@ def test_figure_4_is_over_kept_experts_with_error_bars(of_sst2, tmp_path):
     (share,) = ours.points[0].values
     low, high = wilson_interval(round(400 * share), 400)
     assert ours.points[0].spread == pytest.approx((share - low, high - share))
+
+
+def test_figure_4_has_the_folds_together_that_all_lines_have(tmp_path):
+    of_mawps = {"model": "bert", "dataset": "mawps", "task": "math_word_problems", "metric": "solving_rate"}
+    keys = ("8", "16")
+    sizes, records = {"0": 60, "1": 90, "2": 30}, []
+    for method, keep, folds in (("dense_dropout", None, "012"), ("smoe_dropout", None, "01"), ("smoe_dropout", 8, "01"),
+                                ("thor", None, "01")):  # fmt: skip
+        for fold, seed in ((fold, seed) for fold in folds for seed in (1, 2)):
+            own = ("dense",) if method == "dense_dropout" else keys[: 1 if keep else 2]
+            right = {key: answers(0.3 + 0.1 * i, sizes[fold], (fold, seed, method)) for i, key in enumerate(own)}
+            record = fine_tuned(method, seed, right=right, keep=keep, fold=fold, **of_mawps, **ALL)
+            records += [record | {"said": right}]
+    (thor, *_) = [record for record in records if record["method"] == "thor"]
+    thor["best_at_other_k"] = [{"k": 16, "metrics": {"solving_rate": {"test": {"16": 0.9}}}}]
+    other = {"model": "roberta", "dataset": "svamp", **{name: of_mawps[name] for name in ("task", "metric")}, **ALL}
+    right = {key: answers(0.4, 50, key) for key in ("8", "16")}
+    alone = [run("dense_dropout", 0.4, 50, fold=fold, **other) for fold in ("0", "challenge")]
+    alone += [fine_tuned("smoe", right=right, fold=fold, **other) | {"said": right} for fold in ("1", "challenge")]
+    write(tmp_path, [*records, *alone])  # of the folds 0 and 1 the two have none in common
+    (plot,) = (plot for plot in plots_of(contexts_of(collect(tmp_path)[0])) if plot.figure == "figure4")
+    panel, challenge = plot.rows[0]
+    folds = "bert on mawps, scale cpu, setting all, 2 of 5 folds"
+    assert plot.titles() == [[folds, "roberta on svamp, scale cpu, setting challenge"]]
+    assert [line.label for line in challenge.lines] == ["Dense w. Dropout", "SMoE, activated experts"]
+    lines = {line.label: line.points for line in panel.lines}
+    places = {label: [(point.x, point.key) for point in points] for label, points in lines.items()}
+    assert places == {
+        "Dense w. Dropout": [(16, "dense")],
+        "SMoE-Dropout, kept experts": [(8, "8"), (16, "16")],
+        "THOR, activated experts": [(8, "8"), (16, "16")],
+    }
+    for label, points in lines.items():
+        for point in points:
+            kept = 8 if point.key == "8" and "kept" in label else None
+            of_point = [r for r in records if METHODS[r["method"]].title in label and r["config"]["keep"] == kept]
+            shares = []
+            for seed in (1, 2):
+                of_seed = [r for r in of_point if r["seed"] == seed and r["config"]["fold"] in "01"]
+                shares.append(fmean(x for r in of_seed for x in r["said"][point.key]))
+            assert sorted(point.values) == pytest.approx(sorted(shares))
+    assert points[0].cell.at("16")[1] == pytest.approx((0.9 * 60 + 90 * fmean(records[-2]["said"]["16"])) / 150)
 
 
 def findings(folder, records: list[dict]):
