@@ -72,6 +72,12 @@ run_dir_of() {
     printf '%s' "${RUNS_DIR:-runs}/$name/${slug:-default}"
 }
 
+# run_dir_of_script SCRIPT WORD...: the run folder of SCRIPT when it is called with these flags; it may add flags of its
+# own to them.
+run_dir_of_script() {
+    SHOW_FLAGS=1 bash "$@" | sed -n '/^--run_dir$/{n;p;}'
+}
+
 # absolute CALLED_FROM PATH: PATH, which may be relative to CALLED_FROM, in one spelling: without . and .. and a slash at
 # its end, where its folder is there. A run that goes on takes another spelling for another place. Empty if PATH is.
 absolute() {

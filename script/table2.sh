@@ -145,7 +145,10 @@ same=(${words[@]+"${words[@]}"})
 train_first=no
 if [ -z "$pretrained" ]; then
     train_first=yes
-    pretrained=$(run_dir_of "$first" ${folder:+--from "$(basename "$folder")"} ${same[@]+"${same[@]}"})
+    if [ -n "$folder" ]; then
+        same+=(--start_from "$folder" ${text:+--source "$text"})
+    fi
+    pretrained=$(run_dir_of_script "script/$first.sh" ${same[@]+"${same[@]}"})
 fi
 show_flags --run "$pretrained" "$@"
 
@@ -159,9 +162,6 @@ if [ -z "$data" ]; then
     python "data/$task/prepare.py" ${source:+--source "$source"} ${subquestions:+--subquestions "$subquestions"}
 fi
 if [ "$train_first" = yes ]; then
-    if [ -n "$folder" ]; then
-        same+=(--start_from "$folder" ${text:+--source "$text"})
-    fi
     run_first "$pretrained" "script/$first.sh" ${same[@]+"${same[@]}"}
 fi
 

@@ -38,7 +38,7 @@ same=(${words[@]+"${words[@]}"})
 first=""
 if [ -z "$teacher" ]; then
     first=script/table2/sst2/$method.sh
-    teacher=$(run_dir_of "table2/sst2/$method" ${same[@]+"${same[@]}"})
+    teacher=$(run_dir_of_script "$first" ${same[@]+"${same[@]}"})
 fi
 show_flags --teacher "$teacher" "$@"
 

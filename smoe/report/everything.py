@@ -10,7 +10,7 @@ from smoe.report.claims import findings_of
 from smoe.report.collect import collect
 from smoe.report.costs import read_encoder_times, read_step_times
 from smoe.report.document import document
-from smoe.report.encoder import encoder_plots
+from smoe.report.kept import kept_plots
 from smoe.report.page import page
 from smoe.report.plots import draw, plots_of
 from smoe.report.runs import contexts_of
@@ -36,7 +36,7 @@ def write_report(results: str | Path, figures: str | Path) -> tuple[list[Path], 
     problems += wrong + also_wrong
     contexts = contexts_of(runs)
     columns, encoders = columns_of(runs), columns_of(runs, encoders=True)
-    plots = plots_of(contexts) + encoder_plots(encoders)
+    plots = plots_of(contexts) + kept_plots("figure4", columns) + kept_plots("encoder", encoders, sweep_all=True)
     findings = findings_of(contexts) + transfer_findings(columns)
     where = Path(os.path.relpath(figures, results)).as_posix()
     of_encoders = (encoders, encoder_times)

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from statistics import stdev
 
 from smoe.methods import METHODS
-from smoe.report.records import examples_of, values_of
+from smoe.report.records import values_of
 from smoe.report.runs import Cell, Context, Run, cells_of, variant_names
-from smoe.report.statistics import wilson_interval
 
 PRETRAINING = ("language_model", "masked_lm")
 DENSE, OURS = "dense_dropout", "smoe_dropout"
@@ -40,16 +39,8 @@ class Point:
 
     @property
     def spread(self) -> tuple[float, float]:
-        """How far an error bar goes below and above the mean: the standard deviation over the seeds; of one seed the
-        Wilson interval of a share; else nothing."""
-        values, first = self.values, self.cell.first.record
-        if len(values) > 1:
-            return stdev(values), stdev(values)
-        metric, n = first["metrics"][first["metric"]], examples_of(first)
-        if first.get("task") in PRETRAINING or metric["direction"] != "higher" or not n or not 0 <= values[0] <= 1:
-            return 0.0, 0.0
-        low, high = wilson_interval(round(n * values[0]), n)
-        return max(values[0] - low, 0.0), max(high - values[0], 0.0)
+        """How far an error bar goes below and above the mean: the standard deviation over the seeds; 0 for one."""
+        return (stdev(self.values),) * 2 if len(self.values) > 1 else (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -96,37 +87,6 @@ def figure3(context: Context) -> Panel:
     panel = Panel("Figure 3", context, "active parameters (million)")
     dense = [name for name, method in METHODS.items() if not method.routed]
     panel.lines = [*_dense(context, dense), *_sweeps(context, [name for name in METHODS if name not in dense])]
-    return panel
-
-
-def figure4(context: Context) -> Panel:
-    """Fine-tuned models: experts that a task has voted for, all of them active, a training per point; and dense ones.
-
-    A method that was fine-tuned with all of its experts alone is shown over the k of that training.
-    """
-    panel = Panel("Figure 4", context, "experts, kept or activated", parameters=False)
-    num_layers, d_hidden, num_experts = context.standard
-    if num_experts is None:
-        return panel
-    for line in _dense(context, [name for name, method in METHODS.items() if not method.routed]):
-        points = [Point(p.cell.first.d_hidden * num_experts / d_hidden, p.cell, p.key) for p in line.points]
-        panel.lines.append(Line(line.label, line.style, points))
-    runs = [r for r in context.runs if r.num_experts is not None and r.own_router and r.all_layers and r.all_active]
-    as_wide = [r for r in runs if r.d_hidden * num_experts == d_hidden * r.num_experts]
-    lines: dict[tuple, list[Run]] = {}
-    for run in as_wide:
-        if run.num_layers == num_layers:
-            lines.setdefault(run.line_over_kept, []).append(run)
-    cells = [sorted(cells_of(runs), key=lambda cell: cell.first.num_experts) for runs in lines.values()]
-    for label, points in zip(_labels([of_line[-1] for of_line in cells]), cells, strict=True):
-        style = points[0].first.method
-        if len(points) == 1:
-            keys = sorted(values_of(points[0].first.record), key=int)
-            swept = [Point(int(key), points[0], key, swept=True) for key in keys]
-            panel.lines.append(Line(f"{label}, activated experts", style, swept))
-            continue
-        kept = [Point(c.first.num_experts, c, c.first.full) for c in points]
-        panel.lines.append(Line(f"{label}, kept experts", style, kept))
     return panel
 
 

@@ -1,9 +1,11 @@
-"""The paper's figures from the records of runs: one file per figure and scale, as .png and .svg."""
+"""The paper's figures from the records of runs: one file per figure and scale, as .png and .svg.
+
+The panels of fine-tuned runs are made by ``kept.py``.
+"""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +13,10 @@ from statistics import fmean
 from textwrap import fill
 from typing import Any
 
-from smoe.report.folds import over_folds
 from smoe.report.groups import plain
-from smoe.report.panels import FIGURE5, PRETRAINING, Line, Panel, figure1, figure3, figure4, is_empty
-from smoe.report.runs import Context, contexts_of
+from smoe.report.panels import FIGURE5, PRETRAINING, Line, Panel, figure1, figure3, is_empty
+from smoe.report.runs import Context
 from smoe.report.style import INK, Style, clean_axes, cut_off, new_figure, save, styles_of
-from smoe.report.transfer import DISTILLATION, FOLDS, setting_of
 
 
 @dataclass(frozen=True)
@@ -33,25 +33,13 @@ class Plot:
         return f"{self.figure}_{re.sub('[^A-Za-z0-9]', '_', self.scale)[:40]}"
 
     def titles(self) -> list[list[str]]:
-        """The title of each panel; of Figure 4 with the setting, and with other conditions only to tell two apart.
-
-        Where folds are missing, it says how many there are.
-        """
-        if self.figure == "figure5":
-            return [[panel.title for panel in row] for row in self.rows]
-        if self.figure != "figure4":
-            return [[panel.context.label for panel in row] for row in self.rows]
-        contexts = [panel.context for panel in self.rows[0]]
-        names = [f"{c.place}, setting {setting_of(c.runs[0])}{_folds(c)}" for c in contexts]
-        times = Counter(names)
-        rest = [
-            c.label.removeprefix(c.place) if times[name] > 1 else "" for name, c in zip(names, contexts, strict=True)
-        ]
-        return [[name + said for name, said in zip(names, rest, strict=True)]]
+        """The title of each panel."""
+        of_figure5 = self.figure == "figure5"
+        return [[panel.title if of_figure5 else panel.context.label for panel in row] for row in self.rows]
 
 
 def plots_of(contexts: Sequence[Context]) -> list[Plot]:
-    """The figures that these runs have anything for; a panel of Figure 5 without runs is there, empty."""
+    """Figures 1, 3 and 5 where these runs have anything for them; a panel of Figure 5 without runs is there, empty."""
     plots = []
     for scale in dict.fromkeys(context.scale for context in contexts):
         here = [context for context in contexts if context.scale == scale]
@@ -59,7 +47,6 @@ def plots_of(contexts: Sequence[Context]) -> list[Plot]:
         figures = {
             "figure1": [figure1(context) for context in pretrained if context.model == "transformer_xl"],
             "figure3": list(map(figure3, pretrained)),
-            "figure4": [figure4(context) for context in _fine_tuned(here)],
         }
         for name, panels in figures.items():
             if panels := [panel for panel in panels if not is_empty(panel)]:
@@ -68,18 +55,6 @@ def plots_of(contexts: Sequence[Context]) -> list[Plot]:
         if rows := [row for row in rows if not all(map(is_empty, row))]:
             plots.append(Plot("figure5", scale, rows))
     return sorted(plots, key=lambda plot: plot.figure)
-
-
-def _fine_tuned(contexts: Sequence[Context]) -> list[Context]:
-    """Those that Figure 4 has panels for: fine-tuned runs of Table 1, not of somebody else's encoder, with the folds of
-    a data set together."""
-    runs = [run for c in contexts if c.task not in (*PRETRAINING, DISTILLATION) for run in c.runs]
-    return contexts_of(over_folds(run for run in runs if "pretrained.start_from" not in dict(run.conditions)))
-
-
-def _folds(context: Context) -> str:
-    folds = dict(context.runs[0].conditions).get("folds", "").split()
-    return f", {len(folds)} of {FOLDS} folds" if 0 < len(folds) < FOLDS else ""
 
 
 def draw(plot: Plot, folder: str | Path) -> list[Path]:

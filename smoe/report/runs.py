@@ -112,8 +112,8 @@ class Cell:
 
     @property
     def seeds(self) -> list[int]:
-        """Their seeds, ascending; runs that do not say theirs are left out."""
-        return sorted(run.seed for run in self.runs if run.seed is not None)
+        """Their seeds, ascending, each once; runs that do not say theirs are left out."""
+        return sorted({run.seed for run in self.runs if run.seed is not None})
 
     def at(self, key: str) -> dict[int | None, float]:
         """The deciding metric at this k by seed, of the checkpoint chosen at it if there is one (``value_at``)."""

@@ -13,9 +13,7 @@ from markdown_it import MarkdownIt
 from smoe.report import write_report
 from smoe.report.collect import collect
 from smoe.report.command import part_text
-from smoe.report.encoder import encoder_plots
-from smoe.report.plots import plots_of
-from smoe.report.runs import contexts_of
+from smoe.report.kept import kept_plots
 from smoe.report.statistics import wilson_interval
 from smoe.report.transfer import FOLDS, columns_of
 
@@ -87,8 +85,12 @@ def test_a_pretrained_encoder_has_a_section_and_a_plot_of_its_own(tmp_path):
         "missing"
     }
     assert [column.name for column in columns_of(collect(results)[0])] == ["bert, csqa"]
-    (figure4,) = (plot for plot in plots_of(contexts_of(collect(results)[0])) if plot.figure == "figure4")
+    (figure4,) = kept_plots("figure4", columns_of(collect(results)[0]))
     assert [panel.context.dataset for panel in figure4.rows[0]] == ["csqa"]
+
+
+def encoder_plots(folder):
+    return kept_plots("encoder", columns_of(collect(folder)[0], encoders=True), sweep_all=True)
 
 
 def test_one_seed_of_an_encoder_has_bars_and_damaged_times_are_said(tmp_path):
@@ -99,7 +101,7 @@ def test_one_seed_of_an_encoder_has_bars_and_damaged_times_are_said(tmp_path):
     (tmp_path / "results" / "encoder_times.json").write_text(json.dumps({"records": times}))
     _, problems = write_report(tmp_path / "results", tmp_path / "Figs")
     assert problems == ["encoder_times.json: records.0.milliseconds is -1; it must be a number of at least 0"]
-    (plot,) = encoder_plots(columns_of(collect(tmp_path / "results")[0], encoders=True))
+    (plot,) = encoder_plots(tmp_path / "results")
     dense, kept, swept = plot.rows[0][0].lines
     assert [[point.x for point in line.points] for line in (dense, kept, swept)] == [[16], [4, 8, 16], [4, 8, 16]]
     for point in kept.points:
@@ -123,18 +125,23 @@ def test_an_encoder_with_missing_folds_or_another_schedule_says_so(tmp_path):
     other = "SMoE-Dropout, pretrained with k = 1..16 linear"
     assert said == [("Dense w. Dropout", "-", "400"), ("SMoE-Dropout", "16", "400"),
                     ("SMoE-Dropout", "8", "160 (2 of 5 folds)"), (other, "16", "400")]  # fmt: skip
-    assert (
-        encoder_plots(columns_of(collect(tmp_path)[0], encoders=True)) == []
-    )  # what is whole is at one number of experts
+    ((panel,),) = encoder_plots(tmp_path)[0].rows
+    assert panel.context.label == "MiniLM on mawps, scale cpu, setting all, 2 of 5 folds"
+    of_two = [r for r in records if r["config"]["keep"] is None and r["config"]["fold"] in "01"]
+    shown = {line.label: line.points[-1].values for line in panel.lines}
+    for name, method in (("Dense w. Dropout", "dense_dropout"), ("SMoE-Dropout, kept experts", "smoe_dropout")):
+        mine = [r for r in of_two if r["method"] == method and "k_schedule" not in r["pretrained"]]
+        assert shown[name] == [fmean(x for r in mine for of_k in r["said"].values() for x in of_k)]
     for fold in range(2, FOLDS):
         records.append(run("smoe_dropout", 0.5, 80, fold=str(fold), keep=8, **fields))
         records[-1]["pretrained"]["start_from"] = "MiniLM"
     write(tmp_path, records)
-    (plot,) = encoder_plots(columns_of(collect(tmp_path)[0], encoders=True))
+    (plot,) = encoder_plots(tmp_path)
+    assert plot.rows[0][0].context.label == "MiniLM on mawps, scale cpu, setting all"
     lines = {line.label: [point.x for point in line.points] for line in plot.rows[0][0].lines}
     assert lines == {"Dense w. Dropout": [16], "SMoE-Dropout, kept experts": [8, 16],
-                     "SMoE-Dropout, activated of one training": [16],
-                     f"{other}, activated of one training": [16]}  # fmt: skip
+                     "SMoE-Dropout, activated experts": [16],
+                     f"{other}, activated experts": [16]}  # fmt: skip
 
 
 def test_the_name_of_an_encoder_is_only_text(tmp_path):

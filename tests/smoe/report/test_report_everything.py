@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 from smoe.methods import METHODS
 from smoe.report import main, slimming_table, write_report
 from smoe.report.collect import collect
-from smoe.report.panels import FIGURE5, figure1, figure3, figure4, table1
+from smoe.report.panels import FIGURE5, figure1, figure3, table1
 from smoe.report.runs import contexts_of, read_run
 
 
@@ -75,38 +75,6 @@ def test_points_are_read_at_n_and_hold_every_seed():
     for n in (2, 4, 8, 16):
         runs = [made_up("smoe_dropout", seed, num_experts=n, d_hidden=64 * n) for seed in (1, 2)]
         assert found[n] == sorted(run["metrics"]["bpc"]["test"][str(n)] for run in runs)
-
-
-def fine_tuned(method: str, seed: int = 1, keep: int | None = None, **config) -> dict:
-    """A record of a fine-tuning with all experts of a run, or with those that it keeps of 16."""
-    if METHODS[method].routed:
-        config = {"schedule": "constant", "k_min": None, "k_max": None} | config
-    if keep is not None:
-        config |= {"keep": keep, "num_experts": keep, "d_hidden": 64 * keep}
-        config |= {"output_scale": 16.0} if config.get("output_scale") == "num_experts" else {}
-    record = made_up(method, seed, **config) | {"task": "classification"}
-    return record | ({} if keep is None else {"pretrained": {"num_experts": 16}})
-
-
-def test_figure_4_is_over_the_experts_that_were_kept():
-    records = [fine_tuned("dense_dropout"), fine_tuned("thor"), fine_tuned("smoe_dropout", k_max=8)]
-    for keep in (2, 8, None):
-        records += [fine_tuned("smoe", seed, keep) for seed in (1, 2)]
-        records += [fine_tuned("smoe_dropout", keep=keep, output_scale="num_experts")]
-    lines = {line.label: line for line in figure4(context(records)).lines}
-    assert {label: [point.key for point in line.points] for label, line in lines.items()} == {
-        "Dense w. Dropout": ["dense"],
-        "THOR, activated experts": ["1", "2", "4", "8", "12", "16"],
-        "SMoE, kept experts": ["2", "8", "16"],
-        "SMoE-Dropout, output_scale num_experts, kept experts": ["2", "8", "16"],
-    }
-    point = lines["SMoE, kept experts"].points[1]
-    runs = [fine_tuned("smoe", seed, 8) for seed in (1, 2)]
-    assert sorted(point.values) == sorted(run["metrics"]["bpc"]["test"]["8"] for run in runs)
-    assert [p.x for p in lines["SMoE, kept experts"].points] == [2, 8, 16] and lines["Dense w. Dropout"].points[
-        0
-    ].x == 16
-    assert point.spread == pytest.approx([abs(a - b) / 2**0.5 for a, b in [point.values]] * 2)
 
 
 # ---- finding records

@@ -15,8 +15,7 @@ from smoe.paper import paper_results
 from smoe.report import main, slimming_table
 from smoe.report.checks import check_words
 from smoe.report.collect import collect
-from smoe.report.plots import plots_of
-from smoe.report.runs import contexts_of
+from smoe.report.kept import kept_plots
 from smoe.report.statistics import mean_interval, paired_bootstrap, wilson_interval
 from smoe.report.transfer import ROWS, columns_of
 from smoe.report.transfer_claims import summary, transfer_findings
@@ -237,10 +236,14 @@ def test_table_a6_has_whatever_metrics_its_records_hold(tmp_path):
     assert rows[2]["p to dense"] == "< 0.0001"
 
 
+def figure4(folder, records: list[dict]):
+    write(folder, records)
+    (plot,) = kept_plots("figure4", columns_of(collect(folder)[0]))
+    return plot
+
+
 def test_figure_4_is_over_kept_experts_with_error_bars(of_sst2, tmp_path):
-    write(tmp_path, of_sst2)
-    plots = plots_of(contexts_of(collect(tmp_path)[0]))
-    ((panel,),) = (plot.rows[0] for plot in plots if plot.figure == "figure4")
+    (panel,) = figure4(tmp_path, of_sst2).rows[0]
     lines = {line.label: line for line in panel.lines}
     ours, dense = lines["SMoE-Dropout, kept experts"], lines["Dense w. Dropout"]
     assert [point.x for point in ours.points] == [1, 2, 4, 8, 16] and [point.x for point in dense.points] == [16]
@@ -248,6 +251,25 @@ def test_figure_4_is_over_kept_experts_with_error_bars(of_sst2, tmp_path):
     (share,) = ours.points[0].values
     low, high = wilson_interval(round(400 * share), 400)
     assert ours.points[0].spread == pytest.approx((share - low, high - share))
+
+
+def test_figure_4_shows_what_was_kept_else_what_one_training_activates(tmp_path):
+    right = {str(k): answers(0.3 + 0.02 * k, 80, k) for k in (1, 2, 4, 8, 16)}
+    wholes = lambda method, **fields: fine_tuned(method, right=right, **PAPER, **fields)  # noqa: E731
+    scaled = {"output_scale": "num_experts"}
+    records = [run("dense_dropout", 0.5, 80, **PAPER), run("dense_dropout", 0.4, 80, d_hidden=512, **PAPER)]
+    records += [run("dense_dropout", 0.4, 80, num_layers=8, **PAPER), run("smoe", 0.4, 80, k_max=8, **PAPER)]
+    records += [run("smoe", 0.3, 80, num_experts=8, d_hidden=512, **PAPER)]
+    records += [wholes("thor"), wholes("smoe"), wholes("smoe_dropout", **scaled)]
+    records += [run("smoe", 0.4, 80, keep=keep, **PAPER) for keep in (2, 8)]
+    records += [run("smoe_dropout", 0.4, 80, keep=keep, output_scale=16.0, **PAPER) for keep in (2, 8)]
+    (panel,) = figure4(tmp_path, records).rows[0]
+    assert {line.label: [(point.x, point.key) for point in line.points] for line in panel.lines} == {
+        "Dense w. Dropout": [(8, "dense"), (16, "dense")],
+        "THOR, activated experts": [(k, str(k)) for k in (1, 2, 4, 8, 16)],
+        "SMoE, kept experts": [(k, str(k)) for k in (2, 8, 16)],
+        "SMoE-Dropout, output_scale num_experts, kept experts": [(k, str(k)) for k in (2, 8, 16)],
+    }
 
 
 def test_figure_4_has_the_folds_together_that_all_lines_have(tmp_path):
@@ -267,8 +289,7 @@ def test_figure_4_has_the_folds_together_that_all_lines_have(tmp_path):
     right = {key: answers(0.4, 50, key) for key in ("8", "16")}
     alone = [run("dense_dropout", 0.4, 50, fold=fold, **other) for fold in ("0", "challenge")]
     alone += [fine_tuned("smoe", right=right, fold=fold, **other) | {"said": right} for fold in ("1", "challenge")]
-    write(tmp_path, [*records, *alone])  # of the folds 0 and 1 the two have none in common
-    (plot,) = (plot for plot in plots_of(contexts_of(collect(tmp_path)[0])) if plot.figure == "figure4")
+    plot = figure4(tmp_path, [*records, *alone])  # of the folds 0 and 1 the two have none in common
     panel, challenge = plot.rows[0]
     folds = "bert on mawps, scale cpu, setting all, 2 of 5 folds"
     assert plot.titles() == [[folds, "roberta on svamp, scale cpu, setting challenge"]]
@@ -289,7 +310,7 @@ def test_figure_4_has_the_folds_together_that_all_lines_have(tmp_path):
                 of_seed = [r for r in of_point if r["seed"] == seed and r["config"]["fold"] in "01"]
                 shares.append(fmean(x for r in of_seed for x in r["said"][point.key]))
             assert sorted(point.values) == pytest.approx(sorted(shares))
-    assert points[0].cell.at("16")[1] == pytest.approx((0.9 * 60 + 90 * fmean(records[-2]["said"]["16"])) / 150)
+    assert points[0].tuned.values()[0] == pytest.approx((0.9 * 60 + 90 * fmean(records[-2]["said"]["16"])) / 150)
 
 
 def findings(folder, records: list[dict]):
