@@ -38,6 +38,7 @@ same=(${words[@]+"${words[@]}"})
 first=""
 if [ -z "$teacher" ]; then
     first=script/table2/sst2/$method.sh
+    same+=(${data:+--data "$data"})
     teacher=$(run_dir_of_script "$first" ${same[@]+"${same[@]}"})
 fi
 show_flags --teacher "$teacher" "$@"
@@ -47,7 +48,7 @@ source .venv/bin/activate
 check_flags transformer_xl.distil "$run_dir" --teacher "$teacher" "$@"
 [ -n "$data" ] || python data/sst2/prepare.py ${source:+--source "$source"}
 if [ -n "$first" ]; then
-    run_first "$teacher" "$first" ${same[@]+"${same[@]}"} ${data:+--data "$data"}
+    run_first "$teacher" "$first" ${same[@]+"${same[@]}"}
 fi
 
 train_and_report transformer_xl.distil "$run_dir" --teacher "$teacher" "$@"

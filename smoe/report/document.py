@@ -67,7 +67,8 @@ _FIGURES = {
     "figure3": "Figure 3: all methods over active parameters. Bars: the standard deviation over seeds.",
     "figure4": "Figure 4: after fine-tuning, over kept experts, a training per point, or over the experts that one "
     "training activates. Dense: an MLP as wide as so many experts. Points of one number of experts are drawn beside "
-    "one another. Bars: the standard deviation over seeds, of one seed the Wilson interval.",
+    "one another. All points of a panel are of the same folds. Bars: the standard "
+    "deviation over seeds, of one seed the Wilson interval.",
     "figure5": "Figure 5: what makes SMoE-Dropout work. (a) and (b) at k = N. Bars: the standard deviation over seeds.",
 }
 

@@ -11,7 +11,7 @@ from smoe.report.panels import Line, Panel, Point, is_empty
 from smoe.report.plots import Plot
 from smoe.report.records import split_of, values_of
 from smoe.report.runs import Cell, Context
-from smoe.report.transfer import DISTILLATION, FOLDS, Column, Kind, Score, Tuned
+from smoe.report.transfer import Column, Kind, Score, Tuned, complete
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def kept_plots(figure: str, columns: Iterable[Column], *, sweep_all: bool = Fals
     """
     panels: dict[str, list[Panel]] = {}
     for column in columns:
-        if column.task != DISTILLATION and not is_empty(panel := over_experts(column, sweep_all)):
+        if not is_empty(panel := over_experts(column, sweep_all)):
             panels.setdefault(column.scale, []).append(panel)
     return [Plot(figure, scale, [of_scale]) for scale, of_scale in panels.items()]
 
@@ -51,15 +51,15 @@ def kept_plots(figure: str, columns: Iterable[Column], *, sweep_all: bool = Fals
 def over_experts(column: Column, sweep_all: bool = False) -> Panel:
     """One line per method over the experts that its task has voted for, all of them active, a training per point.
 
-    A method that was fine-tuned with all of its experts alone is shown over the k of that training; with ``sweep_all``
-    every method is shown so too. Dense models are at the experts that make an MLP as wide as theirs. Of word problems
-    the folds count that all of these runs have.
+    A method that was fine-tuned only with all of its experts is shown over the k of that training; with ``sweep_all``
+    every method is shown so too. Dense models are at the experts that make an MLP as wide as theirs. Word problems: of
+    the same folds everywhere, see :func:`on_same_folds`.
     """
     (layers, width), most = column.standard
     tuned = [t for t in column.tuned.values() if t.kind.size[0] == layers]
-    tuned, folds = _on_shared_folds([t for t in tuned if t.kind.kept is None or column.is_standard(t.kind)])
-    panel = Panel("over experts", _context(column, folds), "experts, kept or activated", parameters=False)
-    if most is None or not tuned:
+    tuned = on_same_folds([t for t in tuned if t.kind.kept is None or column.is_standard(t.kind)])
+    panel = Panel(column.name, _context(column, tuned), "experts, kept or activated", parameters=False)
+    if most is None:
         return panel
     dense: dict[str, list[Point]] = {}
     for one in (one for one in tuned if one.kind.kept is None):
@@ -71,15 +71,46 @@ def over_experts(column: Column, sweep_all: bool = False) -> Panel:
     for one in most_experts_first(tuned):
         lines.setdefault(replace(one.kind, kept=None), []).append(one)
     for kind, of_line in lines.items():
-        name, style = name_of(column, kind), kind.method
-        if len(of_line) > 1 or of_line[0].kind.kept != kind.of:
+        name, whole = name_of(column, kind), of_line[0].kind.kept == kind.of
+        over_kept = len(of_line) > 1 or not whole
+        if over_kept:
             kept = [_point(one, one.kind.kept or 1, str(one.kind.kept)) for one in reversed(of_line)]
-            panel.lines.append(Line(f"{name}, kept experts", style, kept))
-            style = ""
-        if of_line[0].kind.kept == kind.of and (style or sweep_all):
-            swept = [_point(of_line[0], int(key), key, swept=True) for key in ks_of(of_line[0])]
-            panel.lines.append(Line(f"{name}, activated experts", style, swept))
+            panel.lines.append(Line(f"{name}, kept experts", kind.method, kept))
+        keys = ks_of(of_line[0]) if whole and (sweep_all or not over_kept) else []
+        if keys:
+            swept = [_point(of_line[0], int(key), key, swept=True) for key in keys]
+            panel.lines.append(Line(f"{name}, activated experts", "" if over_kept else kind.method, swept))
     return panel
+
+
+def on_same_folds(tuned: Sequence[Tuned]) -> list[Tuned]:
+    """With the same folds alone, so that points compare on the same problems.
+
+    Those folds are taken with which most is shown, counted as points times folds; a seed that lacks one of them is left
+    out. Without folds all stay as they are.
+    """
+    sets = {frozenset(one.folds(seed)) for one in tuned for seed in one.seeds}
+    if not sets:
+        return []
+    sets |= {a & b for a in sets for b in sets if a & b}
+
+    def on(folds: frozenset) -> list[Tuned]:
+        runs = [
+            {
+                seed: {f: of_seed[f] for f in sorted(folds, key=str)}
+                for seed, of_seed in one.runs.items()
+                if folds <= of_seed.keys()
+            }
+            for one in tuned
+        ]
+        return [Tuned(one.kind, of_one) for one, of_one in zip(tuned, runs, strict=True) if of_one]
+
+    return max(map(on, sorted(sets, key=lambda folds: sorted(map(str, folds)))), key=_shown)
+
+
+def _shown(tuned: Sequence[Tuned]) -> tuple[int, int]:
+    """Points times folds, and points."""
+    return len(tuned) * len(tuned[0].folds(tuned[0].seeds[0])), len(tuned)
 
 
 def name_of(column: Column, kind: Kind) -> str:
@@ -105,25 +136,14 @@ def score_at(tuned: Tuned, key: str | None) -> Score:
     return tuned.score(tuned.seeds[0], k=key)
 
 
-def _on_shared_folds(tuned: Sequence[Tuned]) -> tuple[list[Tuned], list]:
-    """With the folds alone that all of them have for every seed, so that lines are of the same problems; and these."""
-    if not tuned:
-        return [], []
-    folds = sorted(set.intersection(*({*one.folds(seed)} for one in tuned for seed in one.seeds)), key=str)
-    if not folds:
-        return [], []
-    runs = [{seed: {fold: one.runs[seed][fold] for fold in folds} for seed in one.seeds} for one in tuned]
-    return [Tuned(one.kind, of_one) for one, of_one in zip(tuned, runs, strict=True)], folds
-
-
-def _context(column: Column, folds: Sequence) -> Context:
+def _context(column: Column, tuned: Sequence[Tuned]) -> Context:
     """Named e.g. ``bert on mawps, scale cpu, setting all, 3 of 5 folds``."""
-    record = next(iter(column.tuned.values())).all_runs()[0].record
-    some = len(folds) < FOLDS and column.setting == "all" and folds not in ([], [None])
-    title = f"{column.encoder or column.model} on {column.dataset}, scale {column.scale}, setting {column.setting}"
-    title += f", {len(folds)} of {FOLDS} folds" if some else ""
-    metric = {**column.metric, "split": plain(split_of(record))}
-    return Context(column.encoder or column.model, column.task, column.dataset, column.scale, metric, label=title)
+    some = f", {complete(tuned[0], tuned[0].seeds[0])}" if tuned else ""
+    model, split = column.encoder or column.model, split_of(next(iter(column.tuned.values())).all_runs()[0].record)
+    title = f"{model} on {column.dataset}, scale {column.scale}, setting {column.setting}{some.rstrip(', ')}"
+    return Context(
+        model, column.task, column.dataset, column.scale, {**column.metric, "split": plain(split)}, label=title
+    )
 
 
 def _point(tuned: Tuned, x: float, key: str, *, swept: bool = False) -> PooledPoint:

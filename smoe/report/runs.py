@@ -80,18 +80,18 @@ class Run:
         return self.num_experts is None or k_max in (None, self.num_experts)
 
     @property
-    def line_over_kept(self) -> tuple:
-        """Equal for fine-tunings that are the same but for the seed and for how many experts they have kept."""
+    def options_of_all(self) -> dict[str, str]:
+        """``options`` but for those of the experts that it has kept, and as they are when it has kept all."""
         options = {name: value for name, value in self.options if name not in _VOTES}
         experts = (self.record.get("pretrained") or {}).get("num_experts")
         if options.get("output_scale") == str(experts):  # of training, where it was said as num_experts
             options["output_scale"] = "num_experts"
-        return self.method, tuple(options.items())
+        return options
 
     @property
     def variant(self) -> str:
         """In which options it departs from its method as released, but for router, layers and schedule; mostly none."""
-        return variant_of(self.method, dict(self.line_over_kept[1]))
+        return variant_of(self.method, self.options_of_all)
 
     @property
     def full(self) -> str:

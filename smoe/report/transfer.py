@@ -1,4 +1,4 @@
-"""Fine-tuned runs in the terms of Tables 2, 3, A4, A5 and A6: which run is which cell, and what two cells differ by."""
+"""Fine-tuned runs in the terms of Tables 2, 3, A4 to A6 and Figure 4: which run is which cell, what two differ by."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FOLDS = 5  # of a set of word problems
 ROWS = ("dense_dropout", "thor_k_N", "smoe_k_N", "smoe_dropout_k_half", "smoe_dropout_k_N")
 SETTINGS = {
     "paper": "setting `paper`: 3 epochs of batches of 64, of word problems one fold",
-    "all": "setting `all`: until validation stops rising, of word problems every fold",
+    "all": "setting `all`: until validation stops rising or all steps are done, of word problems every fold",
     "challenge": "SVAMP as a challenge: all 1000 problems after training on MAWPS and ASDiv-A",
     "own": "as the scale trains by itself, which is neither setting of Table 2",
 }
@@ -239,7 +239,7 @@ def kind_of(run: Run) -> Kind | None:
     value, n = value_at(record, run.full), examples_of(record)
     if record.get("task") not in TASKS or metric["direction"] != "higher" or n is None:
         return None
-    if value is None or not 0 <= value <= 1:
+    if value is None or not all(0 <= share <= 1 for share in (value, *values_of(record).values())):
         return None
     if run.num_experts is None:
         return Kind(run.method, teacher=teacher_of(record), size=(run.num_layers, run.d_hidden))
@@ -247,7 +247,7 @@ def kind_of(run: Run) -> Kind | None:
     if not (run.own_router and run.all_layers and run.all_active and config.get("schedule") in (None, "constant")):
         return None
     votes = [(name, value) for name, value in run.options if name in ("vote_score", "vote_batches")]
-    options = [option for option in run.line_over_kept[1] if option[0] != "pretrained_k"]
+    options = [option for option in run.options_of_all.items() if option[0] != "pretrained_k"]
     options += [option for option in votes if option not in _USUAL_VOTE]
     of = (record.get("pretrained") or {}).get("num_experts") or run.num_experts
     size = (run.num_layers, run.d_hidden // run.num_experts * of)

@@ -37,6 +37,16 @@ def test_the_teacher_is_that_of_table_2(name, tmp_path):
     }
 
 
+def test_the_teacher_is_looked_for_where_its_script_trains_it(tmp_path):
+    def shown(script: str, flag: str) -> str:
+        command = ["bash", str(ROOT / "script" / script), "--scale", "cpu", "--data", str(tmp_path)]
+        environment = {**os.environ, "SHOW_FLAGS": "1", "RUNS_DIR": str(tmp_path)}
+        words = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout.splitlines()
+        return words[words.index(flag) + 1]
+
+    assert shown("table3/thor.sh", "--teacher") == shown("table2/sst2/thor.sh", "--run_dir")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHOD_OF)
 def test_script_distils_the_run_it_is_given(name, start, quick_bash, tmp_path):

@@ -61,6 +61,20 @@ def table2(setting: dict, columns=COLUMNS, seeds=(1,), n=150) -> list[dict]:
     return records
 
 
+def of_sst2() -> list[dict]:
+    """Tables 3, A4 and A5."""
+    records = table2(PAPER, columns=COLUMNS[:1], seeds=(1, 2, 3), n=400)
+    for keep in (1, 2, 4, 8, None):
+        more = 0.02 * [1, 2, 4, 8, None].index(keep)
+        records += [run("smoe", 0.4 + more, 400, keep=keep, growing=True, **PAPER)]
+        if keep is not None:
+            records += [run("smoe", 0.45, 400, keep=keep, **PAPER)]
+        if keep not in (None, 8):
+            records += [run("smoe_dropout", 0.4 + more, 400, keep=keep, **PAPER)]
+    teachers = {"dense_dropout": 0.5, "thor": 0.4, "smoe": 0.45, "smoe_dropout": 0.7}
+    return records + [run("dense_dropout", s, 400, teacher=t, d_hidden=64) for t, s in teachers.items()]
+
+
 def write(folder, records: list[dict]) -> None:
     """As --collect leaves them."""
     folder.mkdir(parents=True, exist_ok=True)

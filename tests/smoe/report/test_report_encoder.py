@@ -125,13 +125,7 @@ def test_an_encoder_with_missing_folds_or_another_schedule_says_so(tmp_path):
     other = "SMoE-Dropout, pretrained with k = 1..16 linear"
     assert said == [("Dense w. Dropout", "-", "400"), ("SMoE-Dropout", "16", "400"),
                     ("SMoE-Dropout", "8", "160 (2 of 5 folds)"), (other, "16", "400")]  # fmt: skip
-    ((panel,),) = encoder_plots(tmp_path)[0].rows
-    assert panel.context.label == "MiniLM on mawps, scale cpu, setting all, 2 of 5 folds"
-    of_two = [r for r in records if r["config"]["keep"] is None and r["config"]["fold"] in "01"]
-    shown = {line.label: line.points[-1].values for line in panel.lines}
-    for name, method in (("Dense w. Dropout", "dense_dropout"), ("SMoE-Dropout, kept experts", "smoe_dropout")):
-        mine = [r for r in of_two if r["method"] == method and "k_schedule" not in r["pretrained"]]
-        assert shown[name] == [fmean(x for r in mine for of_k in r["said"].values() for x in of_k)]
+    assert encoder_plots(tmp_path) == []  # most is shown with all folds, which is all at one number of experts
     for fold in range(2, FOLDS):
         records.append(run("smoe_dropout", 0.5, 80, fold=str(fold), keep=8, **fields))
         records[-1]["pretrained"]["start_from"] = "MiniLM"

@@ -7,15 +7,13 @@ from statistics import fmean, stdev
 
 import pytest
 from made_up import fine_tuned
-from made_up_transfer import ALL, COLUMNS, KINDS, PAPER, TASK, answers, report_of, rows_of, run, shown_p, table2, write
+from made_up_transfer import ALL, COLUMNS, KINDS, PAPER, TASK, of_sst2, report_of, rows_of, run, shown_p, table2, write
 
 from bert.question_answering import compositionality
-from smoe.methods import METHODS
 from smoe.paper import paper_results
 from smoe.report import main, slimming_table
 from smoe.report.checks import check_words
 from smoe.report.collect import collect
-from smoe.report.kept import kept_plots
 from smoe.report.statistics import mean_interval, paired_bootstrap, wilson_interval
 from smoe.report.transfer import ROWS, columns_of
 from smoe.report.transfer_claims import summary, transfer_findings
@@ -161,31 +159,17 @@ def test_table_2_as_text_goes_into_a_document(tmp_path, capsys):
     assert readme.read_text() == f"<!-- table2: -->\n```\n{text}```\n<!-- end -->\n"
 
 
-@pytest.fixture(scope="module")
-def of_sst2():
-    """Tables 3, A4 and A5."""
-    records = table2(PAPER, columns=COLUMNS[:1], seeds=(1, 2, 3), n=400)
-    for keep in (1, 2, 4, 8, None):
-        more = 0.02 * [1, 2, 4, 8, None].index(keep)
-        records += [run("smoe", 0.4 + more, 400, keep=keep, growing=True, **PAPER)]
-        if keep is not None:
-            records += [run("smoe", 0.45, 400, keep=keep, **PAPER)]
-        if keep not in (None, 8):
-            records += [run("smoe_dropout", 0.4 + more, 400, keep=keep, **PAPER)]
-    teachers = {"dense_dropout": 0.5, "thor": 0.4, "smoe": 0.45, "smoe_dropout": 0.7}
-    return records + [run("dense_dropout", s, 400, teacher=t, d_hidden=64) for t, s in teachers.items()]
-
-
-def test_tables_3_a4_and_a5(of_sst2, tmp_path):
-    report = report_of(tmp_path, of_sst2)
-    of = lambda **f: [r for r in of_sst2 if all(r.get(k, r["config"].get(k)) == v for k, v in f.items())]  # noqa: E731
+def test_tables_3_a4_and_a5(tmp_path):
+    made = of_sst2()
+    report = report_of(tmp_path, made)
+    of = lambda **f: [r for r in made if all(r.get(k, r["config"].get(k)) == v for k, v in f.items())]  # noqa: E731
     right = lambda r: next(iter(r["said"].values()))  # noqa: E731
     rows = rows_of(report, "Table 3", "transformer\\_xl, sst2")
     students = {r["teacher"]["method"]: right(r) for r in of(task="distillation")}
     variant = run("dense_dropout", 0.3, 400, teacher="smoe_dropout", d_hidden=64)
     variant["teacher"] |= {"num_experts": 16, "score": "softmax_after_topk", "output_scale": "num_experts"}
     wider = run("dense_dropout", 0.3, 400, teacher="thor", d_hidden=128)
-    both = rows_of(report_of(tmp_path / "more", [*of_sst2, variant, wider]), "Table 3", "transformer\\_xl, sst2")
+    both = rows_of(report_of(tmp_path / "more", [*made, variant, wider]), "Table 3", "transformer\\_xl, sst2")
     assert both[:-1] == rows and both[-1]["paper"] == "-"
     assert both[-1]["teacher"] == "SMoE-Dropout, output\\_scale num\\_experts"
     for row, (method, printed) in zip(rows, paper_results()["table3"]["sst2"].items(), strict=True):
@@ -206,7 +190,7 @@ def test_tables_3_a4_and_a5(of_sst2, tmp_path):
         assert row["95 % (t)"] == f"{low:.2f} to {high:.2f}" and row["seeds"] == "1, 2, 3 (n = 3)"
     rows = rows_of(report, "Table A5", "transformer\\_xl, sst2")
     assert [row["16"] for row in rows[::2]] == ["81.20", "81.51", "82.32"]
-    growing = {r["config"]["num_experts"]: fmean(right(r)) for r in of_sst2 if "k_schedule" in r["pretrained"]}
+    growing = {r["config"]["num_experts"]: fmean(right(r)) for r in made if "k_schedule" in r["pretrained"]}
     for k, share in growing.items():
         assert rows[3][str(k)].startswith(f"{100 * share:.2f} (")
     assert "missing" not in str(rows) and "(n = 3)" in rows[5]["8"] and "(n = 3)" in rows[1]["16"]
@@ -236,83 +220,6 @@ def test_table_a6_has_whatever_metrics_its_records_hold(tmp_path):
     assert rows[2]["p to dense"] == "< 0.0001"
 
 
-def figure4(folder, records: list[dict]):
-    write(folder, records)
-    (plot,) = kept_plots("figure4", columns_of(collect(folder)[0]))
-    return plot
-
-
-def test_figure_4_is_over_kept_experts_with_error_bars(of_sst2, tmp_path):
-    (panel,) = figure4(tmp_path, of_sst2).rows[0]
-    lines = {line.label: line for line in panel.lines}
-    ours, dense = lines["SMoE-Dropout, kept experts"], lines["Dense w. Dropout"]
-    assert [point.x for point in ours.points] == [1, 2, 4, 8, 16] and [point.x for point in dense.points] == [16]
-    assert ours.points[4].spread == (stdev(ours.points[4].values),) * 2
-    (share,) = ours.points[0].values
-    low, high = wilson_interval(round(400 * share), 400)
-    assert ours.points[0].spread == pytest.approx((share - low, high - share))
-
-
-def test_figure_4_shows_what_was_kept_else_what_one_training_activates(tmp_path):
-    right = {str(k): answers(0.3 + 0.02 * k, 80, k) for k in (1, 2, 4, 8, 16)}
-    wholes = lambda method, **fields: fine_tuned(method, right=right, **PAPER, **fields)  # noqa: E731
-    scaled = {"output_scale": "num_experts"}
-    records = [run("dense_dropout", 0.5, 80, **PAPER), run("dense_dropout", 0.4, 80, d_hidden=512, **PAPER)]
-    records += [run("dense_dropout", 0.4, 80, num_layers=8, **PAPER), run("smoe", 0.4, 80, k_max=8, **PAPER)]
-    records += [run("smoe", 0.3, 80, num_experts=8, d_hidden=512, **PAPER)]
-    records += [wholes("thor"), wholes("smoe"), wholes("smoe_dropout", **scaled)]
-    records += [run("smoe", 0.4, 80, keep=keep, **PAPER) for keep in (2, 8)]
-    records += [run("smoe_dropout", 0.4, 80, keep=keep, output_scale=16.0, **PAPER) for keep in (2, 8)]
-    (panel,) = figure4(tmp_path, records).rows[0]
-    assert {line.label: [(point.x, point.key) for point in line.points] for line in panel.lines} == {
-        "Dense w. Dropout": [(8, "dense"), (16, "dense")],
-        "THOR, activated experts": [(k, str(k)) for k in (1, 2, 4, 8, 16)],
-        "SMoE, kept experts": [(k, str(k)) for k in (2, 8, 16)],
-        "SMoE-Dropout, output_scale num_experts, kept experts": [(k, str(k)) for k in (2, 8, 16)],
-    }
-
-
-def test_figure_4_has_the_folds_together_that_all_lines_have(tmp_path):
-    of_mawps = {"model": "bert", "dataset": "mawps", "task": "math_word_problems", "metric": "solving_rate"}
-    keys = ("8", "16")
-    sizes, records = {"0": 60, "1": 90, "2": 30}, []
-    for method, keep, folds in (("dense_dropout", None, "012"), ("smoe_dropout", None, "01"), ("smoe_dropout", 8, "01"),
-                                ("thor", None, "01")):  # fmt: skip
-        for fold, seed in ((fold, seed) for fold in folds for seed in (1, 2)):
-            own = ("dense",) if method == "dense_dropout" else keys[: 1 if keep else 2]
-            right = {key: answers(0.3 + 0.1 * i, sizes[fold], (fold, seed, method)) for i, key in enumerate(own)}
-            record = fine_tuned(method, seed, right=right, keep=keep, fold=fold, **of_mawps, **ALL)
-            records += [record | {"said": right}]
-    (thor, *_) = [record for record in records if record["method"] == "thor"]
-    thor["best_at_other_k"] = [{"k": 16, "metrics": {"solving_rate": {"test": {"16": 0.9}}}}]
-    other = {"model": "roberta", "dataset": "svamp", **{name: of_mawps[name] for name in ("task", "metric")}, **ALL}
-    right = {key: answers(0.4, 50, key) for key in ("8", "16")}
-    alone = [run("dense_dropout", 0.4, 50, fold=fold, **other) for fold in ("0", "challenge")]
-    alone += [fine_tuned("smoe", right=right, fold=fold, **other) | {"said": right} for fold in ("1", "challenge")]
-    plot = figure4(tmp_path, [*records, *alone])  # of the folds 0 and 1 the two have none in common
-    panel, challenge = plot.rows[0]
-    folds = "bert on mawps, scale cpu, setting all, 2 of 5 folds"
-    assert plot.titles() == [[folds, "roberta on svamp, scale cpu, setting challenge"]]
-    assert [line.label for line in challenge.lines] == ["Dense w. Dropout", "SMoE, activated experts"]
-    lines = {line.label: line.points for line in panel.lines}
-    places = {label: [(point.x, point.key) for point in points] for label, points in lines.items()}
-    assert places == {
-        "Dense w. Dropout": [(16, "dense")],
-        "SMoE-Dropout, kept experts": [(8, "8"), (16, "16")],
-        "THOR, activated experts": [(8, "8"), (16, "16")],
-    }
-    for label, points in lines.items():
-        for point in points:
-            kept = 8 if point.key == "8" and "kept" in label else None
-            of_point = [r for r in records if METHODS[r["method"]].title in label and r["config"]["keep"] == kept]
-            shares = []
-            for seed in (1, 2):
-                of_seed = [r for r in of_point if r["seed"] == seed and r["config"]["fold"] in "01"]
-                shares.append(fmean(x for r in of_seed for x in r["said"][point.key]))
-            assert sorted(point.values) == pytest.approx(sorted(shares))
-    assert points[0].tuned.values()[0] == pytest.approx((0.9 * 60 + 90 * fmean(records[-2]["said"]["16"])) / 150)
-
-
 def findings(folder, records: list[dict]):
     write(folder, records)
     runs, problems = collect(folder)
@@ -322,8 +229,8 @@ def findings(folder, records: list[dict]):
     return {finding.key: finding for finding in found}, "\n".join([counted, *lines])
 
 
-def test_claims_hold_where_the_records_bear_them(of_sst2, tmp_path):
-    found, text = findings(tmp_path, of_sst2)
+def test_claims_hold_where_the_records_bear_them(tmp_path):
+    found, text = findings(tmp_path, of_sst2())
     words = {key: finding.words for key, finding in found.items()}
     assert words["teacher"] == words["growing_learned"] == "held" and words["questions"] == "not run"
     # Of one of the paper's eight columns nothing follows for the others.
