@@ -13,6 +13,7 @@ from smoe.report.statistics import Difference, paired_difference
 # from: SMoE-Dropout is ahead of dense by 0.0137 with Transformer-XL.
 MARGINS = {"bpc": 0.01, "bits_per_masked_token": 0.01, "accuracy": 0.005, "solving_rate": 0.005, "exact_match": 0.005}
 DEFAULT_MARGIN = 0.01
+BELOW = "neither beats its floor"  # a note: both may have learned nothing
 
 
 class Status(IntEnum):
@@ -40,6 +41,11 @@ class Check:
     difference: Difference | None = None
     note: str = ""
 
+    @property
+    def tells_nothing(self) -> bool:
+        """Whether both may be alike because they have learned nothing."""
+        return self.note == BELOW and self.status in (Status.NO_DIFFERENCE, Status.WITHIN_NOISE)
+
 
 @dataclass
 class Finding:
@@ -55,8 +61,8 @@ class Finding:
 
     @property
     def status(self) -> Status:
-        """That of its weakest check; without any it is not run."""
-        return min((check.status for check in self.checks), default=Status.NOT_RUN)
+        """That of its weakest check, of those that tell something if there are any; without any it is not run."""
+        return weakest(self.checks)
 
     @property
     def words(self) -> str:
@@ -70,6 +76,12 @@ class Finding:
         against = sum(check.difference.mean <= 0 for check in few if check.difference)
         seen = f"as claimed in {len(few) - against} of {len(few)}"
         return f"{_seeds(least)}, no interval ({seen})"
+
+
+def weakest(checks: Sequence[Check]) -> Status:
+    """The status of several comparisons together."""
+    telling = [check for check in checks if not check.tells_nothing] or checks
+    return min((check.status for check in telling), default=Status.NOT_RUN)
 
 
 def status_words(status: Status) -> str:

@@ -8,11 +8,10 @@ from statistics import fmean
 
 from smoe.methods import METHODS
 from smoe.paper import paper_results
-from smoe.report.checks import Check, Finding, Status, compare, status_of, status_words
+from smoe.report.checks import BELOW, Check, Finding, Status, compare, status_of, status_words, weakest
 from smoe.report.transfer import DISTILLATION, QUESTIONS, ROWS, Column, Kind, Tuned, difference, paired_scores
 
 OURS, HALF, DENSE = ROWS[4], ROWS[3], ROWS[0]
-BELOW = "neither beats its floor"  # so that it says nothing of the methods
 FIGURE4 = (1, 2, 4, 8, 12, 16)  # the kept experts that script/figure4 runs
 
 
@@ -168,7 +167,7 @@ def summary(findings: Sequence[Finding]) -> tuple[str, list[str]]:
         told = told.replace("few seeds", "no interval") + (f" of {len(finding.checks)} comparisons" if run else "")
         if idle := sum(check.note == BELOW for check in run):
             told += f", {BELOW} in {idle}"
-        status = min((check.status for check in run), default=Status.NOT_RUN)
+        status = weakest(run)
         if run and idle == len(run):
             verdict = _SAYS_NOTHING
         elif status is Status.HELD and len(run) < len(finding.checks):

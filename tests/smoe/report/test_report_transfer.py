@@ -272,6 +272,27 @@ def test_a_comparison_of_models_that_have_learned_nothing_says_so(tmp_path):
     assert check_words(found["transfer_dense"].checks[0]) == "held" and "floor" not in text
 
 
+def test_models_that_have_learned_nothing_do_not_decide_what_the_others_come_to(tmp_path):
+    idle = [run(method, 0.0, 150, **PAPER) for method in ("dense_dropout", "smoe", "smoe_dropout")]
+    for share, words in ((0.5, "Within noise"), (0.8, "Held, as far as it was run"), (0.35, "Not held")):
+        csqa = {"model": "bert", "dataset": "csqa", "task": "multiple_choice", **PAPER}
+        others = [run("dense_dropout", 0.5, 150, **csqa), run("smoe_dropout", share, 150, **csqa)]
+        found, text = findings(tmp_path / words, [*idle, *others])
+        assert found["transfer_dense"].checks[0].status.name == "NO_DIFFERENCE"
+        (line,) = (
+            line for line in text.splitlines() if ": Fine-tuned, SMoE-Dropout at k = N is better than dense" in line
+        )
+        assert (
+            line.startswith(words) and "no difference in 1" in line and line.endswith("neither beats its floor in 1)")
+        )
+    # What is shown to be worse is said even where neither beats its floor.
+    floor = {"floors": {"bag_of_words": {"test": 0.99}}}
+    worse = [record | floor for record in table2(PAPER, columns=COLUMNS[:1])[:4]]
+    worse += [run("smoe_dropout", 0.3, 150, **PAPER) | floor, *others[:1], run("smoe_dropout", 0.9, 150, **csqa)]
+    _, text = findings(tmp_path / "worse", worse)
+    assert "\nNot held, in some comparison at least: Fine-tuned, SMoE-Dropout at k = N is better than dense" in text
+
+
 def test_without_predictions_and_seeds_nothing_is_said_to_hold(tmp_path):
     records = [{name: part for name, part in r.items() if name != "said"} for r in table2(PAPER, columns=COLUMNS[:1])]
     found, text = findings(tmp_path, records)
