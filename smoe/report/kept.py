@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from statistics import stdev
 
 from smoe.report.groups import plain
 from smoe.report.panels import Line, Panel, Point, is_empty
@@ -30,7 +29,7 @@ class PooledPoint(Point):
         """The standard deviation over the seeds; of one seed the Wilson interval."""
         assert self.tuned is not None
         if len(self.values) > 1:
-            return stdev(self.values), stdev(self.values)
+            return super().spread
         score = score_at(self.tuned, self.key if self.swept else None)
         low, high = score.interval
         return max(score.share - low, 0.0), max(high - score.share, 0.0)
@@ -138,9 +137,9 @@ def score_at(tuned: Tuned, key: str | None) -> Score:
 
 def _context(column: Column, tuned: Sequence[Tuned]) -> Context:
     """Named e.g. ``bert on mawps, scale cpu, setting all, 3 of 5 folds``."""
-    some = f", {complete(tuned[0], tuned[0].seeds[0])}" if tuned else ""
+    some = complete(tuned[0], tuned[0].seeds[0]) if tuned else ""
     model, split = column.encoder or column.model, split_of(next(iter(column.tuned.values())).all_runs()[0].record)
-    title = f"{model} on {column.dataset}, scale {column.scale}, setting {column.setting}{some.rstrip(', ')}"
+    title = f"{model} on {column.dataset}, scale {column.scale}, setting {column.setting}" + (some and f", {some}")
     return Context(
         model, column.task, column.dataset, column.scale, {**column.metric, "split": plain(split)}, label=title
     )

@@ -31,6 +31,7 @@ SPARE: list[Style] = [
     ("#CC6677", "H", (0, (5, 1))),
 ]
 INK, FAINT = "#222222", "#d9d9d9"
+WIDEST = 1800  # pixels of a picture: readable on a page, and figures of many panels stay below a megabyte
 
 
 def styles_of(lines: Iterable[tuple[str, str]]) -> list[Style]:
@@ -104,6 +105,6 @@ def save(figure: Any, path: Path) -> Path:
     drawn = io.BytesIO()
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(ending)
     with rc_context({"svg.hashsalt": "smoe"}):
-        figure.savefig(drawn, format=ending, dpi=200, metadata=undated)
+        figure.savefig(drawn, format=ending, dpi=min(200, WIDEST / figure.get_figwidth()), metadata=undated)
     path.write_bytes(drawn.getvalue())
     return path

@@ -12,7 +12,7 @@ from smoe.report.groups import variant_of
 from smoe.report.kept import kept_plots
 from smoe.report.plots import draw, plots_of
 from smoe.report.runs import contexts_of, read_run
-from smoe.report.style import SPARE, STYLES, cut_limits, styles_of
+from smoe.report.style import SPARE, STYLES, WIDEST, cut_limits, new_figure, save, styles_of
 from smoe.report.transfer import columns_of
 
 SCALED = "output_scale num_experts"
@@ -183,3 +183,10 @@ def test_figure_4_moves_the_points_of_lines_apart(drawn, tmp_path):
     depths = [made_up(method, num_layers=n) for n in (2, 4, 8) for method in ("smoe", "smoe_dropout")]
     axes = figures_of(depths, drawn, tmp_path)["figure5"].axes[0]
     assert [list(container.lines[0].get_xdata()) for container in axes.containers] == [[2, 4, 8]] * 2
+
+
+def test_a_wide_picture_has_fewer_dots_per_inch(tmp_path):
+    for width, pixels in ((5, 1000), (15, WIDEST)):
+        save(new_figure(width, 1), tmp_path / "a.png")
+        header = (tmp_path / "a.png").read_bytes()[16:20]
+        assert int.from_bytes(header, "big") == pixels
